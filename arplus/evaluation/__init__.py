@@ -1,0 +1,1 @@
+"""Metrics of replies, honest and paper-compatible, and the evaluation of a checkpoint."""

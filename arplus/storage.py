@@ -1,0 +1,112 @@
+"""Files by URI: local paths and ``s3://`` through pyarrow's file systems.
+
+S3 takes endpoint, region and credentials from the usual AWS variables (``AWS_ENDPOINT_URL``, ``AWS_REGION``,
+``AWS_ACCESS_KEY_ID``, …). A file appears whole or not at all: local files are written under a temporary name and
+renamed; an S3 object exists only once its upload is complete.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from pyarrow import fs
+
+from arplus.errors import UserError
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of ``uri`` and the path in it. Raises :class:`UserError` for a scheme that is not supported."""
+    scheme = urlsplit(uri).scheme
+    if scheme == "s3":
+        return fs.S3FileSystem(request_timeout=60, connect_timeout=10), uri.removeprefix("s3://").rstrip("/")
+    if scheme in ("", "file"):
+        return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    raise UserError(f"{uri}: only local paths and s3:// URIs are supported")
+
+
+def absolute(uri: str) -> str:
+    """``uri`` as every process of a cluster understands it: local paths become absolute."""
+    return uri.rstrip("/") if "://" in uri else resolve(uri)[1]
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with path components added."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str) -> list[str]:
+    """URIs of all files below a folder, or of the one file, in the order of their names.
+
+    Raises :class:`UserError` where there is nothing.
+    """
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.File:
+        return [uri]
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"{uri}: no such file or folder")
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    return [join(uri, os.path.relpath(f.path, path)) for f in sorted(found, key=lambda f: f.path) if f.is_file]
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file. Raises :class:`UserError` where there is none."""
+    filesystem, path = resolve(uri)
+    try:
+        with filesystem.open_input_file(path) as file:
+            return bytes(file.read())
+    except FileNotFoundError:
+        raise UserError(f"{uri}: no such file") from None
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes a file whole or not at all, making its folder where needed."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, fs.S3FileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(uri: str) -> Any:
+    """The parsed content of a JSON file. Raises :class:`UserError` where it is missing or broken."""
+    data = read_bytes(uri)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{uri}: not valid JSON ({error})") from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes a value as readable JSON."""
+    write_bytes(uri, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def delete(uri: str) -> None:
+    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif info.type == fs.FileType.File:
+        filesystem.delete_file(path)

@@ -1,0 +1,1 @@
+"""Engine, loop, state and checkpoints of one run; the Ray Train job around them."""
