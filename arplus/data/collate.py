@@ -1,0 +1,187 @@
+"""Rows of encoded examples to padded arrays, without a Python loop over rows or characters.
+
+A :class:`Window` holds some thousand examples as flat arrays and offsets, the way Arrow stores them. A batch is then
+a few gathers. Dimensions are those of :mod:`arplus.model.batch`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from arplus.config import SpecialIds, VocabularySizes, special_ids
+
+Int = NDArray[np.int32]
+
+
+class Ragged(NamedTuple):
+    """Lists of different lengths: list ``i`` is ``values[starts[i]:starts[i] + lengths[i]]``."""
+
+    values: Int
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def padded(self, rows: NDArray[np.int64], pad: int) -> Int:
+        """Lists ``rows`` (any shape) as one array of that shape plus a last dimension, as wide as the longest."""
+        lengths = self.lengths[rows]
+        column = np.arange(max(int(lengths.max(initial=0)), 1))
+        index = self.starts[rows][..., None] + column
+        real = column < lengths[..., None]
+        return np.where(real, self.values.take(index, mode="clip"), np.int32(pad))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a model reads of an example."""
+
+    sizes: VocabularySizes
+    """Sizes of the vocabularies that the ids belong to."""
+    persona_words: bool
+    """Personas as words of the persona vocabulary (MemN2N), else as characters."""
+    infilling: bool
+    """Whether the auxiliary task is infilling, so that batches carry infilled responses."""
+
+    @property
+    def persona_columns(self) -> tuple[str, str, str]:
+        """The columns of the profiles, of their item counts and of the target persona."""
+        if self.persona_words:
+            return "profile_words", "profile_word_counts", "target_words"
+        return "profile_characters", "profile_character_counts", "target_characters"
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a data set file that a batch is made from."""
+        return ["example_id", "context", "speakers", "response", *self.persona_columns]
+
+
+class Window:
+    """Examples in memory, ready to be cut into batches."""
+
+    def __init__(self, table: pa.Table, layout: Layout) -> None:
+        self.layout = layout
+        self.characters: SpecialIds = special_ids(layout.sizes.characters)
+        persona_size = layout.sizes.persona_words if layout.persona_words else layout.sizes.characters
+        self.persona_pad = special_ids(persona_size).pad
+        profiles, counts, target = layout.persona_columns
+        self.example_id: NDArray[np.int64] = table["example_id"].to_numpy()
+        self.context = _ragged(table["context"])
+        self.response = _ragged(table["response"])
+        self.target = _ragged(table[target])
+        # Every utterance ends with [SEP], so the number of [SEP] before a character is the index of its utterance.
+        ends = self.context.values == self.characters.sep
+        speakers = _ragged(table["speakers"]).values
+        assert len(speakers) == int(ends.sum()), "every context utterance has a speaker and a [SEP]"
+        self.context_profile = self.context._replace(values=speakers[np.cumsum(ends) - ends])
+        self.profiles_of_example = _ragged(table[counts])
+        item_counts = self.profiles_of_example.values.astype(np.int64)
+        self.profile = Ragged(_ragged(table[profiles]).values, np.cumsum(item_counts) - item_counts, item_counts)
+
+    def __len__(self) -> int:
+        return len(self.example_id)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """A sort key an example: context length first, then response length."""
+        return self.context.lengths * 1024 + self.response.lengths
+
+    def batch(self, rows: NDArray[np.int64], counted: NDArray[np.bool_], draws: "Draws") -> dict[str, NDArray]:
+        """The arrays of a :class:`arplus.model.batch.Batch` for examples ``rows`` (B), by field name.
+
+        ``counted`` (B) is False for rows that only fill the batch up.
+        """
+        ids = self.characters
+        n_profiles = self.profiles_of_example.lengths[rows]
+        profile = np.arange(n_profiles.max())
+        profile_BP = self.profiles_of_example.starts[rows, None] + np.minimum(profile, n_profiles[:, None] - 1)
+        profiles_BPW = self.profile.padded(profile_BP, self.persona_pad)
+        profiles_BPW[profile >= n_profiles[:, None]] = self.persona_pad
+        response_BT = frame(self.response.padded(rows, ids.pad), self.response.lengths[rows], ids)
+        arrays = {
+            "example_id_B": self.example_id[rows],
+            "counted_B": counted,
+            "context_BS": self.context.padded(rows, ids.pad),
+            "context_profile_BS": self.context_profile.padded(rows, 0),
+            "profiles_BPW": profiles_BPW,
+            "target_persona_BK": self.target.padded(rows, self.persona_pad),
+            "response_BT": response_BT,
+        }
+        if self.layout.infilling:
+            lengths = self.response.lengths[rows] + 2
+            arrays["infilled_BU"] = infill(response_BT, lengths, ids, *draws.uniform(self.example_id[rows]))
+        return arrays
+
+
+def frame(characters_BL: Int, lengths_B: NDArray[np.int64], ids: SpecialIds) -> Int:
+    """[BOS] + characters + [EOS] of padded responses."""
+    B, width = characters_BL.shape
+    response_BT = np.full((B, width + 2), ids.pad, np.int32)
+    response_BT[:, 0] = ids.bos
+    response_BT[:, 1:-1] = characters_BL
+    response_BT[np.arange(B), lengths_B + 1] = ids.eos
+    width = int(lengths_B.max()) + 2
+    return response_BT[:, :width]
+
+
+def infill(
+    response_BT: Int,
+    lengths_B: NDArray[np.int64],
+    ids: SpecialIds,
+    kind_B: NDArray[np.float64],
+    place_B: NDArray[np.float64],
+) -> Int:
+    """BART-style infilling: one span of every response is replaced by one [MASK] (guide: Auxiliary task).
+
+    For a length l with [BOS] and [EOS]: l = 3 stays; l = 4 or 5 masks one character; l ≥ 6 masks two, or with
+    probability 0.01 inserts a [MASK]. The span starts uniformly in 1 … l − span − 1, so that [BOS] and [EOS] stay.
+    ``kind_B`` and ``place_B`` are uniform draws in [0, 1).
+    """
+    l_B = lengths_B
+    span_B = np.where(l_B >= 6, np.where(kind_B < 0.99, 2, 0), 1)
+    start_B = 1 + np.floor(place_B * (l_B - span_B - 1)).astype(np.int64)
+    unchanged_B = l_B < 4
+    start_B = np.where(unchanged_B, l_B, start_B)
+    width = int(np.where(unchanged_B, l_B, l_B - span_B + 1).max())
+    column = np.arange(width)
+    source = np.where(column > start_B[:, None], column + span_B[:, None] - 1, column)
+    padded_BT = np.pad(response_BT, ((0, 0), (0, 2)), constant_values=ids.pad)
+    infilled_BU = np.take_along_axis(padded_BT, np.minimum(source, padded_BT.shape[1] - 1), axis=1)
+    infilled_BU[column == start_B[:, None]] = ids.mask
+    # In an unchanged row start = l is the first position of its padding.
+    return np.where(unchanged_B[:, None] & (column >= l_B[:, None]), np.int32(ids.pad), infilled_BU)
+
+
+class Draws(NamedTuple):
+    """Random numbers that depend on (seed, epoch, example id) alone: not on the worker, batch or order."""
+
+    seed: int
+    epoch: int
+
+    def uniform(self, example_id_B: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Two independent draws in [0, 1) for every example."""
+        key = _mix(_mix(np.array([self.seed], np.uint64)) ^ np.uint64(self.epoch))
+        first = _mix(example_id_B.view(np.uint64) ^ key)
+        return _unit(first), _unit(_mix(first))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele et al. 2014): a good hash of 64 bits to 64 bits."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _unit(x: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+def _ragged(column: pa.ChunkedArray) -> Ragged:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values = array.flatten().to_numpy()
+    offsets = offsets - offsets[0]
+    return Ragged(values, offsets[:-1], np.diff(offsets))

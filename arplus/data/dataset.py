@@ -1,0 +1,75 @@
+"""A prepared data set: what its manifest says of it. Written by :mod:`arplus.data.prepare`, read by the feed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from arplus import storage
+from arplus.errors import UserError
+from arplus.text import Vocabulary
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file: the unit that the feed reads."""
+
+    file: str
+    """URI of the file."""
+    index: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's examples, in the order of its files."""
+
+    name: str
+    examples: int
+    sessions: int
+    row_groups: tuple[RowGroup, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set; made by :meth:`open`."""
+
+    uri: str
+    manifest: dict[str, Any]
+    characters: Vocabulary
+    persona_words: Vocabulary
+
+    @classmethod
+    def open(cls, uri: str) -> "Dataset":
+        """Reads manifest and vocabularies. Raises :class:`UserError` where ``uri`` is not a prepared data set."""
+        path = storage.join(uri, MANIFEST)
+        if not storage.exists(path):
+            raise UserError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
+        manifest = storage.read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: prepare it again")
+        return cls(
+            uri=uri,
+            manifest=manifest,
+            characters=Vocabulary.load(storage.join(uri, "vocabulary", "characters.txt")),
+            persona_words=Vocabulary.load(storage.join(uri, "vocabulary", "persona_words.txt")),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the rules, the vocabularies and every row in order."""
+        return str(self.manifest["fingerprint"])
+
+    def split(self, name: str) -> Split:
+        """A split by name. Raises :class:`UserError` for an unknown one."""
+        splits = self.manifest["splits"]
+        if name not in splits:
+            raise UserError(f"{self.uri}: no split {name!r}; it has {', '.join(splits)}")
+        facts = splits[name]
+        groups = tuple(
+            RowGroup(storage.join(self.uri, file["path"]), index, rows)
+            for file in facts["files"]
+            for index, rows in enumerate(file["row_groups"])
+        )
+        return Split(name, facts["examples"], facts["sessions"], groups)

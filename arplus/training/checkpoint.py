@@ -1,0 +1,180 @@
+"""Checkpoints: the whole train state as plain files, complete or not there.
+
+A run's folder holds::
+
+    config.json                         the resolved configuration
+    checkpoints/step-00000120/          one folder a checkpoint:
+        weights.safetensors             fp32, by parameter name
+        optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
+        state.json                      progress, schedule, fingerprint, MLflow run id
+        config.json  characters.txt  persona_words.txt
+        manifest.json                   size and SHA-256 of every file; written last
+    best.json                           the checkpoint with the lowest response perplexity
+    final_metrics.json
+
+Weights and moments are full tensors, so a checkpoint fits any number of workers and any ZeRO stage. Nothing in it is
+a pickle. A folder without a manifest is not a checkpoint: a save that died is passed over.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from arplus import storage
+from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
+from arplus.errors import UserError
+from arplus.model.arplus import ARPlus
+from arplus.text import Vocabulary
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is: what has been consumed of the one global order, and what was best so far."""
+
+    fingerprint: str
+    """Fingerprint of the data set that the run trains on."""
+    epoch: int = 0
+    """Epochs finished."""
+    epoch_step: int = 0
+    """Optimizer steps done within the current epoch."""
+    step: int = 0
+    """Optimizer steps done in all: AdamW's update count."""
+    examples: int = 0
+    """Examples trained on in all; the unit in which steps are tracked."""
+    best_response_ppl: float | None = None
+    """Lowest response perplexity on validation so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a checkpoint holds."""
+
+    config: TrainConfig
+    progress: Progress
+    schedule: dict[str, float]
+    """Learning rate and the plateau schedule's counters."""
+    characters: Vocabulary
+    persona_words: Vocabulary
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    mlflow_run_id: str | None = None
+
+    @property
+    def sizes(self) -> VocabularySizes:
+        """Sizes of the vocabularies."""
+        return VocabularySizes(characters=self.characters.size, persona_words=self.persona_words.size)
+
+
+def save(run_uri: str, state: TrainState) -> str:
+    """Writes a checkpoint of the run and returns its URI. The manifest comes last and makes it one."""
+    uri = storage.join(run_uri, "checkpoints", f"step-{state.progress.step:08d}")
+    storage.delete(uri)  # what a save that died may have left
+    facts = {
+        "format": FORMAT,
+        "progress": asdict(state.progress),
+        "schedule": state.schedule,
+        "mlflow_run_id": state.mlflow_run_id,
+    }
+    files = {
+        "weights.safetensors": safetensors.torch.save(state.weights),
+        "optimizer.safetensors": safetensors.torch.save(state.moments),
+        "state.json": _json(facts),
+        "config.json": _json(to_dict(state.config)),
+        "characters.txt": state.characters.to_bytes(),
+        "persona_words.txt": state.persona_words.to_bytes(),
+    }
+    for name, data in files.items():
+        storage.write_bytes(storage.join(uri, name), data)
+    described = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    storage.write_json(storage.join(uri, _MANIFEST), {"format": FORMAT, "files": described})
+    return uri
+
+
+def load(uri: str, *, moments: bool = False) -> TrainState:
+    """Reads a checkpoint, every file checked against the manifest; ``uri`` is a checkpoint or a run's folder.
+
+    A run's folder stands for its best checkpoint, or the newest where none was validated. The optimizer's moments
+    are read only on request. Raises :class:`UserError` where there is no complete checkpoint.
+    """
+    uri = find(uri)
+    manifest = storage.read_json(storage.join(uri, _MANIFEST))
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{uri}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
+
+    def read(name: str) -> bytes:
+        data = storage.read_bytes(storage.join(uri, name))
+        expected = manifest["files"][name]
+        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise UserError(f"{storage.join(uri, name)}: does not match its manifest; take another checkpoint")
+        return data
+
+    facts = json.loads(read("state.json"))
+    return TrainState(
+        config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
+        progress=Progress(**facts["progress"]),
+        schedule=facts["schedule"],
+        mlflow_run_id=facts["mlflow_run_id"],
+        characters=Vocabulary.from_bytes(read("characters.txt")),
+        persona_words=Vocabulary.from_bytes(read("persona_words.txt")),
+        weights=safetensors.torch.load(read("weights.safetensors")),
+        moments=safetensors.torch.load(read("optimizer.safetensors")) if moments else {},
+    )
+
+
+def build_model(state: TrainState) -> ARPlus:
+    """The network of a checkpoint, in evaluation mode, on the CPU."""
+    model = ARPlus(state.config.model, state.sizes)
+    model.load_state_dict(state.weights)
+    return model.eval()
+
+
+def find(uri: str) -> str:
+    """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`."""
+    if storage.exists(storage.join(uri, _MANIFEST)):
+        return uri
+    best = storage.join(uri, "best.json")
+    if storage.exists(best):
+        return storage.join(uri, storage.read_json(best)["checkpoint"])
+    complete = list_complete(uri)
+    if not complete:
+        raise UserError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
+    return complete[-1]
+
+
+def list_complete(run_uri: str) -> list[str]:
+    """URIs of a run's complete checkpoints, oldest first."""
+    folder = storage.join(run_uri, "checkpoints")
+    if not storage.exists(folder):
+        return []
+    ending = f"/{_MANIFEST}"
+    return [uri.removesuffix(ending) for uri in storage.list_files(folder) if uri.endswith(ending)]
+
+
+def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
+    """Notes which checkpoint of the run is the best."""
+    name = checkpoint_uri.rsplit("/", 1)[1]
+    storage.write_json(
+        storage.join(run_uri, "best.json"), {"checkpoint": f"checkpoints/{name}", "response_ppl": response_ppl}
+    )
+
+
+def retain(run_uri: str, newest: int) -> None:
+    """Deletes all complete checkpoints of a run but the ``newest`` ones and the best."""
+    best = storage.join(run_uri, "best.json")
+    kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
+    for uri in list_complete(run_uri)[:-newest]:
+        if uri != kept:
+            # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
+            storage.delete(storage.join(uri, _MANIFEST))
+            storage.delete(uri)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()

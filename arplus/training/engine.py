@@ -1,0 +1,237 @@
+"""The optimizer step: a DeepSpeed engine at ZeRO stage 0 to 3, AdamW, clipping and the paper's plateau schedule.
+
+Every loss is (sum, count), and the count is that of the *global* batch. So one worker with one batch, one worker with
+two micro-batches and two workers compute the same gradient (huggingface/transformers#34242, pytorch/torchtitan#2206).
+There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
+(deepspeedai/DeepSpeed#2103).
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from arplus.config import TrainConfig
+from arplus.data.feed import Step
+from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
+from arplus.model.objective import Losses
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCHEDULE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step computed, over the global batch and before the update."""
+
+    loss: float
+    """L = L_D + λ1 · L_LM."""
+    dialogue: float
+    """L_D, nats a target."""
+    auxiliary: float
+    """L_LM, nats a target."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate of this step."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The global loss of a step is not a finite number; the step was not applied."""
+
+
+class Engine:
+    """A model with its optimizer, partitioned over the workers of the default process group.
+
+    Training state goes in and out as full fp32 tensors by parameter name, so that a checkpoint knows nothing of the
+    ZeRO stage or of the number of workers (deepspeedai/DeepSpeed#2921). The model's weights are those it has when it
+    is handed in; they must be equal on all workers.
+    """
+
+    def __init__(self, model: ARPlus, config: TrainConfig, device: torch.device) -> None:
+        assert dist.is_initialized(), "Ray Train (or the test) sets the process group up first"
+        self.config = config
+        self.device = device
+        self.stage = config.zero
+        self.autocast = bf16_is_used(config.precision, device)
+        model = model.to(device)
+        parameters = list(model.parameters())
+        # Weight decay on everything, as in the paper's code. `fused` is one kernel for all tensors, on CPU too.
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.optimizer.lr,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.grad_norm = 0.0
+        if self.stage == 0:
+            # DeepSpeed's stage 0 clips fp32 gradients but never tells their norm, so clipping is done here instead.
+            self.optimizer.register_step_pre_hook(lambda *_: self._clip(parameters))
+        _initialise_communication()
+        self.engine = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
+        )[0]
+        self.module: nn.Module = self.engine.module
+        self.schedule = ReduceLROnPlateau(
+            self.optimizer,
+            factor=config.optimizer.plateau_factor,
+            patience=config.optimizer.plateau_patience,
+            min_lr=config.optimizer.min_lr,
+        )
+
+    def train_step(self, step: Step) -> StepResult:
+        """One optimizer step over this worker's micro-batches of a global batch; all workers call it together.
+
+        Raises :class:`NonFiniteLossError`, on every worker, before a non-finite loss can reach the weights.
+        """
+        self.engine.train()
+        # DeepSpeed averages gradients over the workers; the loss is already divided by the global count.
+        scale = dist.get_world_size() / step.targets
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(step.micro_batches):
+            losses = self._forward(batch)
+            loss = (losses.sum_dialogue + self.config.objective.lambda1 * losses.sum_auxiliary) * scale
+            self.engine.backward(loss, scale_wrt_gas=False)
+            sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
+            if i + 1 < len(step.micro_batches):
+                self.engine.step()
+        dist.all_reduce(sums)
+        dialogue, auxiliary = (sums / step.targets).tolist()
+        total = dialogue + self.config.objective.lambda1 * auxiliary
+        lr = self.lr
+        if not torch.isfinite(sums).all():
+            raise NonFiniteLossError(f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {lr}")
+        self.engine.step()
+        if self.stage > 0:
+            self.grad_norm = float(self.engine.get_global_grad_norm())
+        self.schedule.step(total)
+        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        """The losses of a batch of this worker, without dropout and without an update."""
+        self.engine.eval()
+        return self._forward(batch)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 weights by name, on the CPU; a collective call."""
+        return {name: self._full(p).cpu() for name, p in self.module.named_parameters()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's full moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, on the CPU; a collective call.
+
+        Empty before the first step.
+        """
+        if not self.optimizer.state:
+            return {}
+        return {
+            f"{key}.{name}": self._full(p, key).cpu() for key in MOMENTS for name, p in self.module.named_parameters()
+        }
+
+    def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Sets the moments that :meth:`moments` gave after ``updates`` optimizer steps; a collective call."""
+        if not moments:
+            return
+        for owner in self._state_owners():
+            # What AdamW would make at its first step; the values follow below, for ZeRO by partition.
+            self.optimizer.state[owner] = {
+                "step": torch.tensor(float(updates), device=owner.device),
+                **{key: torch.zeros_like(owner, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.module.named_parameters():
+            for key in MOMENTS:
+                value = moments[f"{key}.{name}"].to(self.device)
+                if self.stage == 0:
+                    self.optimizer.state[parameter][key].copy_(value)
+                elif self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, _own_part(value), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def schedule_state(self) -> dict[str, float]:
+        """Learning rate and counters of the plateau schedule."""
+        return {"lr": self.lr} | {key: getattr(self.schedule, key) for key in SCHEDULE}
+
+    def load_schedule(self, state: dict[str, float]) -> None:
+        """Sets what :meth:`schedule_state` gave."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = state["lr"]
+        for key in SCHEDULE:
+            setattr(self.schedule, key, state[key])
+
+    def _forward(self, batch: Batch) -> Losses:
+        context = torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with context:
+            return self.engine(batch.to(self.device))
+
+    def _clip(self, parameters: list[nn.Parameter]) -> None:
+        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
+
+    def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
+        if self.stage == 0:
+            return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
+        full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        return full.view(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _state_owners(self) -> list[Tensor]:
+        """The tensors under which AdamW keeps its state: parameters, or ZeRO's flat fp32 partitions of them."""
+        if self.stage == 0:
+            return list(self.module.parameters())
+        zero = self.engine.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def bf16_is_used(precision: str, device: torch.device) -> bool:
+    """Whether the forward pass runs in bf16 autocast: where asked for, or ("auto") on a GPU that has bf16."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run. Weights and gradients are fp32 at every stage; bf16 is autocast's."""
+    return {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
+        "zero_optimization": {"stage": config.zero},
+        "steps_per_print": 1 << 62,  # our own log line says more
+        "wall_clock_breakdown": False,
+    }
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """What this worker holds of a full tensor under ZeRO-3: equal parts, the last ones padded with zeros.
+
+    ``safe_set_full_optimizer_state`` would cut the parts without the padding and fail on a scalar like ReZero's r.
+    """
+    flat, workers = value.flatten(), dist.get_world_size()
+    size = -(-flat.numel() // workers)
+    padded = nn.functional.pad(flat, (0, size * workers - flat.numel()))
+    return padded[dist.get_rank() * size :][:size]
+
+
+def _initialise_communication() -> None:
+    # init_distributed would compile this operator with g++ for up to 84 s and fail where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

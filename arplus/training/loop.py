@@ -1,0 +1,202 @@
+"""The training loop: one worker's way through the epochs. Everything else is called from here and lives elsewhere."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from arplus.config import TrainConfig
+from arplus.data.feed import Feed, Step
+from arplus.training.checkpoint import Progress
+from arplus.training.engine import Engine, NonFiniteLossError, StepResult
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Hooks:
+    """What happens around the loop; the run's owner overrides what it needs. Every method is called on all workers."""
+
+    def on_log(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Every ``log_every`` steps, with the means since the last time."""
+
+    def on_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """After a validation over exactly all validation examples."""
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Where the train state is to be saved."""
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        """URI of the newest checkpoint, for messages."""
+        return None
+
+
+def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> None:
+    """Trains from ``progress`` to the end of the run, and keeps ``progress`` up to date.
+
+    Raises :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
+    """
+    total = total_steps(config, train)
+    meter = Meter(total_steps=total, config=config)
+    while progress.step < total:
+        last = min(train.steps, progress.epoch_step + total - progress.step)
+        for step in meter.waiting(train.batches(progress.epoch, progress.epoch_step, last)):
+            seed_dropout(config.seed, progress.step)
+            try:
+                result = engine.train_step(step)
+            except NonFiniteLossError as error:
+                raise _explained(error, progress, step, hooks) from None
+            progress.step += 1
+            progress.epoch_step += 1
+            progress.examples = _examples_seen(progress, train)
+            meter.add(result)
+            at_end = progress.step >= total or progress.epoch_step == train.steps
+            if progress.step % config.log_every == 0 or at_end:
+                hooks.on_log(progress, meter.take(progress))
+            if at_end or _due(config.validate_every, progress.step):
+                hooks.on_validation(progress, validate(engine, valid, config))
+                meter.restart()
+            if progress.epoch_step == train.steps:
+                progress.epoch += 1
+                progress.epoch_step = 0
+            if at_end or _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step):
+                hooks.checkpoint(progress)
+                meter.restart()
+
+
+def total_steps(config: TrainConfig, train: Feed) -> int:
+    """Optimizer steps of the whole run."""
+    steps = config.epochs * train.steps
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def validate(engine: Engine, feed: Feed, config: TrainConfig) -> dict[str, float]:
+    """Losses over exactly all examples of a split, summed over the workers: means are a target's, not a batch's."""
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    for step in feed.batches(epoch=0):
+        for batch in step.micro_batches:
+            losses = engine.evaluate(batch)
+            count = batch.counted_B.sum().to(engine.device)
+            sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary, losses.count_dialogue, count])
+    dist.all_reduce(sums)
+    dialogue, auxiliary, targets, examples = sums.tolist()
+    assert examples == feed.order.split.examples, "validation must see every example exactly once"
+    return {
+        "dialogue_loss": dialogue / targets,
+        "auxiliary_loss": auxiliary / targets,
+        "loss": (dialogue + config.objective.lambda1 * auxiliary) / targets,
+        "response_ppl": math.exp(min(dialogue / targets, 700.0)),
+        "examples": examples,
+    }
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Seeds torch for one step of one worker, so that a resumed run draws the dropout that it would have drawn."""
+    state = np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Rates and means of the steps since the last log line."""
+
+    total_steps: int
+    config: TrainConfig
+    results: list[StepResult] = field(default_factory=list)
+    waited: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def waiting(self, steps: Iterator[T]) -> Iterator[T]:
+        """The same steps, with the time spent waiting for each one counted."""
+        while True:
+            begin = time.monotonic()
+            step = next(steps, None)
+            self.waited += time.monotonic() - begin
+            if step is None:
+                return
+            yield step
+
+    def add(self, result: StepResult) -> None:
+        """Counts a step."""
+        self.results.append(result)
+
+    def restart(self) -> None:
+        """Forgets the steps and the clock, so that a validation or a save is not counted as training time."""
+        self.results.clear()
+        self.waited = 0.0
+        self.started = time.monotonic()
+
+    def take(self, progress: Progress) -> dict[str, float]:
+        """Means and rates since the last call, as MLflow names them, and starts anew."""
+        elapsed = time.monotonic() - self.started
+        n = len(self.results)
+        last = self.results[-1]
+        rate = n / elapsed
+        metrics = {
+            "train/loss": sum(r.loss for r in self.results) / n,
+            "train/dialogue_loss": sum(r.dialogue for r in self.results) / n,
+            "train/auxiliary_loss": sum(r.auxiliary for r in self.results) / n,
+            "train/grad_norm": last.grad_norm,
+            "train/lr": last.lr,
+            "perf/examples_per_second": rate * self.config.batch_size,
+            "perf/data_wait_share": self.waited / elapsed,
+            "perf/memory_gib": memory_bytes() / 2**30,
+            "perf/eta_seconds": (self.total_steps - progress.step) / rate,
+        }
+        self.restart()
+        return metrics
+
+
+def memory_bytes() -> int:
+    """Peak memory of this worker: the GPU's where there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def describe(progress: Progress, metrics: dict[str, float], total_steps: int) -> str:
+    """One log line of a training step."""
+    m = metrics
+    eta = _clock(m["perf/eta_seconds"])
+    return (
+        f"step {progress.step}/{total_steps} epoch {progress.epoch + 1} | "
+        f"loss {m['train/loss']:.4f} (L_D {m['train/dialogue_loss']:.4f}, L_LM {m['train/auxiliary_loss']:.4f}) | "
+        f"lr {m['train/lr']:.2e} | norm {m['train/grad_norm']:.3f} | {m['perf/examples_per_second']:.0f} examples/s | "
+        f"data wait {m['perf/data_wait_share']:.1%} | {m['perf/memory_gib']:.2f} GiB | ETA {eta}"
+    )
+
+
+def _examples_seen(progress: Progress, feed: Feed) -> int:
+    in_epoch = min(progress.epoch_step * feed.order.batch_size, feed.order.split.examples)
+    return progress.epoch * feed.order.split.examples + in_epoch
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _explained(error: NonFiniteLossError, progress: Progress, step: Step, hooks: Hooks) -> NonFiniteLossError:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [i for b in step.micro_batches for i in b.example_id_B.tolist()])
+    ids = sorted(i for part in gathered for i in part)
+    return NonFiniteLossError(
+        f"step {progress.step + 1} of epoch {progress.epoch + 1}: {error}; the step was not applied. "
+        f"Example ids: {ids}. Last good checkpoint: {hooks.last_checkpoint or 'none yet'}. "
+        f"A lower --optimizer.lr is the usual cure"
+    )

@@ -1,0 +1,168 @@
+"""What the processes of ``test_engine.py`` run: the same training, with and without DeepSpeed."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, special_ids, tiny
+from arplus.data.feed import Step
+from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
+
+SIZES = VocabularySizes(characters=60, persona_words=40)
+
+
+def config(preset_name: str = "arplus", **changes: Any) -> TrainConfig:
+    """A tiny run without dropout, so that every partition computes the same numbers."""
+    start = tiny(preset(preset_name))
+    model = replace(start.model, dropout=0.0, d_model=32, heads=2, ff_size=48)
+    if start.model.embedding_size == start.model.d_model:
+        model = replace(model, embedding_size=32)
+    return replace(start, model=model, batch_size=8, **changes)
+
+
+def global_batch(model: ModelConfig, seed: int) -> Batch:
+    """Eight random examples; every second one, which is worker 1's share, has only [UNK] in its personas."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, B = special_ids(SIZES.characters), 8
+    persona_ids = special_ids(SIZES.persona_words if model.memory_hops else SIZES.characters)
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    context = draw(ids.pad, B, 12)
+    response = torch.full((B, 9), ids.pad)
+    length = draw(6, B) + 1
+    for b in range(B):
+        context[b, 5] = context[b, int(draw(6, 1)) + 6 :] = ids.sep
+        context[b, 11 - int(draw(4, 1)) :] = ids.pad
+        response[b, : length[b] + 2] = torch.cat(
+            [torch.tensor([ids.bos]), draw(ids.pad, int(length[b])), torch.tensor([ids.eos])]
+        )
+    profiles = draw(persona_ids.pad, B, 2, 4)
+    target = draw(persona_ids.pad, B, 6)
+    profiles[1::2], target[1::2] = persona_ids.unk, persona_ids.unk
+    return Batch(
+        example_id_B=torch.arange(B),
+        counted_B=torch.ones(B, dtype=torch.bool),
+        context_BS=context,
+        context_profile_BS=draw(2, B, 12),
+        profiles_BPW=profiles,
+        target_persona_BK=target,
+        response_BT=response,
+        infilled_BU=response.clone() if model.auxiliary == "infilling" else None,
+    )
+
+
+def part(batch: Batch, index: int, of: int) -> Batch:
+    """Every ``of``-th row from row ``index`` on."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return Batch(**{k: v if v is None else v[index::of] for k, v in tensors.items()})
+
+
+def targets(batch: Batch) -> int:
+    """Targets of a whole global batch."""
+    return int((batch.response_BT[:, 1:] != special_ids(SIZES.characters).pad).sum())
+
+
+def initial_model(config: TrainConfig) -> ARPlus:
+    """The same weights in every process. ReZero's gates start open, or only the last matrices would matter."""
+    torch.manual_seed(config.seed)
+    model = ARPlus(config.model, SIZES)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.r"):
+            parameter.data.fill_(0.3)
+    return model
+
+
+def plain_run(config: TrainConfig, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """One process, plain torch: the loss curve and the weights after it, which are the reference."""
+    model = initial_model(config)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, eps=o.eps, weight_decay=o.weight_decay)
+    schedule = ReduceLROnPlateau(optimizer, factor=o.plateau_factor, patience=o.plateau_patience, min_lr=o.min_lr)
+    curve = []
+    for i in range(steps):
+        losses = model(global_batch(config.model, i))
+        loss = losses.sum_dialogue / losses.count_dialogue
+        loss = loss + config.objective.lambda1 * losses.sum_auxiliary / losses.count_auxiliary
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        optimizer.step()
+        schedule.step(loss.item())
+        curve.append(loss.item())
+    return curve, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def engine_steps(config: TrainConfig, first: int, last: int) -> list[Step]:
+    """This process's part of steps ``first`` to ``last - 1``."""
+    parts = config.workers * config.accumulation
+    steps = []
+    for i in range(first, last):
+        batch = global_batch(config.model, i)
+        own = range(dist.get_rank() * config.accumulation, (dist.get_rank() + 1) * config.accumulation)
+        steps.append(Step([part(batch, m, parts) for m in own], targets(batch)))
+    return steps
+
+
+def run(rank: int, world: int, rendezvous: Path, task: Callable[..., Any], arguments: tuple, result: Path) -> None:
+    """Body of a spawned process: joins the group, runs ``task(*arguments)``; rank 0 saves what it returns."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    found = task(*arguments)
+    if rank == 0:
+        torch.save(found, result)
+    dist.destroy_process_group()
+
+
+def curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:
+    """Loss curves of engines, one after another in the same processes."""
+    from arplus.training.engine import Engine
+
+    found = []
+    for c in configs:
+        engine = Engine(initial_model(c), c, torch.device("cpu"))
+        found.append([engine.train_step(step).loss for step in engine_steps(c, 0, steps)])
+    return found
+
+
+def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -> dict[str, Any]:
+    """Trains steps ``first`` to ``last - 1`` from a state, and gives losses, norms and the state after them."""
+    from arplus.training.engine import Engine
+
+    model = initial_model(config)
+    if state is not None:
+        model.load_state_dict(state["weights"])
+    engine = Engine(model, config, torch.device("cpu"))
+    if state is not None:
+        engine.load_moments(state["moments"], first)
+        engine.load_schedule(state["schedule"])
+    results = [engine.train_step(step) for step in engine_steps(config, first, last)]
+    return {
+        "curve": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "weights": engine.weights(),
+        "moments": engine.moments(),
+        "schedule": engine.schedule_state(),
+    }
+
+
+def train_parts(parts: list[tuple[TrainConfig, int, int]], state: dict | None = None) -> list[dict[str, Any]]:
+    """:func:`train_part` from step to step, each part from the state of the one before."""
+    results: list[dict[str, Any]] = []
+    for c, first, last in parts:
+        results.append(train_part(c, results[-1] if results else state, first, last))
+    return results
+
+
+def cut_and_whole(configs: list[TrainConfig]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Six steps in two parts and at once, for each configuration."""
+    return [(train_parts([(c, 0, 3), (c, 3, 6)]), train_part(c, None, 0, 6)) for c in configs]

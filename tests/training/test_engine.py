@@ -1,0 +1,58 @@
+"""ZeRO stages, accumulation and workers compute what one plain process computes; state fits any of them."""
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engine_worker
+import pytest
+import torch
+import torch.multiprocessing as mp
+from engine_worker import config, curves, cut_and_whole, plain_run, train_parts
+
+STEPS = 30
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Callable[..., Any]:
+    """Runs a task in a fresh process group of ``world`` gloo processes and returns rank 0's result."""
+
+    def run(world: int, task: Callable[..., Any], *arguments: Any) -> Any:
+        name = uuid.uuid4().hex
+        result = tmp_path / f"{name}.pt"
+        mp.spawn(engine_worker.run, (world, tmp_path / name, task, arguments, result), nprocs=world)
+        return torch.load(result)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["arplus", "ar"])
+def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable, name: str) -> None:
+    reference = torch.tensor(plain_run(config(name), STEPS)[0])
+    assert reference[-1] < reference[0] - 0.1, "the reference must learn, or equal curves would mean nothing"
+    two = [config(name, workers=2, zero=stage) for stage in range(4)]
+    found = spawn(2, curves, [*two, config(name, workers=2, accumulation=2, zero=2)], STEPS)
+    found += spawn(1, curves, [config(name, accumulation=2, zero=0), config(name, accumulation=2, zero=3)], STEPS)
+    for curve in found:
+        assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
+
+
+def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
+    curve, weights = plain_run(config(), 12)
+    two = [config(workers=2, zero=stage) for stage in range(4)]
+    parts = spawn(2, train_parts, [(two[1], 0, 2), (two[3], 2, 4), (two[0], 4, 6)])
+    parts += spawn(1, train_parts, [(config(zero=2), 6, 8), (config(zero=3), 8, 10)], parts[-1])
+    parts += spawn(2, train_parts, [(two[2], 10, 12)], parts[-1])
+    moved = torch.tensor([loss for part in parts for loss in part["curve"]])
+    torch.testing.assert_close(moved, torch.tensor(curve), atol=1e-5, rtol=0)
+    for name, value in weights.items():
+        torch.testing.assert_close(parts[-1]["weights"][name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_same_workers_resume_to_the_bit(spawn: Callable) -> None:
+    for (before, after), whole in spawn(2, cut_and_whole, [config(workers=2, zero=stage) for stage in range(4)]):
+        assert before["curve"] + after["curve"] == whole["curve"]
+        assert all(norm > 0 for norm in after["norms"])
+        for kind in ("weights", "moments"):
+            assert all(torch.equal(after[kind][name], value) for name, value in whole[kind].items())
