@@ -6,17 +6,29 @@ Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (wi
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from arplus.config import checked, dotted_names, flag, unknown_key
+from arplus import storage
+from arplus.config import (
+    PRESETS,
+    TrainConfig,
+    checked,
+    dotted_names,
+    flag,
+    from_dict,
+    preset,
+    tiny,
+    to_dict,
+    unknown_key,
+)
 from arplus.errors import UserError
 
 T = TypeVar("T")
 
 
-def parse(default: T, arguments: Sequence[str], *, prog: str, description: str) -> T:
+def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
     ``--help`` prints every setting with its default and exits 0. Raises :class:`UserError` for an unknown flag (with
@@ -37,6 +49,72 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str) 
         config=(tyro.conf.FlagConversionOff,),
     )
     return checked(config)
+
+
+class TrainCommand(NamedTuple):
+    """What the command line of a training job says."""
+
+    config: TrainConfig
+    dry_run: bool
+
+
+def train_command(arguments: Sequence[str], *, prog: str) -> TrainCommand:
+    """Reads ``PRESET [--tiny] [--config FILE] [--dry-run] [settings by dotted name]``.
+
+    Later ones win: the preset, ``--tiny``, the file, the settings. A file that a run wrote (``config.json``) names
+    its preset, so PRESET can then be left out. Raises :class:`UserError` as :func:`parse` does.
+    """
+    rest = list(arguments)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    shrink, dry_run = _take_switch(rest, "--tiny"), _take_switch(rest, "--dry-run")
+    file = _take_value(rest, "--config")
+    values: Any = storage.read_json(file) if file else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must hold a JSON object of settings")
+    if name is not None and values.get("preset", name) != name:
+        raise UserError(f"{file}: is of preset {values['preset']!r}, not {name!r}; leave PRESET out or make them agree")
+    name = name or values.get("preset")
+    if name is None and not {"-h", "--help"} & set(rest):
+        raise UserError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
+    default = preset(name or "arplus")
+    default = tiny(default) if shrink else default
+    if values:
+        from_dict(TrainConfig, values, source=str(file))  # so that messages name the file
+        default = from_dict(TrainConfig, _merged(to_dict(default), values), source=str(file))
+    description = (
+        f"Trains one of the paper's rows. PRESET is one of {', '.join(PRESETS)}. --tiny shrinks it to seconds of "
+        f"training, --config FILE reads settings from a JSON file such as a run's config.json, --dry-run prints what "
+        f"would be trained and starts nothing. The defaults below are those of {default.preset}."
+    )
+    return TrainCommand(parse(default, rest, prog=f"{prog} PRESET", description=description), dry_run)
+
+
+def _take_switch(arguments: list[str], name: str) -> bool:
+    found = name in arguments
+    arguments[:] = [argument for argument in arguments if argument != name]
+    return found
+
+
+def _take_value(arguments: list[str], name: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            del arguments[i]
+            return argument.partition("=")[2]
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise UserError(f"{name}: needs a value")
+            value = arguments[i + 1]
+            del arguments[i : i + 2]
+            return value
+    return None
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``changes``, section by section."""
+    return base | {
+        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in changes.items()
+    }
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -7,6 +7,7 @@ reads the ``config.json`` that every run writes, and is the one place where valu
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -166,6 +167,10 @@ class TrainConfig:
     """Stop after this many optimizer steps in all, even in mid-epoch."""
     validate_every: Annotated[int, Gt(0)] | None = None
     """Steps between validations within an epoch; there is always one at the end of each epoch."""
+    checkpoint_every: Annotated[int, Gt(0)] | None = None
+    """Steps between checkpoints beside those after each validation."""
+    keep_checkpoints: Annotated[int, Gt(0)] = 2
+    """Newest checkpoints kept, beside the best one."""
     log_every: Annotated[int, Gt(0)] = 20
     """Steps between log lines and tracked points."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
@@ -218,9 +223,9 @@ class PrepareConfig:
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
     """Stop, with nothing committed, when more than this share of the records is rejected."""
     valid: Annotated[float, Ge(0)] = 20_000
-    """Validation sessions: a share below 1, or a number; at most 5 % of the sessions."""
+    """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
     test: Annotated[float, Ge(0)] = 20_000
-    """Test sessions: a share below 1, or a number; at most 5 % of the sessions."""
+    """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
     max_utterance_characters: Annotated[int, Gt(0)] = 15
     """Characters kept of an utterance."""
     max_context_utterances: Annotated[int, Gt(0)] = 7
@@ -244,6 +249,116 @@ class PrepareConfig:
             yield "input", "is required: the URI of a JSON-lines file or of a folder of them"
         if not self.output:
             yield "output", "is required: the URI of the data set to make"
+        for name in ("valid", "test"):
+            wanted = getattr(self, name)
+            if wanted >= 1 and wanted != int(wanted):
+                yield name, f"must be a share below 1 or a whole number of sessions (got {wanted})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeConfig:
+    """Writes generated records in PersonalDialog's raw form, with planted duplicates and broken lines."""
+
+    output: str = ""
+    """URI of a new folder of part files, or of one file that ends in .jsonl, .jsonl.gz or .jsonl.zst."""
+    records: Annotated[int, Gt(0), Le(400_000_000)] = 10_000
+    """Lines in all, duplicates and broken ones among them."""
+    duplicates: Annotated[int, Ge(0)] = 0
+    """Lines that repeat an earlier record: half of them exactly, the others with more white space."""
+    broken: Annotated[int, Ge(0)] = 0
+    """Lines that hold no valid record: truncated, of wrong types, not UTF-8, …"""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of everything; the same settings give the same bytes."""
+    persona_answers: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the exchanges in which one asks for place, gender or hobby and the reply answers from the responder's
+    profile. Near zero in the real data (0 of 179 replies); turned up, it makes the use of personas measurable."""
+    chatterbot: bool = False
+    """Append the Chinese part of chatterbot-corpus (real text, random personas) to the records."""
+    part_records: Annotated[int, Gt(0)] = 100_000
+    """Lines a part file, when the output is a folder."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.output:
+            yield "output", "is required: the URI of the folder or file to write"
+        if self.duplicates + self.broken > self.records:
+            yield (
+                "records",
+                f"counts all lines, so it must be at least duplicates + broken = {self.duplicates} + {self.broken} "
+                f"(got {self.records})",
+            )
+        elif self.duplicates and self.duplicates + self.broken == self.records:
+            yield "duplicates", f"leave no record to be repeated (records = {self.records}, broken = {self.broken})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How replies are drawn: nucleus sampling (Holtzman et al. 2019). The defaults are the paper's."""
+
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """Divides the logits; 0 takes the likeliest character each time (greedy)."""
+    top_p: Annotated[float, Ge(0), Le(1)] = 0.9
+    """Nucleus: the likeliest characters up to this probability, the first past it included; 0 keeps all."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Keep at most this many characters, before the nucleus is taken; 0 keeps all."""
+    max_characters: Annotated[int, Gt(0)] = 15
+    """Longest reply."""
+    min_characters: Annotated[int, Ge(0)] = 1
+    """Shortest reply: until then no special token, which would end it, can be drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Computes the metrics of a checkpoint on one split of a prepared data set."""
+
+    checkpoint: str = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    data: str = ""
+    """URI of a prepared data set with the checkpoint's vocabularies."""
+    split: str = "test"
+    """Split of the data set."""
+    json: str | None = None
+    """URI of a JSON file to write the metrics to."""
+    batch_size: Annotated[int, Gt(0)] = 64
+    """Examples a batch; the paper-compatible metrics are means over batches, so they depend on it."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of the replies."""
+    mlflow: str | None = None
+    """MLflow tracking URI; by default that of the training run, whose MLflow run takes the metrics."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """The replies."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.checkpoint:
+            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
+        if not self.data:
+            yield "data", "is required: the URI of a prepared data set"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A conversation with a checkpoint under a chosen persona; with --say one reply."""
+
+    checkpoint: str = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    gender: Literal["男", "女", "male", "female", ""] = ""
+    """Gender of the model's persona; empty is unknown."""
+    location: str = ""
+    """Place of the model's persona, as in "四川 成都"; empty is unknown."""
+    tags: str = ""
+    """Interests of the model's persona, joined by ";"."""
+    say: str | None = None
+    """Answer this utterance and stop; without it, a conversation on the terminal."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of the replies."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """The replies."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.checkpoint:
+            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
 
 
 AR = ModelConfig(
@@ -354,6 +469,11 @@ def dotted_names(cls: Any, prefix: str = "") -> Iterator[str]:
             yield from dotted_names(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield prefix + f.name
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {name: functools.reduce(getattr, name.split("."), config) for name in dotted_names(type(config))}
 
 
 def flag(name: str) -> str:

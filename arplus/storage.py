@@ -19,12 +19,19 @@ from arplus.errors import UserError
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it. Raises :class:`UserError` for a scheme that is not supported."""
-    scheme = urlsplit(uri).scheme
-    if scheme == "s3":
-        return fs.S3FileSystem(request_timeout=60, connect_timeout=10), uri.removeprefix("s3://").rstrip("/")
-    if scheme in ("", "file"):
+    if urlsplit(uri).scheme == "s3":
+        # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        filesystem = fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
+        return filesystem, uri.removeprefix("s3://").rstrip("/")
+    if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
     raise UserError(f"{uri}: only local paths and s3:// URIs are supported")
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is on this machine's file system."""
+    return urlsplit(uri).scheme in ("", "file")
 
 
 def absolute(uri: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arplus.config import SpecialIds, VocabularySizes, special_ids
+from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
 
 Int = NDArray[np.int32]
 
@@ -42,6 +42,11 @@ class Layout:
     """Personas as words of the persona vocabulary (MemN2N), else as characters."""
     infilling: bool
     """Whether the auxiliary task is infilling, so that batches carry infilled responses."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, sizes: VocabularySizes) -> "Layout":
+        """What a model of this configuration reads."""
+        return cls(sizes=sizes, persona_words=model.memory_hops > 0, infilling=model.auxiliary == "infilling")
 
     @property
     def persona_columns(self) -> tuple[str, str, str]:
@@ -174,7 +179,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _unit(x: NDArray[np.uint64]) -> NDArray[np.float64]:
-    return (x >> np.uint64(11)) * 2.0**-53
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _ragged(column: pa.ChunkedArray) -> Ragged:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from arplus import storage
+from arplus.config import VocabularySizes
 from arplus.errors import UserError
-from arplus.text import Vocabulary
+from arplus.text import Vocabulary, sizes
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -60,6 +61,11 @@ class Dataset:
     def fingerprint(self) -> str:
         """Digest of the rules, the vocabularies and every row in order."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def sizes(self) -> VocabularySizes:
+        """Sizes of the two vocabularies."""
+        return sizes(self.characters, self.persona_words)
 
     def split(self, name: str) -> Split:
         """A split by name. Raises :class:`UserError` for an unknown one."""

@@ -15,6 +15,7 @@ mid-stream (ray#66085), the second drops rows (ray#63285). The last batch of an 
 that are not counted.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -140,6 +141,7 @@ class Feed:
         for table in dataset.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=self.config.prefetch
         ):
+            assert isinstance(table, pa.Table)
             rows = table.slice(skip, left)
             skip = 0
             left -= len(rows)
@@ -152,15 +154,13 @@ class Feed:
         context.execution_options.preserve_order = True  # ray#35053
         # A block of ``range`` is one row here, so one window is one task.
         return ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-            _prepare,
-            fn_args=(windows.start, epoch, self.order, self.layout, self.place),
+            functools.partial(_prepare, windows.start, epoch, self.order, self.layout, self.place),
             batch_size=None,
             num_cpus=TASK_CPUS,
         )
 
 
-def _prepare(item: dict[str, NDArray[np.int64]], first_window: int, *arguments: Any) -> pa.Table:
-    epoch, order, layout, place = arguments
+def _prepare(first_window: int, epoch: int, order: Order, layout: Layout, place: Place, item: Any) -> pa.Table:
     (index,) = item["id"]
     return prepare_window(epoch, first_window + int(index), order, layout, place)
 
@@ -192,8 +192,11 @@ def _serialise(arrays: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _batch(fields: list[dict[str, Any]]) -> Batch:
-    tensors = {
-        f["name"]: torch.from_numpy(np.frombuffer(bytearray(f["data"]), f["dtype"]).reshape(f["shape"])) for f in fields
-    }
+def as_batch(arrays: dict[str, NDArray[Any]]) -> Batch:
+    """A :class:`Batch` of the arrays that :meth:`arplus.data.collate.Window.batch` gives."""
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(**{"infilled_BU": None, **tensors})
+
+
+def _batch(fields: list[dict[str, Any]]) -> Batch:
+    return as_batch({f["name"]: np.frombuffer(bytearray(f["data"]), f["dtype"]).reshape(f["shape"]) for f in fields})

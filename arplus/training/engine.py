@@ -7,11 +7,16 @@ There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce
 """
 
 import contextlib
+import os
 from typing import Any, NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import, which else warns of a missing accelerator
 
 import deepspeed
 import deepspeed.ops
-import torch
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,

@@ -13,9 +13,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
 from arplus.data.feed import Feed, Step
-from arplus.training.checkpoint import Progress
 from arplus.training.engine import Engine, NonFiniteLossError, StepResult
 
 log = logging.getLogger(__name__)

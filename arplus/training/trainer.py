@@ -1,10 +1,14 @@
 """One training run as a Ray Train job: workers, engine, feed, tracking and checkpoints put together."""
 
+import json
 import logging
 import os
+import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
 from uuid import uuid4
 
 import ray.train
@@ -15,15 +19,16 @@ from ray.experimental import tqdm_ray
 from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
-from arplus import storage, tracking
-from arplus.config import TrainConfig, VocabularySizes, to_dict
+from arplus import checkpoint, storage, tracking
+from arplus.checkpoint import Progress, TrainState
+from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
 from arplus.data.collate import Layout
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
 from arplus.errors import UserError
+from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
-from arplus.training import checkpoint, preflight
-from arplus.training.checkpoint import Progress, TrainState
+from arplus.training import preflight
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.loop import Hooks, describe, fit, total_steps
 
@@ -36,9 +41,15 @@ class Job:
 
     config: TrainConfig
     run_uri: str
-    mlflow_uri: str
-    mlflow_run_id: str
+    tracked: tracking.Run
     progress_bar: bool
+
+    @property
+    def record(self) -> Path:
+        """The local JSONL record of what is tracked: in the run's folder, a temporary one where that is remote."""
+        if storage.is_local(self.run_uri):
+            return Path(storage.resolve(self.run_uri)[1]) / "tracking.jsonl"
+        return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -52,29 +63,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     scaling = preflight.scaling(config)
     run_uri = storage.join(config.storage, config.run_name)
     resumed = _resumed(run_uri, config, dataset)
-    mlflow_uri = config.mlflow or tracking.default_uri(config.storage)
-    tracker = tracking.start_run(
-        mlflow_uri,
+    tracked = tracking.start_run(
+        config.mlflow or tracking.default_uri(config.storage),
         config.experiment,
         config.run_name,
-        tags={"preset": config.preset, "fingerprint": dataset.fingerprint, **tracking.git_tags()},
-        params=to_dict(config),
+        tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()},
+        params=flat(config),
         resume_run_id=resumed.mlflow_run_id if resumed else None,
     )
     storage.write_json(storage.join(run_uri, "config.json"), to_dict(config))
-    job = Job(
-        config=config,
-        run_uri=run_uri,
-        mlflow_uri=mlflow_uri,
-        mlflow_run_id=tracker.run_id,
-        progress_bar=sys.stderr.isatty(),
-    )
+    job = Job(config=config, run_uri=run_uri, tracked=tracked, progress_bar=sys.stderr.isatty())
+    tracker = tracking.Tracker(tracked, record=job.record)
+    tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
+    tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     filesystem, path = storage.resolve(storage.join(run_uri, "ray"))
-    status = "FAILED"
+    status: tracking.Status = "FAILED"
     try:
-        result = TorchTrainer(
-            _worker,
-            train_loop_config=asdict(job) | {"config": config},
+        trainer: Any = TorchTrainer(
+            cast(Any, _worker),  # its annotation forbids the return value that it documents
+            train_loop_config={"job": job},
             scaling_config=scaling,
             # Checkpoints are ours, so Ray's own record of an attempt has a name that no later attempt resumes from.
             run_config=RunConfig(
@@ -83,11 +90,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0),
             ),
-        ).fit()
-        outcome = result.return_value
+        )
+        outcome = trainer.fit().return_value
         if "error" in outcome:
             raise NonFiniteLossError(outcome["error"])
         storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome)
+        tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
+        _log_best(tracker, run_uri, dataset)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -112,11 +121,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[Feed, Feed]:
     """The training and the validation feed of one worker."""
-    layout = Layout(
-        sizes=sizes,
-        persona_words=config.model.memory_hops > 0,
-        infilling=config.model.auxiliary == "infilling",
-    )
+    layout = Layout.of(config.model, sizes)
 
     def feed(split: str, shuffled: bool) -> Feed:
         order = Order(
@@ -130,6 +135,24 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
         return Feed(order, layout, place, config.feed)
 
     return feed("train", True), feed("valid", False)
+
+
+def code_version() -> str:
+    """The commit of the code that runs, "unknown" outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
+    """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
+    state = checkpoint.load(run_uri)
+    tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
+    folder = checkpoint.find(run_uri)
+    for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
+        tracker.log_file(storage.resolve(storage.join(folder, name))[1], "checkpoint")
 
 
 def _resumed(run_uri: str, config: TrainConfig, dataset: Dataset) -> TrainState | None:
@@ -150,7 +173,7 @@ def _resumed(run_uri: str, config: TrainConfig, dataset: Dataset) -> TrainState 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    job = Job(**arguments)
+    job: Job = arguments["job"]
     try:
         return _run(job)
     except NonFiniteLossError as error:
@@ -166,7 +189,7 @@ def _run(job: Job) -> dict[str, Any]:
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
         torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
     dataset = Dataset.open(config.data)
-    sizes = VocabularySizes(characters=dataset.characters.size, persona_words=dataset.persona_words.size)
+    sizes = dataset.sizes
     train_feed, valid_feed = feeds(config, dataset, sizes, context.get_world_rank())
     state = _newest(job)
     torch.manual_seed(config.seed)
@@ -220,7 +243,7 @@ class RunHooks(Hooks):
         self.bar = None
         self.tracker = None
         if dist.get_rank() == 0:
-            self.tracker = tracking.attach(job.mlflow_uri, job.mlflow_run_id)
+            self.tracker = tracking.Tracker(job.tracked, record=job.record)
             if job.progress_bar:
                 self.bar = tqdm_ray.tqdm(total=steps, desc=job.config.run_name)
 
@@ -269,7 +292,7 @@ class RunHooks(Hooks):
                 persona_words=self.dataset.persona_words,
                 weights=weights,
                 moments=moments,
-                mlflow_run_id=self.job.mlflow_run_id,
+                mlflow_run_id=self.job.tracked.run_id,
             )
             self.newest = checkpoint.save(self.job.run_uri, state)
             if self.improved and progress.best_response_ppl is not None:
@@ -287,13 +310,13 @@ class RunHooks(Hooks):
             "steps": progress.step,
             "examples": progress.examples,
             "best_response_ppl": progress.best_response_ppl,
-            "mlflow_run_id": self.job.mlflow_run_id,
+            "mlflow_run_id": self.job.tracked.run_id,
             **{f"valid/{k}": v for k, v in self.validation.items()},
         }
 
     def close(self) -> None:
-        """Flushes what is tracked; the driver closes the MLflow run itself."""
+        """Sends what waits; the driver ends the MLflow run itself."""
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
-            self.tracker.flush()
+            self.tracker.close()

@@ -28,7 +28,7 @@ from arplus import storage
 from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
 from arplus.errors import UserError
 from arplus.model.arplus import ARPlus
-from arplus.text import Vocabulary
+from arplus.text import Vocabulary, sizes
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class TrainState:
     @property
     def sizes(self) -> VocabularySizes:
         """Sizes of the vocabularies."""
-        return VocabularySizes(characters=self.characters.size, persona_words=self.persona_words.size)
+        return sizes(self.characters, self.persona_words)
 
 
 def save(run_uri: str, state: TrainState) -> str:
@@ -115,14 +115,17 @@ def load(uri: str, *, moments: bool = False) -> TrainState:
             raise UserError(f"{storage.join(uri, name)}: does not match its manifest; take another checkpoint")
         return data
 
+    def vocabulary(name: str) -> Vocabulary:
+        return Vocabulary.from_bytes(read(name), source=storage.join(uri, name))
+
     facts = json.loads(read("state.json"))
     return TrainState(
         config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
         progress=Progress(**facts["progress"]),
         schedule=facts["schedule"],
         mlflow_run_id=facts["mlflow_run_id"],
-        characters=Vocabulary.from_bytes(read("characters.txt")),
-        persona_words=Vocabulary.from_bytes(read("persona_words.txt")),
+        characters=vocabulary("characters.txt"),
+        persona_words=vocabulary("persona_words.txt"),
         weights=safetensors.torch.load(read("weights.safetensors")),
         moments=safetensors.torch.load(read("optimizer.safetensors")) if moments else {},
     )

@@ -1,0 +1,65 @@
+# make demo | test | check | soak | clean. The first one that is called sets up .venv (about 2.5 GB, some minutes).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+# Runs on this machine alone need no cluster token; on a cluster Ray's token authentication stays on (cluster/README.md).
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check soak clean
+
+help:
+	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
+	@echo "make test    the tests, without the long proofs"
+	@echo "make check   lint, format, types, spelling"
+	@echo "make soak    the long proofs"
+	@echo "make setup   only set up $(VENV)"
+	@echo "make clean   remove $(VENV), the demo's output and caches"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python lacks venv; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (about 2.5 GB, some minutes) ..."
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq -c constraints.txt -e '.[demo,test]'
+	@$(BIN)/pip check
+	@touch $@
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/python jobs/synthesize.py --records 20000 --duplicates 400 --broken 40 --persona-answers 0.5 --chatterbot True --seed 1 --output $(DEMO)/raw
+	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
+	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 2 --seed 1
+	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --split test --json $(DEMO)/evaluation.json
+	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say 你是哪里人 --seed 1
+	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 女 --location '广东 广州' --tags '美食;旅游' --say 你是哪里人 --seed 1
+	@echo
+	@echo "See the run in MLflow, then open http://127.0.0.1:5000 in a browser:"
+	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(DEMO)/runs/mlflow.db"
+	@echo "Train on your own data (one JSON record a line, the form is in README.md):"
+	@echo "  $(BIN)/python jobs/prepare.py --input YOUR_RECORDS --output data"
+	@echo "  $(BIN)/python jobs/train.py arplus --data data --run-name first"
+
+test: setup
+	$(BIN)/python -m pytest -m "not soak"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""Raw line → session, or the reason why not.
+
+Every form of the data set is read: the raw one (utterances and tags in one-element lists), the flatter Hugging Face
+one (also with the profiles as columns), tags as one string, and test records with ``responder_profile`` (or
+``response_profile``) and ``golden_response``, which becomes the last utterance, spoken by that profile.
+
+:func:`parse_line` runs once a record and is the bottleneck of the whole preparation (some 10 µs a record), hence the
+exact type checks and the few allocations.
+"""
+
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import orjson
+
+from arplus.text import FEMALE, MALE, VARIATION_SELECTOR
+
+HASH_BYTES = 16
+"""Bytes of every hash that duplicates are found by."""
+
+REJECT_REASONS = {
+    "invalid_utf8": "the line is not UTF-8",
+    "invalid_json": "the line is not JSON (cut, or with a lone surrogate or a raw control character)",
+    "not_an_object": "the line is JSON, but no object",
+    "dialog": "`dialog` is missing or no list",
+    "empty_dialogue": "`dialog` has no utterance",
+    "utterance": "an utterance is neither a string nor a list of one string",
+    "profile": "`profile` is missing or no list of objects",
+    "gender": "a gender is none of male, female and the empty string",
+    "loc": "a location is no string",
+    "tag": "tags are neither a string nor a list of strings",
+    "uid": "`uid` is no list of whole numbers",
+    "uid_length": "`uid` has not one entry an utterance",
+    "uid_out_of_range": "`uid` (or, without it, alternation) names a profile that is not there",
+    "golden_response": "`golden_response` or its profile is missing, or of a wrong type",
+}
+"""Every reason for which a line can be rejected, in words."""
+
+_GENDERS = {"male": MALE, "female": FEMALE, "": ""}
+
+
+class Profile(NamedTuple):
+    """A speaker's persona as words."""
+
+    words: tuple[str, ...]
+    """Gender (男, 女 or empty), place (province and city joined, or empty), then the tags, each once."""
+    key: str
+    """Gender, place and the set of tags as one string: equal for what counts as the same profile."""
+
+
+class Session(NamedTuple):
+    """One dialogue with its speakers, normalised."""
+
+    utterances: list[str]
+    """Without white space and U+FE0F; may be empty."""
+    speakers: list[int]
+    """For each utterance, which profile speaks."""
+    profiles: list[Profile]
+    """Any number of them."""
+    uid_missing: bool
+    """True where the record does not say who speaks and alternation was assumed."""
+    dialogue_hash: bytes
+    """Of the utterances without white space."""
+    record_hash: bytes
+    """Of the utterances without white space, who speaks them, and the profiles."""
+
+
+class Reject(NamedTuple):
+    """A line that is no session."""
+
+    reason: str
+    """One of :data:`REJECT_REASONS`."""
+
+
+def parse_line(line: bytes) -> Session | Reject:
+    """Reads one line without its line ending. Never raises: what is no session is a :class:`Reject`."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return Reject(_why_not_json(line))
+    if type(record) is not dict:
+        return Reject("not_an_object")
+    dialog = record.get("dialog")
+    if type(dialog) is not list:
+        return Reject("dialog")
+    if not dialog:
+        return Reject("empty_dialogue")
+    raw_profiles = record.get("profile")
+    if type(raw_profiles) is dict:
+        raw_profiles = _rows(raw_profiles)
+    if type(raw_profiles) is not list:
+        return Reject("profile")
+
+    utterances = []
+    for item in dialog:
+        if type(item) is list and len(item) == 1:
+            item = item[0]
+        if type(item) is not str:
+            return Reject("utterance")
+        utterances.append("".join(item.split()))
+    profiles = [_parse_profile(raw) for raw in raw_profiles]
+    for profile in profiles:
+        if type(profile) is Reject:
+            return profile
+
+    speakers = record.get("uid")
+    uid_missing = speakers is None
+    if uid_missing:
+        speakers = [i & 1 for i in range(len(utterances))]
+    elif type(speakers) is not list:
+        return Reject("uid")
+    if len(speakers) != len(utterances):
+        return Reject("uid_length")
+    last = len(profiles) - 1
+    for speaker in speakers:
+        if type(speaker) is not int:
+            return Reject("uid")
+        if not 0 <= speaker <= last:
+            return Reject("uid_out_of_range")
+
+    if "golden_response" in record:
+        reject = _append_golden_response(record, utterances, speakers, profiles)
+        if reject:
+            return reject
+
+    text = "\n".join(utterances)
+    data = text.encode()
+    dialogue_hash = blake2b(data, digest_size=HASH_BYTES).digest()
+    # No part holds white space, so the joined string cannot be read in two ways.
+    who = "\n".join([str(speakers), *[profile.key for profile in profiles]])
+    record_hash = blake2b(dialogue_hash + who.encode(), digest_size=HASH_BYTES).digest()
+    if VARIATION_SELECTOR in text:
+        utterances = [u.replace(VARIATION_SELECTOR, "") for u in utterances]
+    return Session(utterances, speakers, profiles, uid_missing, dialogue_hash, record_hash)
+
+
+@lru_cache(maxsize=1 << 15)
+def make_profile(gender: str, location: str, tags: str) -> Profile:
+    """A profile from its raw strings: ``male``, ``female`` or empty; "省 市"; tags joined by ``;``.
+
+    White space and U+FE0F disappear: "四川 成都" is the one word 四川成都. Raises KeyError for another gender, and
+    AttributeError for what is no string.
+    """
+    gender, location, tags = _GENDERS[gender], "".join(location.split()), "".join(tags.split())
+    if VARIATION_SELECTOR in location or VARIATION_SELECTOR in tags:
+        location, tags = location.replace(VARIATION_SELECTOR, ""), tags.replace(VARIATION_SELECTOR, "")
+    if not tags:
+        return Profile((gender, location), f"{gender}\t{location}\t")
+    words = dict.fromkeys([word for word in tags.split(";") if word])
+    return Profile((gender, location, *words), f"{gender}\t{location}\t{';'.join(sorted(words))}")
+
+
+def _parse_profile(raw: Any) -> Any:
+    """A :class:`Profile` or a :class:`Reject` (``Any``: the caller tells by type, at no cost)."""
+    try:
+        tags = raw["tag"]
+        return make_profile(raw["gender"], raw["loc"], tags[0] if type(tags) is list and len(tags) == 1 else tags)
+    except (TypeError, KeyError, AttributeError):  # not the usual form
+        return _parse_unusual_profile(raw)
+
+
+def _parse_unusual_profile(raw: Any) -> Profile | Reject:
+    """The same for missing and null items and several tags in a list, and with the reason for what is wrong."""
+    if type(raw) is not dict:
+        return Reject("profile")
+    gender, location, tags = raw.get("gender"), raw.get("loc"), raw.get("tag")
+    gender, location = "" if gender is None else gender, "" if location is None else location
+    if type(gender) is not str or gender not in _GENDERS:
+        return Reject("gender")
+    if type(location) is not str:
+        return Reject("loc")
+    if type(tags) is not list:
+        tags = [] if tags is None else [tags]
+    if not all(type(tag) is str for tag in tags):
+        return Reject("tag")
+    return make_profile(gender, location, ";".join(tags))
+
+
+def _append_golden_response(
+    record: dict[str, Any], utterances: list[str], speakers: list[int], profiles: list[Profile]
+) -> Reject | None:
+    """Adds a test record's reference reply as the last utterance, spoken by a profile of its own."""
+    text = record["golden_response"]
+    if type(text) is list and len(text) == 1:
+        text = text[0]
+    if type(text) is not str:
+        return Reject("golden_response")
+    profile = _parse_profile(record.get("responder_profile", record.get("response_profile")))
+    if type(profile) is Reject:
+        return Reject("golden_response")
+    utterances.append("".join(text.split()))
+    speakers.append(len(profiles))
+    profiles.append(profile)
+    return None
+
+
+def _rows(columns: dict[str, Any]) -> Any:
+    """Profiles from the columns in which `datasets` hands out a sequence of objects; None where they do not fit."""
+    parts = [columns.get(name) for name in ("gender", "loc", "tag")]
+    if not all(type(part) is list for part in parts) or len({len(part) for part in parts if part is not None}) != 1:
+        return None
+    return [{"gender": g, "loc": place, "tag": t} for g, place, t in zip(*parts, strict=True)]
+
+
+def _why_not_json(line: bytes) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "invalid_utf8"
+    return "invalid_json"

@@ -1,0 +1,88 @@
+"""Replies of a checkpoint: in a conversation, and to examples of a data set."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import orjson
+import torch
+
+from arplus.checkpoint import TrainState, build_model
+from arplus.config import Sampling
+from arplus.data.collate import Draws, Layout, Window
+from arplus.data.dataset import Dataset
+from arplus.data.examples import encode_sessions
+from arplus.data.feed import Order, as_batch
+from arplus.data.records import Reject, parse_line
+from arplus.data.sessions import to_table
+from arplus.errors import UserError
+from arplus.model.batch import Batch
+from arplus.model.generate import generate
+
+_GENDERS = {"男": "male", "女": "female"}
+
+
+def raw_profile(gender: str, location: str, tags: str) -> dict[str, object]:
+    """A profile in PersonalDialog's raw form: 男, 女, male, female or empty; "省 市"; tags joined by ``;``."""
+    return {"gender": _GENDERS.get(gender, gender), "loc": location, "tag": [tags]}
+
+
+class Responder:
+    """Answers utterances under a chosen persona, in the form in which the model was trained."""
+
+    def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
+        self.state = state
+        self.model = build_model(state)
+        self.profile = profile
+        self.sampling = sampling
+        self.random = torch.Generator().manual_seed(seed)
+
+    def reply(self, utterances: Sequence[str]) -> str:
+        """The reply to a conversation whose last utterance is the other's; speakers alternate, the other begins.
+
+        Raises :class:`UserError` where there is nothing to answer or the persona is malformed.
+        """
+        batch = self._batch(utterances)
+        ids = generate(self.model, batch, self.sampling, self.random)[0]
+        return self.state.characters.decode(ids.tolist())
+
+    def _batch(self, utterances: Sequence[str]) -> Batch:
+        # The reply to come is a stand-in of one character; generation does not read it.
+        turns = [*utterances, "。"]
+        record = {
+            "dialog": [[text] for text in turns],
+            "profile": [raw_profile("", "", ""), self.profile],
+            "uid": [i % 2 for i in range(len(turns))],
+        }
+        session = parse_line(orjson.dumps(record))
+        if isinstance(session, Reject):
+            raise UserError(f"this cannot be answered: {session.reason}")
+        sessions = to_table([session], np.zeros(1, np.int64), session.record_hash)
+        examples = encode_sessions(
+            sessions, self.state.characters, self.state.persona_words, incomplete_personas="keep"
+        ).table
+        if not len(examples):
+            raise UserError("--say: there is nothing to answer in it")
+        window = Window(examples, Layout.of(self.state.config.model, self.state.sizes))
+        return as_batch(window.batch(np.array([len(examples) - 1]), np.ones(1, bool), Draws(0, 0)))
+
+
+def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
+    """Readable replies to the first ``n`` validation examples: context, persona, reference and reply of each."""
+    layout = Layout.of(state.config.model, state.sizes)
+    order = Order(split=dataset.split("valid"), batch_size=n, window_batches=1, seed=0, shuffled=False)
+    if not order.split.examples:
+        return "no validation examples\n"
+    table = order.read(0, 0, [*layout.columns, *({"target_words"} - set(layout.columns))])
+    rows = np.arange(len(table))
+    batch = as_batch(Window(table, layout).batch(rows, np.ones(len(rows), bool), Draws(0, 0)))
+    replies = generate(build_model(state), batch, Sampling(), torch.Generator().manual_seed(0))
+    blocks = []
+    for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):
+        context = "".join(dataset.characters.token(i) for i in example["context"]).replace("[SEP]", " / ")
+        persona = " ".join(dataset.persona_words.token(i) for i in example["target_words"])
+        blocks.append(
+            f"context    {context}\npersona    {persona}\n"
+            f"reference  {dataset.characters.decode(example['response'])}\n"
+            f"reply      {dataset.characters.decode(reply)}\n"
+        )
+    return "\n".join(blocks)

@@ -1,0 +1,108 @@
+"""Attention routing: one query, one set of weights, and up to three routes O_prev, O_C and O_T (Eq. 1 and 2).
+
+Shape suffixes are those of :mod:`arplus.model.batch`; C is the width d / H of one head.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class KeyValue(NamedTuple):
+    """What can be attended to: keys and values of all heads, and which positions are real (None: all of them)."""
+
+    key_BHSC: Tensor
+    value_BHSC: Tensor
+    real_B11S: Tensor | None = None
+
+    def followed_by(self, new: "KeyValue") -> "KeyValue":
+        """These positions and then the new ones: the cache of step by step decoding."""
+        return KeyValue(torch.cat([self.key_BHSC, new.key_BHSC], 2), torch.cat([self.value_BHSC, new.value_BHSC], 2))
+
+
+class Routes(NamedTuple):
+    """The attention module's output."""
+
+    merged_BTD: Tensor
+    """O_merge = O_T + O_C + O_prev (Eq. 2), or as many of them as the model has."""
+    heads_BTD: Tensor | None
+    """The heads of O_T + O_C, before the output projection; None where only O_prev exists."""
+    own: KeyValue
+    """Keys and values of the sequence itself up to here."""
+
+
+class RouteOutput(nn.Linear):
+    """The output projection. Applied to a sum of routes it counts its bias once a route, as separate calls would."""
+
+    def forward(self, heads_BTD: Tensor, routes: int = 1) -> Tensor:
+        """Projects the summed heads of ``routes`` routes."""
+        return functional.linear(heads_BTD, self.weight, None if self.bias is None else self.bias * routes)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose weights serve the encoder and every route of the decoder."""
+
+    def __init__(self, d_model: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.p = heads, dropout
+        self.query = nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.output = RouteOutput(d_model, d_model)
+
+    def reset_parameters(self) -> None:
+        """Initialises as torch.nn.MultiheadAttention does: Xavier for the stacked (3d, d) matrix, biases zero."""
+        bound = math.sqrt(6 / (4 * self.query.in_features))
+        for module in (self.query, self.key_value):
+            nn.init.uniform_(module.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.output.weight)
+        for module in (self.query, self.key_value, self.output):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
+        """The encoder's self-attention."""
+        return self.output(self._attend(self._split(self.query(x_BSD)), self.keys_and_values(x_BSD, real_BS)))
+
+    def routes(self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None) -> Routes:
+        """The decoder's routes: from x to itself (causal), and to each memory, all with one query.
+
+        With ``past``, x is the one position that follows it. The routes are summed before the output projection.
+        """
+        query_BHTC = self._split(self.query(x_BTD))
+        own = self.keys_and_values(x_BTD)
+        if past is not None:
+            assert x_BTD.shape[1] == 1, "cached decoding goes one position at a time"
+            own = past.followed_by(own)
+        heads_BTD = self._attend(query_BHTC, own, causal=past is None)
+        if not memories:
+            return Routes(self.output(heads_BTD), None, own)
+        from_memory_BTD = torch.stack([self._attend(query_BHTC, memory) for memory in memories]).sum(0)
+        return Routes(self.output(heads_BTD + from_memory_BTD, 1 + len(memories)), from_memory_BTD, own)
+
+    def keys_and_values(self, x_BSD: Tensor, real_BS: Tensor | None = None) -> KeyValue:
+        """Keys and values of a sequence; of a memory they are the same in every application of a shared layer."""
+        key_BSD, value_BSD = self.key_value(x_BSD).chunk(2, dim=-1)
+        if real_BS is None:
+            return KeyValue(self._split(key_BSD), self._split(value_BSD))
+        # A sequence of padding alone attends to its padding, for want of a softmax over nothing, and finds zeros.
+        value_BSD = value_BSD * real_BS[:, :, None]
+        real_B11S = (real_BS | ~real_BS.any(1, keepdim=True))[:, None, None]
+        return KeyValue(self._split(key_BSD), self._split(value_BSD), real_B11S)
+
+    def _split(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _attend(self, query_BHTC: Tensor, to: KeyValue, causal: bool = False) -> Tensor:
+        # Padding follows the real ids, so a causal route needs no other mask.
+        attended_BHTC = functional.scaled_dot_product_attention(
+            query_BHTC,
+            to.key_BHSC,
+            to.value_BHSC,
+            attn_mask=to.real_B11S,
+            dropout_p=self.p if self.training else 0.0,
+            is_causal=causal,
+        )
+        return attended_BHTC.transpose(1, 2).flatten(2)

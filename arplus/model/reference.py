@@ -1,0 +1,209 @@
+"""Weights of the paper's own code (github.com/ghosthamlet/persona), so that its users keep what they have trained.
+
+Its ``state_dict`` holds shared tensors under several names, weights that are never used, and the tables of positions.
+Here each of our parameters knows every name that it can have there: the first one found is taken, the others must
+agree. Names that no version of that code has are an error.
+"""
+
+import dataclasses
+import io
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from arplus.config import ModelConfig, VocabularySizes
+from arplus.errors import UserError
+from arplus.model.arplus import ARPlus
+
+
+def parse_state(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors in a file's content: safetensors where ``name`` says so, else ``torch.save`` of a state_dict.
+
+    Of a file with ``param.*`` names (this repository's golden files) only these are taken. Raises
+    :class:`UserError` for a file that is neither.
+    """
+    try:
+        if name.endswith(".safetensors"):
+            state = safetensors.torch.load(data)
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than tensors; save the model's state_dict alone")
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
+        raise UserError(f"{name}: cannot be read as weights ({error})") from None
+    parameters = {key.removeprefix("param."): value for key, value in state.items() if key.startswith("param.")}
+    return parameters or dict(state)
+
+
+class Source(NamedTuple):
+    """Where one of our parameters comes from: any of ``names``, all of it or, of a stacked matrix, some row blocks."""
+
+    names: tuple[str, ...]
+    part: slice | None = None
+    """Blocks of d rows of MultiheadAttention's in_proj (query, key, value); None for the whole tensor."""
+
+
+_UNUSED = re.compile(
+    r"(context_emb|persona_emb|seq_emb|output_emb)\.(pos_encoder\.pe|emb\.weight|persona_emb\.weight|proj\.(weight|bias))"
+    r"|(post_encoder(\.transformer_encoder)?|resp_decoder)\.layers\.\d+\."
+    r"(cls|pre_norm|norm1|norm2)\.(weight|bias)"
+    r"|(post_encoder|resp_decoder)\.layers\.\d+\.resweight"
+)
+"""What the paper's code may hold without using it (which, depends on the row) or computes itself (positions)."""
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """For each of our parameters, its names in the paper's code. The first is the usual one."""
+    found: dict[str, Source] = {}
+    character_owners = ["context_emb.emb", "output_emb.emb", "seq_emb.emb"]
+    if config.memory_hops:
+        found["persona_words.weight"] = Source(("context_emb.persona_emb.weight", "persona_emb.emb.weight"))
+        last = config.memory_hops
+        for h in range(last + 1):
+            names = [f"mem_input.{h}.emb.weight"] * (h < last) + [f"mem_output.{h - 1}.emb.weight"] * (h > 0)
+            found[f"memory.tables.{h}.weight"] = Source(tuple(names))
+    else:
+        character_owners += ["persona_emb.emb", "context_emb.persona_emb"]
+    if config.tied_generator:
+        character_owners.append("generater.out")
+    else:
+        found["generator.weight"] = Source(("generater.out.weight",))
+    found["characters.weight"] = Source(tuple(f"{owner}.weight" for owner in character_owners))
+
+    inputs = {"context_input": "context_emb", "response_input": "output_emb"}
+    if not config.memory_hops:
+        inputs["persona_input"] = "persona_emb"
+    if config.memory_hops or config.auxiliary == "infilling":
+        inputs["auxiliary_input"] = "seq_emb"
+    layer_parts = {"attention.output": "{attention}.out_proj"}
+    if config.ff_bottleneck is None:
+        layer_parts |= {"feed_forward.0": "linear1", "feed_forward.3": "linear2"}
+    else:
+        factored = ("linear1", "fac_linear1", "fac_linear2", "linear2")
+        layer_parts |= {f"feed_forward.{i}": name for i, name in zip((0, 2, 4, 7), factored, strict=True)}
+    norms = ["pre_norm"] if config.rezero else ["norm1", "norm2"] + ["pre_norm"] * config.decoder_norm
+    layer_parts |= {name: name for name in norms}
+    for kind in ("weight", "bias"):
+        if config.embedding_size != config.d_model:
+            for ours, theirs in inputs.items():
+                found[f"{ours}.projection.{kind}"] = Source((f"{theirs}.proj.{kind}",))
+        for i in range(config.unique_layers):
+            for ours, theirs in layer_parts.items():
+                found[f"layers.{i}.{ours}.{kind}"] = Source(_layer_names(i, f"{theirs}.{kind}"))
+            stacked = _layer_names(i, "{attention}.in_proj_" + kind)
+            found[f"layers.{i}.attention.query.{kind}"] = Source(stacked, slice(0, 1))
+            found[f"layers.{i}.attention.key_value.{kind}"] = Source(stacked, slice(1, 3))
+    if config.rezero:
+        for i in range(config.unique_layers):
+            found[f"layers.{i}.gate.r"] = Source(_layer_names(i, "resweight"))
+    return found
+
+
+def _layer_names(i: int, name: str) -> tuple[str, ...]:
+    """Names of a layer's parameter in AR+'s encoder, in AR's, and in the decoder that shares it."""
+    stacks = ("post_encoder", "self_attn"), ("post_encoder.transformer_encoder", "self_attn")
+    return tuple(
+        f"{stack}.layers.{i}.{name.format(attention=attention)}"
+        for stack, attention in (*stacks, ("resp_decoder", "multihead_attn"))
+    )
+
+
+def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our ``state_dict`` from the paper code's. Raises :class:`UserError` for names missing, unknown or at odds."""
+    state = _plain(state)
+    known, ours, missing = set[str](), {}, []
+    for name, source in sources(config).items():
+        known.update(source.names)
+        present = [n for n in source.names if n in state]
+        if not present:
+            missing.append(source.names[0])
+            continue
+        value = state[present[0]]
+        for other in present[1:]:
+            if not torch.equal(state[other], value):
+                raise UserError(f"reference weights: {present[0]} and {other} differ, but the paper's code shares them")
+        if source.part is not None:
+            value = value[source.part.start * config.d_model : source.part.stop * config.d_model]
+        ours[name] = value.detach().float().clone()
+    if missing:
+        raise UserError(f"reference weights: this preset needs {_some(missing)}, which the file lacks; try another")
+    unknown = [name for name in state if name not in known and not _UNUSED.fullmatch(name)]
+    if unknown:
+        raise UserError(f"reference weights: this preset has no place for {_some(unknown)}; try another")
+    if config.tied_generator:
+        ours["generator.weight"] = ours["characters.weight"]
+    return ours
+
+
+def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, VocabularySizes]:
+    """The configuration of reference weights: sizes from their shapes, the rest (row, heads, layers) from ``base``.
+
+    Where ``base`` shares layers, its total number of layers stands; where not, the file's number of layers does.
+    Raises :class:`UserError` where the file cannot be of this row.
+    """
+    state = _plain(state)
+
+    def shape(*names: str) -> torch.Size:
+        for name in names:
+            if name in state:
+                return state[name].shape
+        raise UserError(f"reference weights: no {names[0]} in the file; is it a state_dict of the paper's code?")
+
+    characters, embedding_size = shape("context_emb.emb.weight", "output_emb.emb.weight", "seq_emb.emb.weight")
+    d_model = shape(*_layer_names(0, "{attention}.out_proj.weight"))[0]
+    first = shape(*_layer_names(0, "linear1.weight"))[0]
+    factored = [name for name in _layer_names(0, "fac_linear1.weight") if name in state]
+    hops = 1 + max((int(m[1]) for n in state if (m := re.match(r"mem_(?:in|out)put\.(\d+)\.", n))), default=-1)
+    unique = 1 + max(int(m[1]) for n in state if (m := re.search(r"\.layers\.(\d+)\.", n)))
+    for name, in_file, in_base in (
+        ("a MemN2N memory", hops > 0, base.memory_hops > 0),
+        ("a factored feed-forward layer", bool(factored), base.ff_bottleneck is not None),
+        ("an embedding of its own width", embedding_size != d_model, base.embedding_size != base.d_model),
+    ):
+        if in_file != in_base:
+            has, lacks = ("file", "preset") if in_file else ("preset", "file")
+            raise UserError(f"reference weights: the {has} has {name} and the {lacks} has not; choose another preset")
+    layers = unique if base.groups == 1 else base.layers
+    if layers % unique:
+        raise UserError(f"reference weights: {unique} layers in the file do not divide the preset's {layers} layers")
+    if d_model % base.heads:
+        raise UserError(f"reference weights: {base.heads} heads do not divide the file's d_model = {d_model}")
+    config = dataclasses.replace(
+        base,
+        layers=layers,
+        groups=layers // unique,
+        d_model=d_model,
+        embedding_size=embedding_size,
+        ff_size=state[factored[0]].shape[0] if factored else first,
+        ff_bottleneck=first if factored else None,
+        memory_hops=hops,
+    )
+    if not hops:
+        return config, VocabularySizes(characters=characters)
+    words = shape("context_emb.persona_emb.weight", "persona_emb.emb.weight")[0]
+    return config, VocabularySizes(characters=characters, persona_words=words)
+
+
+def load_reference(state: Mapping[str, Tensor], config: ModelConfig, sizes: VocabularySizes) -> ARPlus:
+    """A model with the paper code's weights. Raises :class:`UserError` where names or shapes do not fit."""
+    model = ARPlus(config, sizes)
+    ours, expected = from_reference(state, config), model.state_dict()
+    shapes = [(name, tuple(ours[name].shape), tuple(value.shape)) for name, value in expected.items()]
+    wrong = [f"{name} {theirs} instead of {wanted}" for name, theirs, wanted in shapes if theirs != wanted]
+    if wrong:
+        raise UserError(f"reference weights: wrong shapes for this preset and vocabulary: {_some(wrong)}")
+    model.load_state_dict(ours)
+    return model
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the prefix that DataParallel gives its names."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,28 @@
+"""MLflow, through its client alone: one run, fed in the background, that a dead server cannot hold up.
+
+The driver makes (or takes up) the run once with :func:`start_run` and hands the plain :class:`Run` to rank 0, which
+logs through a :class:`Tracker`. Whatever is logged goes to a JSONL record on the local disk first and to the server
+from a background thread; what a server missed can be filled in afterwards::
+
+    python -m arplus.tracking replay RECORD --mlflow URI
+
+Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only module that imports mlflow) · ``tracker``
+(logging) · ``replay``.
+"""
+
+from arplus.tracking.client import check_reachable, start_run
+from arplus.tracking.replay import replay
+from arplus.tracking.run import Run, default_uri, open_command, run_url
+from arplus.tracking.tracker import Status, Tracker
+
+__all__ = [
+    "Run",
+    "Status",
+    "Tracker",
+    "check_reachable",
+    "default_uri",
+    "open_command",
+    "replay",
+    "run_url",
+    "start_run",
+]

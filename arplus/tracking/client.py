@@ -1,0 +1,252 @@
+"""Everything that touches mlflow: connecting, starting a run, sending what was logged.
+
+MLflow is imported on first use: it takes seconds, and most of what imports this package never needs it.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arplus.errors import ResourceError, UserError
+from arplus.tracking.run import Run, absolute_uri, redacted
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Event = dict[str, Any]
+"""One thing that was logged; a line of the record. It holds ``run_id``, ``timestamp`` (milliseconds) and one of:
+``key, value, step`` (a metric), ``tag, value``, ``artifact, text``, ``artifact, file``, ``dataset``, ``status``."""
+
+METRICS_A_REQUEST = 1000
+"""MLflow's limit."""
+TAG_LENGTH = 5000
+"""Longest value of a tag that servers of the last years take."""
+_PARAM_LENGTH = 6000
+_REACH_S = 15.0
+"""Seconds a server has to answer before a job starts."""
+_SQLITE_S = 180.0
+"""Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
+_DIGEST_LENGTH = 36
+_FINAL_ERRORS = frozenset(
+    {
+        "BAD_REQUEST",
+        "CUSTOMER_UNAUTHORIZED",
+        "ENDPOINT_NOT_FOUND",
+        "INVALID_PARAMETER_VALUE",
+        "INVALID_STATE",
+        "PERMISSION_DENIED",
+        "RESOURCE_ALREADY_EXISTS",
+        "RESOURCE_DOES_NOT_EXIST",
+        "UNAUTHENTICATED",
+    }
+)
+"""MLflow's error codes that the same request would meet again."""
+
+
+# ------------------------------------------------------------------------------------------------------- connecting
+
+
+def make_client(uri: str) -> Any:
+    """An ``MlflowClient`` for ``uri``, quiet and impatient. A server is not contacted; a sqlite file is made."""
+    client_class = _load()
+    if not uri.startswith("sqlite:"):
+        return client_class(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:  # of two processes that make the tables at once, one would fail
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return client_class(uri)
+
+
+def connect(uri: str) -> Any:
+    """A client whose server has answered. Raises :class:`ResourceError` where it does not within about 15 seconds."""
+
+    def ask() -> Any:
+        client = make_client(uri)
+        client.search_experiments(max_results=1)
+        return client
+
+    _load()
+    with explained(uri):
+        return _within(_SQLITE_S if uri.startswith("sqlite:") else _REACH_S, ask)
+
+
+def check_reachable(uri: str) -> None:
+    """Raises :class:`ResourceError` when the server does not answer within about 15 seconds, or refuses us."""
+    connect(absolute_uri(uri))
+
+
+@contextlib.contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turns what MLflow raises into a :class:`ResourceError` that names the address and the flag."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ResourceError(
+            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); start it, or choose another with --mlflow"
+        ) from None
+
+
+def is_final(error: Exception) -> bool:
+    """Whether the same request would fail again, however long one waits."""
+    return isinstance(error, FileNotFoundError | TypeError) or getattr(error, "error_code", None) in _FINAL_ERRORS
+
+
+def brief(error: Exception) -> str:
+    """The start of an error's message, on one line and without a password."""
+    text = " ".join(redacted(str(error)).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _load() -> Any:
+    # MLflow has no settings a client, only the environment's. Its own are two minutes a request and seven retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow.tracking.client import MlflowClient
+
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of ``work``, or TimeoutError: a name that does not resolve outlasts any limit on requests."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, name="mlflow-check", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]
+
+
+# --------------------------------------------------------------------------------------------------------- starting
+
+
+def start_run(
+    uri: str,
+    experiment: str,
+    run_name: str,
+    *,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    parent_run_id: str | None = None,
+    resume_run_id: str | None = None,
+) -> Run:
+    """Makes a run, or takes up ``resume_run_id`` again: it is then RUNNING, with new tags and its first params.
+
+    Safe to call from several processes at once. A run to resume that the server no longer has is replaced by a new
+    one, with a warning. Raises :class:`ResourceError` for a server that does not answer and :class:`UserError` for an
+    experiment that was deleted.
+    """
+    uri = absolute_uri(uri)
+    client = connect(uri)
+    with explained(uri):
+        if resume_run_id is not None and (experiment_id := _reopened(client, resume_run_id)) is not None:
+            run = Run(uri, experiment_id, resume_run_id)
+        else:
+            experiment_id = _experiment_id(client, uri, experiment)
+            family = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+            created = client.create_run(experiment_id, tags=family, run_name=run_name)
+            run = Run(uri, experiment_id, created.info.run_id)
+        _describe(client, run.run_id, tags, params)
+    return run
+
+
+def _reopened(client: Any, run_id: str) -> str | None:
+    """Sets a run back to RUNNING and gives its experiment; None where it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        found = None
+    if found is None or found.info.lifecycle_stage != "active":
+        logger.warning("MLflow run %s was deleted or is on another server: a new run is started", run_id)
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return str(found.info.experiment_id)
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    # With sqlite there is no server to choose a place for artifacts; MLflow would take the working folder.
+    artifacts = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts") if uri.startswith("sqlite") else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another process was faster
+    if found.lifecycle_stage != "active":
+        raise UserError(f"--experiment {name}: was deleted in MLflow; restore it there or choose another name")
+    return str(found.experiment_id)
+
+
+def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+    """Logs tags, and those params that the run lacks: MLflow's params can be set once only."""
+    from mlflow.entities import Param, RunTag
+
+    known = client.get_run(run_id).data.params
+    client.log_batch(
+        run_id,
+        params=[Param(k, str(v)[:_PARAM_LENGTH]) for k, v in params.items() if k not in known],
+        tags=[RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- sending
+
+
+def send(client: Any, events: list[Event]) -> None:
+    """Sends metrics, or one event of another kind. Sending again what was sent changes nothing."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+    event = events[0]
+    run_id = event["run_id"]
+    if "key" in event:
+        client.log_batch(run_id, metrics=[Metric(e["key"], e["value"], e["timestamp"], e["step"]) for e in events])
+    elif "tag" in event:
+        client.set_tag(run_id, event["tag"], event["value"])
+    elif "text" in event:
+        client.log_text(run_id, event["text"], event["artifact"])
+    elif "file" in event:
+        client.log_artifact(run_id, event["file"], event["artifact"])
+    elif "dataset" in event:
+        name, fingerprint, source, context = (event["dataset"][k] for k in ("name", "fingerprint", "source", "context"))
+        kind = "s3" if source.startswith("s3://") else "local"
+        dataset = Dataset(name, digest(fingerprint), kind, json.dumps({"uri": source}))
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    elif "status" in event:
+        client.set_terminated(run_id, event["status"], event["timestamp"])
+
+
+def digest(fingerprint: str) -> str:
+    """A data set's fingerprint, cut to what MLflow takes."""
+    return fingerprint[:_DIGEST_LENGTH]

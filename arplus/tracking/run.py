@@ -1,0 +1,70 @@
+"""What a tracked run is, and the addresses where runs live."""
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from arplus import storage
+from arplus.errors import UserError
+
+
+class Run(NamedTuple):
+    """One MLflow run, as plain values that travel to the workers and into checkpoints."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+
+def default_uri(storage_uri: str) -> str:
+    """``MLFLOW_TRACKING_URI`` where it is set, else a sqlite file ``mlflow.db`` under the storage folder.
+
+    Raises :class:`UserError` for storage that is not a local folder: a sqlite file cannot live in a bucket.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    if "://" in storage_uri and not storage_uri.startswith("file://"):
+        raise UserError(
+            f"--storage {storage_uri}: MLflow's sqlite file needs a local folder; pass --mlflow with the address of "
+            "an MLflow server (http://…) or of a local file (sqlite:///…), or set MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{storage.resolve(storage_uri)[1]}/mlflow.db"
+
+
+def absolute_uri(uri: str) -> str:
+    """``uri`` as processes with another working folder understand it.
+
+    Raises :class:`UserError` for what is neither a server nor a sqlite file. (MLflow's plain folders are deprecated;
+    other databases belong behind a server, which knows where artifacts go.)
+    """
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/")
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    raise UserError(f"--mlflow {redacted(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
+
+
+def run_url(run: Run) -> str:
+    """The run's page: on its server, or for sqlite on the server that :func:`open_command` starts."""
+    server = redacted(run.uri) if run.uri.startswith("http") else "http://127.0.0.1:5000"
+    # MLflow 3 opens on a page about agents; only this address shows the run itself.
+    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def open_command(uri: str) -> str | None:
+    """The shell command that serves a sqlite store's pages on this machine; None where a server does already."""
+    if uri.startswith("http"):
+        return None
+    program = Path(sys.executable).with_name("mlflow")
+    with contextlib.suppress(ValueError):
+        program = program.relative_to(Path.cwd())
+    return f"{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(absolute_uri(uri))}"
+
+
+def redacted(text: str) -> str:
+    """``text`` with the user and password of its URLs masked: they belong in no log."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)

@@ -1,0 +1,34 @@
+"""Talks with a checkpoint under a chosen persona: see ``--help`` for every setting."""
+
+import sys
+
+from arplus import checkpoint, cli
+from arplus.config import ChatConfig
+from arplus.evaluation.replies import Responder, raw_profile
+
+
+def main() -> None:
+    """Answers ``--say`` and stops, or converses on the terminal until an empty line or the end of input."""
+    config = cli.parse(ChatConfig(), sys.argv[1:], prog="jobs/chat.py", description=ChatConfig.__doc__)
+    profile = raw_profile(config.gender, config.location, config.tags)
+    responder = Responder(checkpoint.load(config.checkpoint), profile, config.sampling, config.seed)
+    if config.say is not None:
+        print(responder.reply([config.say]))
+        return
+    print("Say something; an empty line ends the conversation.", file=sys.stderr)
+    utterances: list[str] = []
+    while said := _ask():
+        reply = responder.reply([*utterances, said])
+        print(reply)
+        utterances += [said, reply]
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,20 @@
+"""Turns raw records into an encoded data set: see ``--help`` for every setting."""
+
+import sys
+
+from arplus import cli, cluster
+from arplus.config import PrepareConfig
+from arplus.data.prepare import prepare, report
+
+
+def main() -> None:
+    """Reads the command line, prepares the data set, prints its counts and what to do next."""
+    config = cli.parse(PrepareConfig(), sys.argv[1:], prog="jobs/prepare.py", description=PrepareConfig.__doc__ or "")
+    cluster.connect()
+    manifest = prepare(config)
+    print(report(manifest))
+    print(f"\nNext: python jobs/train.py arplus --data {config.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

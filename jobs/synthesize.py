@@ -1,0 +1,22 @@
+"""Generates records in PersonalDialog's raw form: see ``--help`` for every setting."""
+
+import dataclasses
+import json
+import sys
+
+from arplus import cli
+from arplus.config import SynthesizeConfig
+from arplus.data.synthesize import synthesize
+
+
+def main() -> None:
+    """Reads the command line, writes the records, prints what was written."""
+    config = cli.parse(
+        SynthesizeConfig(), sys.argv[1:], prog="jobs/synthesize.py", description=SynthesizeConfig.__doc__ or ""
+    )
+    counts = synthesize(config)
+    print(json.dumps({"output": config.output, **dataclasses.asdict(counts)}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

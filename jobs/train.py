@@ -1,0 +1,26 @@
+"""Trains one of the paper's rows: ``python jobs/train.py PRESET [--tiny] [--config FILE] [--dry-run] [settings]``."""
+
+import json
+import sys
+
+from arplus import cli, cluster
+from arplus.training import dry_run
+
+PROG = "jobs/train.py"
+
+
+def main() -> None:
+    """Reads the command line and trains; with ``--dry-run`` prints what would be trained and starts nothing."""
+    command = cli.train_command(sys.argv[1:], prog=PROG)
+    if command.dry_run:
+        print(dry_run.report(command.config))
+        return
+    from arplus.training.trainer import train  # seconds of imports that --dry-run does without
+
+    cluster.connect()
+    final = train(command.config)
+    print(json.dumps(final))
+
+
+if __name__ == "__main__":
+    cli.run(main)

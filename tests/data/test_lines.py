@@ -1,0 +1,70 @@
+import gzip
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from arplus.data.lines import input_files, read_blocks
+from arplus.errors import UserError
+
+LINES = b"".join(b'{"n": %d, "text": "%s"}\n' % (i, b"x" * (i % 70)) for i in range(20_000))
+HALF = LINES[: len(LINES) // 2]
+FORMS = {
+    "plain": LINES,
+    "gz": gzip.compress(LINES),
+    "gz of two members": gzip.compress(HALF) + gzip.compress(LINES[len(HALF) :]),
+    "zst": zstandard.compress(LINES),
+    "zst of two frames": zstandard.compress(HALF) + zstandard.compress(LINES[len(HALF) :]),
+}
+
+
+def read(path: Path, data: bytes, block_bytes: int) -> list[bytes]:
+    path.write_bytes(data)
+    return list(read_blocks(str(path), block_bytes))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.gz", "data.zst"], ids=["jsonl", "gz", "zst"])
+def test_every_form_is_cut_at_line_ends_whatever_its_name(tmp_path: Path, form: str, name: str) -> None:
+    for block_bytes in (1000, 100_000, 1 << 30):
+        blocks = read(tmp_path / name, FORMS[form], block_bytes)
+        assert b"".join(blocks) == LINES
+        assert all(block.endswith(b"\n") for block in blocks)
+        assert all(block_bytes <= len(block) < 2 * block_bytes + 100 for block in blocks[:-1])
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"a\nb", b"no line end " * 1000])
+def test_odd_ends_are_kept(tmp_path: Path, data: bytes) -> None:
+    assert b"".join(read(tmp_path / "x", data, 100)) == data
+
+
+@pytest.mark.parametrize("form", ["gz", "gz of two members", "zst", "zst of two frames"])
+@pytest.mark.parametrize("cut", [-1, -9, -3000, 20])
+def test_a_cut_stream_is_an_error_that_names_the_file(tmp_path: Path, form: str, cut: int) -> None:
+    path = tmp_path / "data"
+    with pytest.raises(UserError, match="stream is cut short or damaged") as caught:
+        read(path, FORMS[form][:cut], 1000)
+    assert str(path) in str(caught.value)
+
+
+def test_a_damaged_gzip_is_an_error(tmp_path: Path) -> None:
+    data = bytearray(FORMS["gz"])
+    data[len(data) // 2 : len(data) // 2 + 8] = b"damaged!"
+    with pytest.raises(UserError, match="gzip stream is cut short or damaged"):
+        read(tmp_path / "data", bytes(data), 1000)
+
+
+def test_a_folder_s_record_files_in_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl.gz", "a.jsonl", "sub/c.json", "notes.md", "_SUCCESS.txt", ".hidden.jsonl", "d.zst", "e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    names = [Path(file).relative_to(tmp_path).as_posix() for file in input_files(str(tmp_path))]
+    assert names == ["a.jsonl", "b.jsonl.gz", "e.txt", "sub/c.json"]
+    assert input_files(str(tmp_path / "d.zst")) == [str(tmp_path / "d.zst")]
+
+
+def test_no_file_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no record file"):
+        input_files(str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        input_files(str(tmp_path / "absent"))

@@ -1,0 +1,152 @@
+"""Replies: the sampler in distribution, cached decoding, stopping, reproducibility."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_models import SIZES, make_batch, make_model, small
+
+from arplus.config import special_ids
+from arplus.model.batch import Batch
+from arplus.config import Sampling
+from arplus.model.generate import GREEDY, draw, generate, top_filtering
+
+IDS = special_ids(SIZES.characters)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Sampling(), Sampling(temperature=1, top_p=0), Sampling(temperature=1.5, top_k=4, top_p=0.8)],
+    ids=["paper", "plain", "top-k"],
+)
+def test_drawn_ids_follow_the_filtered_distribution(settings):
+    """Against torch's own softmax on a distribution filtered by hand."""
+    logits = torch.tensor([2.0, -1.0, 1.5, 0.3, 0.0, 1.9, -3.0, 0.8])
+    scaled = (logits / settings.temperature).tolist()
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])[: settings.top_k or None]
+    p = torch.tensor([scaled[i] for i in order]).softmax(0).tolist()
+    kept, mass = [], 0.0
+    for i, p_i in zip(order, p, strict=True):
+        if kept and settings.top_p and mass > settings.top_p:
+            break
+        kept.append(i)
+        mass += p_i
+    expected = torch.zeros(len(scaled))
+    expected[kept] = torch.tensor([scaled[i] for i in kept]).softmax(0)
+
+    n = 200_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    drawn = draw(logits.expand(n, -1), uniform, settings)
+    observed = torch.bincount(drawn, minlength=len(scaled)) / n
+    assert (observed[expected == 0] == 0).all()
+    deviation = (expected * (1 - expected) / n).sqrt()
+    assert ((observed - expected).abs() <= 5 * deviation).all()
+
+
+def test_draw_at_the_ends_never_takes_an_impossible_id():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    assert draw(logits, ends, Sampling(temperature=1, top_p=0)).tolist() == [1, 3]
+
+
+def test_filtering_keeps_at_least_the_best_id():
+    logits = torch.randn(4, 30)
+    kept = top_filtering(logits, top_k=0, top_p=1e-9).isfinite()
+    assert kept.sum(-1).tolist() == [1] * 4
+    assert kept.int().argmax(-1).equal(logits.argmax(-1))
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_full_recomputation(config):
+    model = make_model(config)
+    batch = make_batch(config)
+    ids = batch.response_BT
+    full = model.decode(ids, model.encode(batch))
+    memories, cache = model.encode(batch), model.new_cache()
+    for t in range(ids.shape[1]):
+        step = model.decode(ids[:, t : t + 1], memories, cache)[:, 0]
+        torch.testing.assert_close(step, full[:, t], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_greedy_equals_argmax_by_full_recomputation(config):
+    model = make_model(config)
+    batch = make_batch(config)
+    replies = generate(model, batch, GREEDY)
+    for b in range(len(replies)):
+        one = dataclasses.replace(
+            batch, **{f.name: None if (v := getattr(batch, f.name)) is None else v[b : b + 1] for f in
+                      dataclasses.fields(Batch)}
+        )  # fmt: skip
+        memories, ids, reply = model.encode(one), [IDS.bos], []
+        while len(reply) < 15:
+            logits = model.generator(model.decode(torch.tensor([ids]), memories))[0, -1]
+            if not reply:
+                logits[IDS.pad :] = -torch.inf
+            if (best := int(logits.argmax())) >= IDS.pad:
+                break
+            reply.append(best)
+            ids.append(best)
+        assert [i for i in replies[b].tolist() if i != IDS.pad] == reply
+
+
+def test_seeded_replies_are_reproducible_and_independent_of_the_batch():
+    config = small("arplus")
+    model = make_model(config)
+    batch = make_batch(config, rows=8)
+    first, again, other = (generate(model, batch, None, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert first.equal(again)
+    assert first.shape != other.shape or not first.equal(other)
+    half = dataclasses.replace(
+        batch, **{f.name: v[:4] for f in dataclasses.fields(Batch) if (v := getattr(batch, f.name)) is not None}
+    )
+    shorter = generate(model, half, None, torch.Generator().manual_seed(5))
+    for row, alone in zip(first.tolist(), shorter.tolist(), strict=False):
+        assert [i for i in row if i != IDS.pad] == [i for i in alone if i != IDS.pad]
+
+
+def test_lengths_and_special_tokens(config):
+    """Replies hold ordinary characters only, from one to the longest allowed, then padding alone."""
+    model = make_model(config)
+    batch = make_batch(config, rows=24)
+    hot = Sampling(temperature=5.0, top_p=0, max_characters=6)
+    replies = generate(model, batch, hot, torch.Generator().manual_seed(0))
+    ended = replies == IDS.pad
+    assert ((replies < IDS.pad) | ended).all()
+    assert not ended[:, 0].any(), "at least one character"
+    assert replies.shape[1] <= 6
+    assert (ended[:, 1:] >= ended[:, :-1]).all(), "nothing follows the end"
+    assert ended.any(), "at this temperature some reply meets a special token"
+    assert len(set(map(tuple, replies.tolist()))) > 1
+
+
+def test_every_special_token_ends_a_reply():
+    config = small("arplus")
+    model = make_model(config)
+    batch = make_batch(config, rows=2)
+    for special in IDS:
+        with torch.no_grad():
+            model.generator.weight.zero_()
+            model.generator.bias = torch.nn.Parameter(torch.zeros(SIZES.characters))
+            model.generator.bias[special] = 50.0
+            model.generator.bias[7] = 20.0
+        assert generate(model, batch).tolist() == [[7], [7]]
+        nothing = generate(model, batch, Sampling(min_characters=0))
+        assert nothing.shape == (2, 0)
+
+
+def test_generation_leaves_the_model_in_its_mode_and_without_dropout():
+    config = dataclasses.replace(small("arplus"), dropout=0.5)
+    model = make_model(config).train()
+    batch = make_batch(config)
+    assert generate(model, batch, GREEDY).equal(generate(model, batch, GREEDY))
+    assert model.training
+
+
+def test_settings_out_of_range_are_named():
+    wrong = Sampling(temperature=-1, top_p=1.5, top_k=-2, max_characters=0, min_characters=-1)
+    assert {name for name, _ in wrong.check()} == {
+        "temperature", "top_p", "top_k", "max_characters", "min_characters"
+    }  # fmt: skip
+    assert not list(Sampling().check())
+    assert not list(GREEDY.check())

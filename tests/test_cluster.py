@@ -1,0 +1,260 @@
+import copy
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CRDS = Path(os.environ.get("ARPLUS_CRDS", ROOT.parent / "shared" / "crds"))
+KUBERAY = {"RayCluster": "raycluster.yaml", "RayJob": "rayjob.yaml"}
+
+needs_crds = pytest.mark.skipif(
+    not CRDS.is_dir(), reason=f"KubeRay's CRDs are not part of the repository; none in {CRDS} (ARPLUS_CRDS)"
+)
+
+
+def load(kind):
+    return yaml.safe_load((ROOT / "cluster" / "kuberay" / KUBERAY[kind]).read_text())
+
+
+def paths(kind):
+    """Where the pod templates of a manifest are."""
+    spec = load(kind)["spec"]
+    cluster = spec["rayClusterSpec"] if kind == "RayJob" else spec
+    pods = [cluster["headGroupSpec"]["template"]]
+    pods += [group["template"] for group in cluster["workerGroupSpecs"]]
+    return [*pods, spec["submitterPodTemplate"]] if kind == "RayJob" else pods
+
+
+PODS = [pytest.param(pod, id=f"{kind}-{n}") for kind in KUBERAY for n, pod in enumerate(paths(kind))]
+
+
+# ----------------------------------------------------------------------------------------------------------- KubeRay
+
+
+@functools.cache
+def crd_schema(kind, version):
+    # Megabytes of YAML, which libyaml reads in a tenth of the time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    crd = yaml.load((CRDS / f"ray.io_{kind.lower()}s.yaml").read_text(), Loader=loader)
+    (schema,) = (v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == version)
+    schema = closed(schema)
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def closed(schema):
+    """An OpenAPI schema as an API server reads it strictly: no unknown properties, integers where strings may be."""
+    if not isinstance(schema, dict):
+        return [closed(item) for item in schema] if isinstance(schema, list) else schema
+    result = {key: closed(value) for key, value in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        result.pop("type", None)
+        result["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    if isinstance(schema.get("properties"), dict) and "type" in schema and "additionalProperties" not in schema:
+        result["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+    return result
+
+
+def defaulted(value, schema):
+    """``value`` with the schema's defaults filled in and nulls dropped, as an API server does before it validates."""
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        extra = schema.get("additionalProperties")
+        value = {k: v for k, v in value.items() if v is not None}
+        for key, sub in properties.items():
+            if key not in value and "default" in sub:
+                value[key] = copy.deepcopy(sub["default"])
+        return {k: defaulted(v, properties.get(k, extra if isinstance(extra, dict) else {})) for k, v in value.items()}
+    if isinstance(value, list):
+        return [defaulted(item, schema.get("items", {})) for item in value]
+    return value
+
+
+def validate(manifest):
+    group, version = manifest["apiVersion"].split("/")
+    assert group == "ray.io"
+    schema = crd_schema(manifest["kind"], version)
+    error = next(jsonschema.Draft202012Validator(schema).iter_errors(defaulted(manifest, schema)), None)
+    if error is not None:
+        raise error
+
+
+@needs_crds
+@pytest.mark.parametrize("kind", KUBERAY)
+def test_kuberay_would_accept_the_manifest(kind):
+    manifest = load(kind)
+    assert manifest["kind"] == kind
+    validate(manifest)
+
+
+def _misspell(spec):
+    spec["shutdownAfterJobFinish"] = True
+
+
+def _wrong_type(spec):
+    spec["activeDeadlineSeconds"] = "two days"
+
+
+def _no_template(spec):
+    del spec["rayClusterSpec"]["headGroupSpec"]["template"]
+
+
+def _deep_misspell(spec):
+    spec["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
+
+
+@needs_crds
+@pytest.mark.parametrize("break_it", [_misspell, _wrong_type, _no_template, _deep_misspell])
+def test_a_broken_manifest_is_caught(break_it):
+    manifest = load("RayJob")
+    break_it(manifest["spec"])
+    with pytest.raises(jsonschema.ValidationError):
+        validate(manifest)
+
+
+def kubernetes_problems(pod):
+    """What Kubernetes' own schema says about a pod template, strictly read; empty when nothing."""
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod["spec"]}
+    program = Path(sys.executable).with_name("kubernetes-validate")
+    if not program.exists():
+        pytest.skip("kubernetes-validate is not installed; `make setup` installs it")
+    done = subprocess.run(
+        [program, "--strict", "-"], input=yaml.safe_dump(manifest), capture_output=True, text=True, timeout=60
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_kubernetes_would_accept_the_pods(pod):
+    assert kubernetes_problems(pod) == ""
+
+
+def test_a_broken_pod_is_caught():
+    pod = copy.deepcopy(paths("RayCluster")[0])
+    pod["spec"]["serviceAccount_name"] = "x"
+    assert "serviceAccount_name" in kubernetes_problems(pod)
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_pods_are_confined_and_bounded(pod):
+    spec = pod["spec"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["runAsUser"] > 0
+    for container in spec["containers"]:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["resources"]["limits"]["memory"]
+
+
+def test_workers_have_a_gpu_and_shared_memory():
+    for kind in KUBERAY:
+        worker = paths(kind)[1]["spec"]
+        (container,) = worker["containers"]
+        assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == 1
+        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_a_retried_job_goes_on_and_ends():
+    spec = load("RayJob")["spec"]
+    assert "--run-name arplus-1 " in spec["entrypoint"]
+    assert spec["backoffLimit"] > 0
+    assert spec["shutdownAfterJobFinishes"]
+    assert spec["activeDeadlineSeconds"] > spec["preRunningDeadlineSeconds"] > 0
+    assert spec["ttlSecondsAfterFinished"] > 0
+
+
+def test_the_jobs_command_is_one_that_the_job_takes():
+    from arplus.cli import parse
+    from arplus.config import preset
+
+    program, script, name, *flags = load("RayJob")["spec"]["entrypoint"].split()
+    assert (program, script) == ("python", "/app/jobs/train.py")
+    config = parse(preset(name), flags, prog="train", description="")
+    assert config.workers == load("RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+
+
+# --------------------------------------------------------------------------------------------------------------- AWS
+
+
+def check_aws(config):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def aws():
+    return yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text())
+
+
+def test_ray_up_would_accept_the_configuration():
+    check_aws(aws())
+
+
+@pytest.mark.parametrize("key", ["max_worker", "head_node_typ"])
+def test_a_misspelt_aws_configuration_is_caught(key):
+    with pytest.raises(jsonschema.ValidationError):
+        check_aws(aws() | {key: 1})
+
+
+def test_an_aws_configuration_without_its_head_is_caught():
+    config = aws()
+    del config["available_node_types"]["head"]
+    with pytest.raises(ValueError, match="head"):
+        check_aws(config)
+
+
+def test_aws_credentials_are_roles_and_tokens_are_on():
+    config = aws()
+    for node in config["available_node_types"].values():
+        assert node["node_config"]["IamInstanceProfile"]["Name"].startswith("arplus-")
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def hadolint(dockerfile):
+    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("hadolint is not installed; `make setup` installs it")
+    return subprocess.run([program, "-"], input=dockerfile, capture_output=True, text=True, timeout=60)
+
+
+def test_the_dockerfile_is_clean():
+    done = hadolint((ROOT / "docker" / "Dockerfile").read_text())
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_broken_dockerfile_is_caught():
+    broken = (ROOT / "docker" / "Dockerfile").read_text().replace("python:3.11-slim-bookworm", "python:latest")
+    assert "DL3007" in hadolint(broken).stdout
+
+
+def test_no_container_is_root_in_the_end():
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[2:]
+    assert [stage.split()[2] for stage in stages] == ["cpu", "cuda"]
+    for stage in stages:
+        assert re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE)[-1] == "1000"
+
+
+def test_everything_runs_the_same_ray():
+    from importlib.metadata import version
+
+    assert load("RayCluster")["spec"]["rayVersion"] == version("ray")
+    assert load("RayJob")["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
+
+
+@pytest.mark.parametrize("path", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "aws.yaml"])
+def test_no_secret_is_written_down(path):
+    text = (ROOT / "cluster" / path).read_text()
+    assert not re.search(r"(SECRET|ACCESS_KEY|PASSWORD|TOKEN)\w*\s*[:=]\s*\S", text)
+    assert not re.search(r"://[^/\s]+@", text)

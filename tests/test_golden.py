@@ -1,0 +1,184 @@
+"""Parity with the paper's own code: weights, inputs, outputs and gradients that it produced, at small sizes.
+
+``ARPLUS_GOLDEN`` names the folder; nothing here assumes its sizes, groups, hops, rows or numbers of cases.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arplus.config import ModelConfig, VocabularySizes
+from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
+from arplus.model.generate import Sampling, generate, top_filtering
+from arplus.model.reference import infer, load_reference, sources
+
+GOLDEN = Path(os.environ.get("ARPLUS_GOLDEN") or Path(__file__).parent / "golden")
+FILES = sorted(GOLDEN.glob("*.safetensors"))
+METRICS = json.loads((GOLDEN / "metrics.json").read_text())
+SPECIALS = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", "[SEP]", "[SPE1]", "[SPE2]", "[MASK]", "[CLS]")
+
+
+def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
+    """Our configuration for the reference's; AR's file has few keys, since its code had no such options."""
+    plus = "emb_dim" in theirs
+    return ModelConfig(
+        layers=theirs["num_layers"],
+        groups=theirs.get("num_groups", 1),
+        d_model=theirs["d_model"],
+        embedding_size=theirs.get("emb_dim", theirs["d_model"]),
+        heads=theirs["n_head"],
+        ff_size=theirs["d_ff"],
+        ff_bottleneck=bottleneck if theirs.get("factor_ff") else None,
+        rezero=theirs.get("use_rezero", False),
+        memory_hops=theirs["mem_n2n_hops"] if theirs.get("use_mem_n2n") else 0,
+        auxiliary="infilling" if theirs.get("auxiliary_task") == "MLM" else "lm",
+        tied_generator=not plus,
+        decoder_norm=plus,
+        dropout=0.0,
+    )
+
+
+class Golden:
+    """One file of the folder, and the model that it describes."""
+
+    def __init__(self, path: Path) -> None:
+        self.golden = json.loads(path.with_suffix(".json").read_text())
+        tensors = load_file(path)
+        self.tensors = tensors
+        self.state = {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
+        self.gradients = {k.removeprefix("grad."): v for k, v in tensors.items() if k.startswith("grad.")}
+        self.cases = self.golden["cases"]
+        inner = next(len(v) for k, v in self.state.items() if k.endswith("layers.0.linear1.bias"))
+        self.config = settings(self.golden["config"], inner)
+        characters = self.golden["char_vocab_size"]
+        self.sizes = VocabularySizes(
+            characters=characters, persona_words=self.golden["persona_vocab_size"] or characters
+        )
+        self.ids = self.golden["char_special_ids"]
+        self.persona_pad = (self.golden["persona_special_ids"] or self.ids)["[PAD]"]
+
+    def model(self) -> ARPlus:
+        return load_reference(self.state, self.config, self.sizes).eval()
+
+    def batch(self, cases: list[dict], dtype: torch.dtype = torch.int32, extra: int = 0) -> Batch:
+        """The cases as one batch, padded to the longest and ``extra`` beyond."""
+
+        def padded(rows, pad):
+            width = max(map(len, rows)) + extra
+            return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)
+
+        pad = self.ids["[PAD]"]
+        profiles = [
+            [*words, *tags]
+            for case in cases
+            for words, tags in zip(case["speaker_persona_words"], case["speaker_tag_words"], strict=True)
+        ]
+        infilled = [case.get("infilled_response") for case in cases]
+        return Batch(
+            example_id_B=torch.arange(len(cases)),
+            counted_B=torch.ones(len(cases), dtype=torch.bool),
+            context_BS=padded([case["context"] for case in cases], pad),
+            context_profile_BS=padded([[s - 1 for s in case["context_speaker"]] for case in cases], 0),
+            profiles_BPW=padded(profiles, self.persona_pad).unflatten(0, (len(cases), -1)),
+            target_persona_BK=padded([case["target_persona"] for case in cases], self.persona_pad),
+            response_BT=padded([case["response"] for case in cases], pad),
+            infilled_BU=padded(infilled, pad) if self.config.auxiliary == "infilling" else None,
+        )
+
+    def reference_name(self, source) -> str:
+        """The name, of all those of a shared tensor, that the file stores."""
+        return next(name for name in source.names if name in self.state)
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def golden(request) -> Golden:
+    return Golden(request.param)
+
+
+def test_folder_is_not_empty():
+    assert FILES, f"no golden file in {GOLDEN}"
+
+
+def test_special_ids_are_where_we_expect_them(golden):
+    n = golden.sizes.characters
+    assert [golden.ids[name] for name in SPECIALS] == list(range(n - 9, n))
+
+
+def test_sizes_are_inferred_from_the_shapes(golden):
+    config, sizes = infer(golden.state, golden.config)
+    assert config == golden.config
+    assert sizes.characters == golden.sizes.characters
+    assert not config.memory_hops or sizes == golden.sizes
+
+
+@torch.no_grad()
+def test_logits_of_single_cases(golden):
+    model = golden.model()
+    for k, case in enumerate(golden.cases):
+        batch = golden.batch([case], torch.int64)
+        response = model.generator(model.decode(batch.response_BT, model.encode(batch)))[0]
+        torch.testing.assert_close(response, golden.tensors[f"case{k}.logits_response"], atol=2e-5, rtol=0)
+        memories = [] if batch.infilled_BU is None else [model.encode_infilled(batch.infilled_BU)]
+        auxiliary = model.generator(model.decode(batch.response_BT[:, :-1], memories))[0]
+        torch.testing.assert_close(auxiliary, golden.tensors[f"case{k}.logits_auxiliary"], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_losses_of_single_cases(golden):
+    model = golden.model()
+    for case in golden.cases:
+        losses = model(golden.batch([case]))
+        assert float(losses.sum_dialogue / losses.count_dialogue) == pytest.approx(case["loss_dialogue"], abs=1e-5)
+        assert float(losses.sum_auxiliary / losses.count_auxiliary) == pytest.approx(case["loss_auxiliary"], abs=1e-5)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_losses_and_gradients_of_all_cases_as_one_padded_batch(golden, extra):
+    model = golden.model()
+    expected = golden.golden["batch"]
+    losses = model(golden.batch(golden.cases, extra=extra))
+    assert int(losses.count_dialogue) == expected["dialogue_targets"]
+    assert int(losses.count_auxiliary) == expected["auxiliary_targets"]
+    dialogue = losses.sum_dialogue / losses.count_dialogue
+    auxiliary = losses.sum_auxiliary / losses.count_auxiliary
+    total = dialogue + golden.golden["config"]["alpha"] * auxiliary
+    assert dialogue.item() == pytest.approx(expected["loss_dialogue"], abs=1e-5)
+    assert auxiliary.item() == pytest.approx(expected["loss_auxiliary"], abs=1e-5)
+    assert total.item() == pytest.approx(expected["loss_total"], abs=1e-5)
+
+    total.backward()
+    checked = set()
+    for name, source in sources(golden.config).items():
+        theirs = golden.reference_name(source)
+        want = golden.gradients[theirs]
+        if source.part is not None:
+            want = want[source.part.start * golden.config.d_model : source.part.stop * golden.config.d_model]
+        got = model.get_parameter(name).grad
+        assert got is not None, name
+        error = ((got - want).norm() / want.norm()).item()
+        assert error <= 1e-4, f"{name} ({theirs}): {error:.2e}"
+        checked.add(theirs)
+    assert checked == set(golden.gradients), "every gradient of the file is compared"
+
+
+def test_greedy_replies(golden):
+    model = golden.model()
+    steps = 8
+    greedy = Sampling(temperature=0, max_characters=steps, min_characters=0)
+    pad, eos = golden.ids["[PAD]"], golden.ids["[EOS]"]
+    replies = generate(model, golden.batch(golden.cases), greedy)
+    for case, reply in zip(golden.cases, replies.tolist(), strict=True):
+        assert [*(i for i in reply if i != pad), eos] == case["greedy_8_steps"]
+
+
+@pytest.mark.parametrize("case", METRICS["top_filtering"], ids=lambda c: f"p{c['top_p']}-k{c['top_k']}")
+def test_top_filtering(case):
+    logits = torch.tensor([case["logits"], case["logits"]])
+    kept = top_filtering(logits, top_k=case["top_k"], top_p=case["top_p"]).isfinite()
+    assert kept[0].nonzero().flatten().tolist() == case["kept"]
+    assert kept[1].equal(kept[0])
