@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +17,10 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, RunConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
-from arplus import checkpoint, storage, tracking
+from arplus import checkpoint, cluster, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
 from arplus.data.collate import Layout
@@ -89,6 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0),
+                logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         outcome = trainer.fit().return_value
@@ -173,6 +175,9 @@ def _resumed(run_uri: str, config: TrainConfig, dataset: Dataset) -> TrainState 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    cluster.quiet()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     job: Job = arguments["job"]
     try:
         return _run(job)
