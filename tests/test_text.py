@@ -51,6 +51,8 @@ def test_counted_vocabulary_does_not_depend_on_the_order_of_counting() -> None:
     ]
     assert made[0].tokens == ["音乐", "女", "旅游", "美食", "性别"]
     assert all(vocabulary == made[0] for vocabulary in made)
+    for order in (("美食", "旅游"), ("旅游", "美食")):  # the last place goes to the lower code point
+        assert Vocabulary.from_counts(dict.fromkeys(order, 3), minimum=1, maximum=1).tokens == ["旅游"]
 
 
 def test_counted_vocabulary_keeps_within_its_size_and_always_has_the_keys() -> None:

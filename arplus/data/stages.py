@@ -238,7 +238,7 @@ def write_part(output: str, split: str, part: int, *pieces: bytes) -> WrittenFil
     table = pa.concat_tables([_unpack(piece) for piece in pieces])
     if not len(table):
         return None
-    order = np.argsort(table["example_id"].to_numpy(), kind="stable")[::-1]
+    order = np.argsort(table["example_id"].to_numpy(), kind="stable")
     table = table.combine_chunks().take(pa.array(order)).combine_chunks()
     path = f"{split}/part-{part:05d}.parquet"
     filesystem, target = storage.resolve(storage.join(output, path))

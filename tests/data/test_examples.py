@@ -13,7 +13,7 @@ from arplus.data.records import Profile, Session
 from arplus.data.sessions import to_table
 from arplus.text import Vocabulary
 
-CHARACTERS = Vocabulary(list("性别男女地址兴趣的我𠮷a福建厦门"))
+CHARACTERS = Vocabulary(list("性别男女地址兴趣的我𠮷a?福建厦门"))
 WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "女", "福建厦门", "我的", "a"])
 
 

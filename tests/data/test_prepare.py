@@ -256,6 +256,25 @@ def test_every_duplicate_key_removes_its_own_duplicates(tmp_path: Path, messy: l
         assert manifest["sessions"] == sessions
 
 
+def test_a_block_s_only_duplicate_is_removed(tmp_path: Path) -> None:
+    items = lines(CORPUS[:30])
+    content = {"a.jsonl": b"".join(items), "b.jsonl": items[7] + items[7].replace(b" ", b"  ")}
+    _, manifest = run(tmp_path, content, duplicate_key="exact_record")
+    assert (manifest["duplicates"]["exact_record"], manifest["sessions"]) == (1, 31)
+
+
+def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> None:
+    content = {"a.jsonl": b"".join(lines(CORPUS[:50]))}
+    _, expected = run(tmp_path, content, name="first")
+    left = tmp_path / "second-out"
+    for name in ("_temporary/unfinished", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009.parquet"):
+        (left / name).parent.mkdir(parents=True, exist_ok=True)
+        (left / name).write_text("half")
+    _, manifest = run(tmp_path, content, name="second")
+    assert manifest["fingerprint"] == expected["fingerprint"]
+    assert [file.name for file in (left / "train").iterdir()] == ["part-00000.parquet"]
+
+
 def refused(tmp_path: Path, content: dict[str, bytes], message: str, **settings: Any) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path, content, name="refused", **settings)
