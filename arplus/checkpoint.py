@@ -18,6 +18,7 @@ a pickle. A folder without a manifest is not a checkpoint: a save that died is p
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,9 +74,13 @@ class TrainState:
 
 
 def save(run_uri: str, state: TrainState) -> str:
-    """Writes a checkpoint of the run and returns its URI. The manifest comes last and makes it one."""
-    uri = storage.join(run_uri, "checkpoints", f"step-{state.progress.step:08d}")
-    storage.delete(uri)  # what a save that died may have left
+    """Writes a checkpoint of the run and returns its URI."""
+    return write(storage.join(run_uri, "checkpoints", f"step-{state.progress.step:08d}"), state)
+
+
+def write(uri: str, state: TrainState, more: Mapping[str, bytes] | None = None) -> str:
+    """Writes a checkpoint, with ``more`` files in it, and returns its URI. The manifest comes last and makes it one."""
+    _delete(uri)  # what a save that died may have left
     facts = {
         "format": FORMAT,
         "progress": asdict(state.progress),
@@ -89,6 +94,7 @@ def save(run_uri: str, state: TrainState) -> str:
         "config.json": _json(to_dict(state.config)),
         "characters.txt": state.characters.to_bytes(),
         "persona_words.txt": state.persona_words.to_bytes(),
+        **(more or {}),
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(uri, name), data)
@@ -174,9 +180,13 @@ def retain(run_uri: str, newest: int) -> None:
     kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
     for uri in list_complete(run_uri)[:-newest]:
         if uri != kept:
-            # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
-            storage.delete(storage.join(uri, _MANIFEST))
-            storage.delete(uri)
+            _delete(uri)
+
+
+def _delete(uri: str) -> None:
+    # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
+    storage.delete(storage.join(uri, _MANIFEST))
+    storage.delete(uri)
 
 
 def _json(value: Any) -> bytes:

@@ -69,8 +69,8 @@ def train_command(arguments: Sequence[str], *, prog: str) -> TrainCommand:
     shrink, dry_run = _take_switch(rest, "--tiny"), _take_switch(rest, "--dry-run")
     file = _take_value(rest, "--config")
     values: Any = storage.read_json(file) if file else {}
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must hold a JSON object of settings")
+    if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
+        raise UserError(f"{file}: must hold a JSON object of settings, with a preset's name if it names one")
     if name is not None and values.get("preset", name) != name:
         raise UserError(f"{file}: is of preset {values['preset']!r}, not {name!r}; leave PRESET out or make them agree")
     name = name or values.get("preset")
@@ -79,14 +79,16 @@ def train_command(arguments: Sequence[str], *, prog: str) -> TrainCommand:
     default = preset(name or "arplus")
     default = tiny(default) if shrink else default
     if values:
-        from_dict(TrainConfig, values, source=str(file))  # so that messages name the file
         default = from_dict(TrainConfig, _merged(to_dict(default), values), source=str(file))
     description = (
         f"Trains one of the paper's rows. PRESET is one of {', '.join(PRESETS)}. --tiny shrinks it to seconds of "
         f"training, --config FILE reads settings from a JSON file such as a run's config.json, --dry-run prints what "
         f"would be trained and starts nothing. The defaults below are those of {default.preset}."
     )
-    return TrainCommand(parse(default, rest, prog=f"{prog} PRESET", description=description), dry_run)
+    config = parse(default, rest, prog=f"{prog} PRESET", description=description)
+    if config.preset != default.preset:
+        raise UserError(f"--preset: only names what PRESET chose; write {prog} {config.preset} …")
+    return TrainCommand(config, dry_run)
 
 
 def _take_switch(arguments: list[str], name: str) -> bool:
@@ -99,13 +101,15 @@ def _take_value(arguments: list[str], name: str) -> str | None:
     for i, argument in enumerate(arguments):
         if argument.startswith(f"{name}="):
             del arguments[i]
-            return argument.partition("=")[2]
-        if argument == name:
-            if i + 1 == len(arguments):
-                raise UserError(f"{name}: needs a value")
-            value = arguments[i + 1]
+            value = argument.partition("=")[2]
+        elif argument == name:
+            value = "".join(arguments[i + 1 : i + 2])
             del arguments[i : i + 2]
-            return value
+        else:
+            continue
+        if not value:
+            raise UserError(f"{name}: needs a value")
+        return value
     return None
 
 

@@ -2,17 +2,19 @@
 
 import logging
 import os
+import socket
 
 import ray
 
 log = logging.getLogger(__name__)
 
 
-def connect() -> None:
+def connect(cpus: int | None = None) -> None:
     """Joins the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), else starts one on this machine.
 
-    A cluster of our own is private to this job, so it needs no token (Ray 2.60 asks for one by default); one that
-    others run keeps its own choice. Nothing happens where this process is connected already.
+    A cluster of our own has ``cpus`` logical CPUs (the machine's by default) and ends with this process. It is
+    private to this job, so it needs no token (Ray 2.60 asks for one by default); one that others run keeps its own
+    choice. Nothing happens where this process is connected already.
     """
     quiet()
     if ray.is_initialized():
@@ -20,10 +22,25 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", logging_level=logging.WARNING)
     else:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-        # Ray Train asks the dashboard for the state of its actors, and warns every second where there is none.
-        ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", logging_level=logging.WARNING)
+        _start(cpus)
     log.info("ray: %s CPUs, %s GPUs", *(f"{ray.cluster_resources().get(name, 0):g}" for name in ("CPU", "GPU")))
+
+
+def _start(cpus: int | None) -> None:
+    # Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may
+    # find the cluster of another job on this machine, miss its controller there and take the workers' resources away.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_GCS_SERVER_PORT": str(port)}
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
+    )
 
 
 def quiet() -> None:

@@ -8,6 +8,7 @@ reads the ``config.json`` that every run writes, and is the one place where valu
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ class ModelConfig:
     rezero: bool = True
     """Gate each residual branch with one learnt scalar that starts at zero (Eq. 5) instead of post-normalising."""
     fixed_attention: Annotated[float, Ge(0)] = 0.1
-    """b of Eq. 5: the share of O_T and O_C that by-passes the ReZero gate."""
+    """b of Eq. 5: the share of O_T and O_C that bypasses the ReZero gate."""
     memory_hops: Annotated[int, Ge(0)] = 3
     """Hops of the MemN2N persona memory; 0 encodes the persona with the encoder instead (O_T then exists)."""
     auxiliary: Literal["infilling", "lm"] = "infilling"
@@ -251,7 +252,7 @@ class PrepareConfig:
             yield "output", "is required: the URI of the data set to make"
         for name in ("valid", "test"):
             wanted = getattr(self, name)
-            if wanted >= 1 and wanted != int(wanted):
+            if wanted >= 1 and not float(wanted).is_integer():
                 yield name, f"must be a share below 1 or a whole number of sessions (got {wanted})"
 
 
@@ -359,6 +360,39 @@ class ChatConfig:
         """Yields (field, problem) for settings that are wrong together."""
         if not self.checkpoint:
             yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
+
+    checkpoint: str | None = None
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    from_reference: str | None = None
+    """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
+    output: str = ""
+    """URI of the folder to write."""
+    preset: str = "arplus"
+    """With --from-reference: the row that the weights are of."""
+    layers: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: layers applied, where they are shared and not the preset's number."""
+    heads: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: attention heads, where not the preset's number."""
+    character_vocabulary: str | None = None
+    """With --from-reference: URI of the characters (one token and its count a line) that the weights were made for."""
+    persona_vocabulary: str | None = None
+    """With --from-reference: URI of the persona words that the weights were made for."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.output:
+            yield "output", "is required: the URI of the folder to write"
+        if (self.checkpoint is None) == (self.from_reference is None):
+            yield "checkpoint", "or --from-reference is required, and only one of them"
+        if self.from_reference is not None:
+            for name in ("character_vocabulary", "persona_vocabulary"):
+                if getattr(self, name) is None:
+                    yield name, "is required with --from-reference"
 
 
 AR = ModelConfig(
@@ -505,6 +539,8 @@ def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, f.name)):
             yield from _check(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
+            yield prefix + f.name, f"must be finite (got {value})"
     if hasattr(config, "check"):
         yield from ((prefix + name, problem) for name, problem in config.check())
 

@@ -3,27 +3,43 @@
 S3 takes endpoint, region and credentials from the usual AWS variables (``AWS_ENDPOINT_URL``, ``AWS_REGION``,
 ``AWS_ACCESS_KEY_ID``, …). A file appears whole or not at all: local files are written under a temporary name and
 renamed; an S3 object exists only once its upload is complete.
+
+A file system's refusal (wrong credentials, no permission, a server that does not answer) is a
+:class:`~arplus.errors.UserError` that names the URI; a lack of space or of the server a
+:class:`~arplus.errors.ResourceError`.
 """
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
+
+_AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of ``uri`` and the path in it. Raises :class:`UserError` for a scheme that is not supported."""
+    """The file system of ``uri`` and the path in it.
+
+    Raises :class:`UserError` for a scheme that is not supported and for S3 without a bucket.
+    """
     if urlsplit(uri).scheme == "s3":
+        path = uri.partition("://")[2].rstrip("/")
+        if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
+            raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
         # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         filesystem = fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
-        return filesystem, uri.removeprefix("s3://").rstrip("/")
+        return filesystem, path
     if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
     raise UserError(f"{uri}: only local paths and s3:// URIs are supported")
@@ -47,7 +63,8 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    with _named(uri):
+        return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
 def list_files(uri: str) -> list[str]:
@@ -56,33 +73,35 @@ def list_files(uri: str) -> list[str]:
     Raises :class:`UserError` where there is nothing.
     """
     filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.File:
-        return [uri]
-    if info.type == fs.FileType.NotFound:
-        raise UserError(f"{uri}: no such file or folder")
-    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    with _named(uri):
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [uri]
+        if info.type == fs.FileType.NotFound:
+            raise UserError(f"{uri}: no such file or folder")
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     return [join(uri, os.path.relpath(f.path, path)) for f in sorted(found, key=lambda f: f.path) if f.is_file]
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file. Raises :class:`UserError` where there is none."""
     filesystem, path = resolve(uri)
-    try:
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read())
-    except FileNotFoundError:
-        raise UserError(f"{uri}: no such file") from None
+    with _named(uri), filesystem.open_input_file(path) as file:
+        return bytes(file.read())
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file whole or not at all, making its folder where needed."""
     filesystem, path = resolve(uri)
-    if isinstance(filesystem, fs.S3FileSystem):
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
-        return
-    target = Path(path)
+    with _named(uri):
+        if isinstance(filesystem, fs.S3FileSystem):
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+        else:
+            _write_local(Path(path), data)
+
+
+def _write_local(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}.tmp")
     try:
@@ -112,8 +131,25 @@ def write_json(uri: str, value: Any) -> None:
 def delete(uri: str) -> None:
     """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
     filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
-    elif info.type == fs.FileType.File:
-        filesystem.delete_file(path)
+    with _named(uri):
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif info.type == fs.FileType.File:
+            filesystem.delete_file(path)
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Turns a file system's errors into our own, which name ``uri`` and say what to look at."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{uri}: no such file") from None
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if not is_local(uri):
+            kind = ResourceError if "NETWORK_CONNECTION" in reason else UserError
+            raise kind(f"{uri}: S3 refused or did not answer; check {_AWS_VARIABLES} ({reason})") from error
+        kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"{uri}: {reason}") from error

@@ -15,6 +15,7 @@ ALLOWED = {
     # The model reads like the paper, so its code may be lifted out with two small modules.
     "model": {"arplus.config", "arplus.errors", "arplus.model"},
     "checkpoint": BASE | {"arplus.model"},
+    "export": BASE | {"arplus.checkpoint", "arplus.model"},
     "data": BASE | {"arplus.data", "arplus.model"},
     "evaluation": BASE | {"arplus.evaluation", "arplus.checkpoint", "arplus.data", "arplus.model", "arplus.tracking"},
     "tracking": BASE | {"arplus.tracking"},

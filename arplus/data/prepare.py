@@ -27,7 +27,7 @@ import ray
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.config import PrepareConfig, to_dict
+from arplus.config import PrepareConfig, checked, to_dict
 from arplus.data import stages
 from arplus.data.dataset import FORMAT, MANIFEST
 from arplus.data.duplicates import MAX_SHARE, SPLITS, Boundaries, boundaries
@@ -65,7 +65,8 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
     session, more rejects than allowed, and an output that is in use.
     """
     began = time.monotonic()
-    config = replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output))
+    # Checked: it also makes 20000 and 20000.0 the same rule, wherever the settings come from.
+    config = checked(replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output)))
     files = input_files(config.input)
     given = {
         name: Vocabulary.load(uri) if uri else None

@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             train_loop_config={"job": job},
             scaling_config=scaling,
             # Checkpoints are ours, so Ray's own record of an attempt has a name that no later attempt resumes from.
-            run_config=RunConfig(
+            run_config=cast(Any, RunConfig)(  # mypy sees the class of Ray Train v1
                 name=f"attempt-{uuid4().hex[:8]}",
                 storage_path=path,
                 storage_filesystem=filesystem,

@@ -265,12 +265,12 @@ def test_a_block_s_only_duplicate_is_removed(tmp_path: Path) -> None:
 
 def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> None:
     content = {"a.jsonl": b"".join(lines(CORPUS[:50]))}
-    _, expected = run(tmp_path, content, name="first")
+    _, expected = run(tmp_path, content, name="first", valid=20_000)
     left = tmp_path / "second-out"
     for name in ("_temporary/unfinished", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009.parquet"):
         (left / name).parent.mkdir(parents=True, exist_ok=True)
         (left / name).write_text("half")
-    _, manifest = run(tmp_path, content, name="second")
+    _, manifest = run(tmp_path, content, name="second", valid=20_000.0)
     assert manifest["fingerprint"] == expected["fingerprint"]
     assert [file.name for file in (left / "train").iterdir()] == ["part-00000.parquet"]
 

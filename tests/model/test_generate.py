@@ -6,9 +6,8 @@ import pytest
 import torch
 from small_models import SIZES, make_batch, make_model, small
 
-from arplus.config import special_ids
+from arplus.config import Sampling, special_ids
 from arplus.model.batch import Batch
-from arplus.config import Sampling
 from arplus.model.generate import GREEDY, draw, generate, top_filtering
 
 IDS = special_ids(SIZES.characters)

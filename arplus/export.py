@@ -1,0 +1,97 @@
+"""Checkpoints for others: ours without the optimizer's state, or the paper code's weights in our form.
+
+The result is a checkpoint like any other, so evaluation, chat and ``--init-from`` take it; beside ``config.json`` and
+``weights.safetensors``, which torch and safetensors alone can load, it holds a model card.
+"""
+
+import json
+from dataclasses import replace
+
+from arplus import checkpoint, storage
+from arplus.checkpoint import Progress, TrainState
+from arplus.config import ExportConfig, preset, to_dict
+from arplus.errors import UserError
+from arplus.model.arplus import ARPlus
+from arplus.model.cost import live_parameters
+from arplus.model.reference import infer, load_reference, parse_state
+from arplus.text import Vocabulary
+
+
+def export(config: ExportConfig) -> str:
+    """Writes the export and returns its URI.
+
+    Raises :class:`UserError` where the source is no checkpoint, or where weights, preset and vocabularies do not fit.
+    """
+    state = from_reference(config) if config.from_reference else checkpoint.load(str(config.checkpoint))
+    state = replace(state, moments={}, mlflow_run_id=None)
+    return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
+
+
+def from_reference(config: ExportConfig) -> TrainState:
+    """The paper code's weights with our names."""
+    run = preset(config.preset)
+    base = replace(run.model, heads=config.heads or run.model.heads, layers=config.layers or run.model.layers)
+    if base.groups > 1:
+        base = replace(base, groups=base.layers)
+    uri = str(config.from_reference)
+    weights = parse_state(storage.read_bytes(uri), uri)
+    model_config, sizes = infer(weights, base)
+    characters = Vocabulary.load(str(config.character_vocabulary))
+    persona_words = Vocabulary.load(str(config.persona_vocabulary))
+    _check_size("--character-vocabulary", characters, sizes.characters)
+    if model_config.memory_hops:
+        _check_size("--persona-vocabulary", persona_words, sizes.persona_words)
+    model = load_reference(weights, model_config, sizes)
+    return TrainState(
+        config=replace(run, model=model_config),
+        progress=Progress(fingerprint="the paper's code"),
+        schedule={},
+        characters=characters,
+        persona_words=persona_words,
+        weights=dict(model.state_dict()),
+        moments={},
+    )
+
+
+def model_card(state: TrainState) -> str:
+    """What the exported model is, as the README of its folder."""
+    config, progress = state.config, state.progress
+    model = ARPlus(config.model, state.sizes)
+    rows = "\n".join(f"| {part} | {count:,} |" for part, count in live_parameters(model).items())
+    best = f"{progress.best_response_ppl:.3f}" if progress.best_response_ppl else "not measured"
+    return f"""---
+language: zh
+library_name: arplus
+tags: [dialogue, persona]
+---
+
+# {config.run_name or config.preset}: a persona-aware Chinese dialogue model
+
+Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
+`{progress.fingerprint}`). Response perplexity on validation: {best}.
+
+| component | parameters |
+| --- | --- |
+{rows}
+
+    from safetensors.torch import load_file
+    from arplus.config import ModelConfig, VocabularySizes
+    from arplus.errors import UserError
+from arplus.model.arplus import ARPlus
+    model = ARPlus(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
+persona_words={state.sizes.persona_words}))
+    model.load_state_dict(load_file("weights.safetensors"))
+
+with `config` read from `config.json`. PersonalDialog's terms are non-commercial; they bind what is trained on it.
+
+```json
+{json.dumps(to_dict(config.model), indent=2)}
+```
+"""
+
+
+def _check_size(flag: str, vocabulary: Vocabulary, size: int) -> None:
+    if vocabulary.size != size:
+        raise UserError(
+            f"{flag}: has {vocabulary.size} tokens with the nine special ones, and the weights are for {size}"
+        )

@@ -1,0 +1,17 @@
+"""Turns the paper code's weights into a checkpoint of ours: ``python jobs/export.py --from-reference FILE …``."""
+
+import sys
+
+from arplus import cli
+from arplus.config import ExportConfig
+from arplus.export import export
+
+
+def main() -> None:
+    """Reads the command line, converts, and prints where the result is."""
+    config = cli.parse(ExportConfig(), sys.argv[1:], prog="jobs/export.py", description=ExportConfig.__doc__)
+    print(export(config))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,311 @@
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arplus.config import PRESETS, ModelConfig, VocabularySizes, special_ids
+from arplus.data.collate import Draws, Layout, Window, frame, infill
+from arplus.data.examples import SCHEMA
+
+SIZES = VocabularySizes(characters=40, persona_words=30)
+IDS = special_ids(SIZES.characters)
+PERSONA_IDS = special_ids(SIZES.persona_words)
+
+LAYOUTS = [
+    Layout(sizes=SIZES, persona_words=words, infilling=infilling)
+    for words in (True, False)
+    for infilling in (True, False)
+]
+
+# -------------------------------------------------------------------------------------------- examples and an oracle
+
+character = st.integers(0, IDS.pad - 1) | st.just(IDS.unk)
+word = st.integers(0, PERSONA_IDS.pad - 1) | st.just(PERSONA_IDS.unk)
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> dict[str, Any]:
+    """One row with the invariants of SCHEMA, small enough to shrink well."""
+    utterances = draw(st.lists(st.lists(character, max_size=4), min_size=1, max_size=4))
+    n_profiles = draw(st.integers(1, len(utterances) + 1))
+    profiles = draw(st.lists(st.lists(word, min_size=3, max_size=5), min_size=n_profiles, max_size=n_profiles))
+    spelled = draw(st.lists(st.lists(character, min_size=3, max_size=7), min_size=n_profiles, max_size=n_profiles))
+    speakers = st.lists(st.integers(0, n_profiles - 1), min_size=len(utterances), max_size=len(utterances))
+    return {
+        "example_id": draw(st.integers(0, 2**63 - 1)),
+        "context": [i for utterance in utterances for i in [*utterance, IDS.sep]],
+        "speakers": draw(speakers),
+        "response": draw(st.lists(character, min_size=1, max_size=15)),
+        "profile_words": [i for profile in profiles for i in profile],
+        "profile_word_counts": [len(profile) for profile in profiles],
+        "profile_characters": [i for profile in spelled for i in profile],
+        "profile_character_counts": [len(profile) for profile in spelled],
+        "target_words": draw(st.lists(word, min_size=6, max_size=9)),
+        "target_characters": draw(st.lists(character, min_size=9, max_size=14)),
+    }
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Examples, and the same as a table: in several chunks, some of them slices that do not start at their buffer."""
+    rows = draw(st.lists(examples(), min_size=1, max_size=7))
+    cuts = sorted(draw(st.lists(st.integers(0, len(rows)), max_size=2)))
+    parts = [
+        pa.Table.from_pylist(rows, SCHEMA).slice(a, b - a) for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)
+    ]
+    return rows, pa.concat_tables(parts)
+
+
+def rectangle(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [[*row, *[pad] * (width - len(row))] for row in rows]
+
+
+def infilled(response: list[int], kind: float, place: float) -> list[int]:
+    """One framed response of length l with its span replaced, said as the guide says it."""
+    length = len(response)
+    if length == 3:
+        return response
+    span = 1 if length < 6 else 2 if kind < 0.99 else 0
+    starts = range(1, length - span)  # 1 … l - span - 1
+    start = starts[int(place * len(starts))]
+    return [*response[:start], IDS.mask, *response[start + span :]]
+
+
+def oracle(rows: list[dict[str, Any]], layout: Layout, draws: Draws) -> dict[str, Any]:
+    """What a batch must hold, row by row and character by character."""
+    kind = "word" if layout.persona_words else "character"
+    persona_pad = (PERSONA_IDS if layout.persona_words else IDS).pad
+    contexts_profiles, profiles, responses = [], [], []
+    for row in rows:
+        speakers = iter(row["speakers"])
+        speaker, at_end = -1, True
+        whose = []
+        for i in row["context"]:
+            if at_end:
+                speaker = next(speakers)
+            whose.append(speaker)
+            at_end = i == IDS.sep
+        contexts_profiles.append(whose)
+        items = iter(row[f"profile_{kind}s"])
+        profiles.append([[next(items) for _ in range(count)] for count in row[f"profile_{kind}_counts"]])
+        responses.append([IDS.bos, *row["response"], IDS.eos])
+    P = max(map(len, profiles))
+    W = max(len(profile) for of_example in profiles for profile in of_example)
+    expected: dict[str, Any] = {
+        "example_id_B": [row["example_id"] for row in rows],
+        "context_BS": rectangle([row["context"] for row in rows], IDS.pad),
+        "context_profile_BS": rectangle(contexts_profiles, 0),
+        "profiles_BPW": [
+            [[*p, *[persona_pad] * (W - len(p))] for p in [*of_example, *[[]] * (P - len(of_example))]]
+            for of_example in profiles
+        ],
+        "target_persona_BK": rectangle([row[f"target_{kind}s"] for row in rows], persona_pad),
+        "response_BT": rectangle(responses, IDS.pad),
+    }
+    if layout.infilling:
+        numbers = [draws.uniform(np.array([row["example_id"]])) for row in rows]
+        expected["infilled_BU"] = rectangle(
+            [infilled(r, float(k[0]), float(p[0])) for r, (k, p) in zip(responses, numbers, strict=True)], IDS.pad
+        )
+    return expected
+
+
+# -------------------------------------------------------------------------------------------------------- the window
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"words={x.persona_words}-infilling={x.infilling}")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_batch_of_any_rows_in_any_order_is_the_oracles(layout: Layout, data: st.DataObject) -> None:
+    rows, table = data.draw(tables())
+    window = Window(table.select(layout.columns), layout)
+    assert len(window) == len(rows)
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
+    counted = np.array(data.draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen))))
+    draws = Draws(data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(0, 99)))
+    arrays = window.batch(np.array(chosen), counted, draws)
+    expected = oracle([rows[i] for i in chosen], layout, draws)
+    assert arrays.pop("counted_B") is counted
+    assert {name: array.tolist() for name, array in arrays.items()} == expected
+    assert {
+        array.dtype.name for name, array in arrays.items() if name not in ("example_id_B", "context_profile_BS")
+    } == {"int32"}
+
+
+@given(tables())
+@settings(max_examples=30, deadline=None)
+def test_the_sort_key_is_context_length_then_response_length(drawn: tuple[list[dict[str, Any]], pa.Table]) -> None:
+    rows, table = drawn
+    by_key = np.argsort(Window(table, LAYOUTS[0]).lengths, kind="stable").tolist()
+    assert by_key == sorted(range(len(rows)), key=lambda i: (len(rows[i]["context"]), len(rows[i]["response"])))
+
+
+def test_what_is_in_the_batch_beside_an_example_only_pads_it() -> None:
+    rng = random.Random(1)
+    rows = [example(rng, response_length=1 + i) for i in range(8)]
+    window = Window(pa.Table.from_pylist(rows, SCHEMA), LAYOUTS[0])
+    together = window.batch(np.arange(8), np.ones(8, bool), Draws(3, 1))
+    for i in range(8):
+        alone = window.batch(np.array([i]), np.ones(1, bool), Draws(3, 1))
+        for name, array in alone.items():
+            place = (i, *(slice(size) for size in array.shape[1:]))
+            assert np.array_equal(together[name][place], array[0]), name
+
+
+def test_a_missing_speaker_is_caught() -> None:
+    row = example(random.Random(0), response_length=3)
+    row["speakers"].pop()
+    with pytest.raises(AssertionError, match="has a speaker"):
+        Window(pa.Table.from_pylist([row], SCHEMA), LAYOUTS[0])
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_layout_reads_what_the_model_reads(name: str) -> None:
+    model: ModelConfig = PRESETS[name].model
+    layout = Layout.of(model, SIZES)
+    assert layout.persona_words == (name not in ("ar", "no-memn2n"))
+    assert layout.infilling == (name not in ("ar", "no-bart-mlm"))
+    assert set(layout.columns) <= set(SCHEMA.names)
+    assert ("profile_words" in layout.columns) != ("profile_characters" in layout.columns)
+
+
+def example(rng: random.Random, response_length: int) -> dict[str, Any]:
+    """A random example of two utterances and two profiles."""
+
+    def some(n: int, high: int = PERSONA_IDS.pad) -> list[int]:
+        return [rng.randrange(high) for _ in range(n)]
+
+    first, second = rng.randrange(1, 9), rng.randrange(1, 9)
+    return {
+        "example_id": rng.randrange(2**63),
+        "context": [*some(first), IDS.sep, *some(second), IDS.sep],
+        "speakers": [1, 0],
+        "response": some(response_length),
+        "profile_words": some(7),
+        "profile_word_counts": [4, 3],
+        "profile_characters": some(11),
+        "profile_character_counts": [5, 6],
+        "target_words": some(7),
+        "target_characters": some(13),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- frame and infill
+
+
+@given(st.lists(st.lists(character, max_size=15), min_size=1, max_size=6), st.integers(0, 3))
+@settings(deadline=None)
+def test_frame_puts_bos_and_eos_around(responses: list[list[int]], more_padding: int) -> None:
+    padded = rectangle([*responses, [0] * (max(map(len, responses)) + more_padding)], IDS.pad)[:-1]
+    characters = np.array(padded, np.int32).reshape(len(responses), -1)
+    framed = frame(characters, np.array([len(r) for r in responses]), IDS)
+    assert framed.tolist() == rectangle([[IDS.bos, *r, IDS.eos] for r in responses], IDS.pad)
+
+
+def fill(responses: list[list[int]], kind: Sequence[float], place: Sequence[float]) -> list[list[int]]:
+    """Infilled framed responses, without padding."""
+    array = infill(
+        np.array(rectangle(responses, IDS.pad), np.int32),
+        np.array([len(r) for r in responses]),
+        IDS,
+        np.array(kind, float),
+        np.array(place, float),
+    )
+    assert (array != IDS.pad).any(0).all(), "no column is padding alone"
+    rows = array.tolist()
+    return [row[: row.index(IDS.eos) + 1] for row in rows if set(row[row.index(IDS.eos) + 1 :]) <= {IDS.pad}]
+
+
+unit = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.99, np.nextafter(0.99, 0), np.nextafter(1, 0)])
+
+
+@given(st.lists(st.tuples(st.lists(character, min_size=1, max_size=15), unit, unit), min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_infill_is_the_oracles_and_keeps_the_frame(drawn: list[tuple[list[int], float, float]]) -> None:
+    responses = [[IDS.bos, *characters, IDS.eos] for characters, _, _ in drawn]
+    filled = fill(responses, [kind for _, kind, _ in drawn], [place for _, _, place in drawn])
+    assert filled == [infilled(r, kind, place) for r, (_, kind, place) in zip(responses, drawn, strict=True)]
+    for before, after in zip(responses, filled, strict=True):
+        assert (after[0], after[-1]) == (IDS.bos, IDS.eos)
+        assert after.count(IDS.mask) == (len(before) > 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "kind", "infilled_length"),
+    [(3, 0.0, 3), (3, 0.995, 3), (4, 0.0, 4), (4, 0.995, 4), (5, 0.5, 5), (6, 0.98, 5), (6, 0.99, 7), (17, 0.5, 16)],
+)
+def test_the_span_depends_on_the_length(length: int, kind: float, infilled_length: int) -> None:
+    response = [IDS.bos, *range(length - 2), IDS.eos]
+    for place in (0.0, 0.5, 0.999):
+        (filled,) = fill([response], [kind], [place])
+        assert len(filled) == infilled_length
+        lost = length - infilled_length + 1 if IDS.mask in filled else 0
+        assert [i for i in filled if i != IDS.mask] == [i for i in response if i in filled]
+        assert len(set(response) - set(filled)) == lost
+
+
+def test_an_insertion_comes_about_once_in_a_hundred() -> None:
+    n = 40_000
+    kind, place = Draws(seed=11, epoch=0).uniform(np.arange(n))
+    lengths = Counter(map(len, fill([[IDS.bos, 1, 2, 3, 4, IDS.eos]] * n, kind.tolist(), place.tolist())))
+    assert set(lengths) == {5, 7}
+    assert abs(lengths[7] - 0.01 * n) < 4 * math.sqrt(n * 0.01 * 0.99)
+
+
+@pytest.mark.parametrize("length", [4, 5, 6, 9, 17])
+@pytest.mark.parametrize("insert", [False, True])
+def test_the_start_is_uniform(length: int, insert: bool) -> None:
+    span = 1 if length < 6 else 0 if insert else 2
+    n, places = 20_000, range(1, length - span)
+    _, place = Draws(seed=5, epoch=2).uniform(np.arange(n))
+    response = [IDS.bos, *range(length - 2), IDS.eos]
+    filled = fill([response] * n, [0.995 if insert else 0.5] * n, place.tolist())
+    starts = Counter(row.index(IDS.mask) for row in filled)
+    assert set(starts) == set(places)
+    expected = n / len(places)
+    chi_square = sum((starts[i] - expected) ** 2 / expected for i in places)
+    freedom = len(places) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 1  # mean and 4 standard deviations of chi-square
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+
+ids = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20)
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 1000), ids, st.randoms())
+@settings(deadline=None)
+def test_draws_depend_on_seed_epoch_and_id_alone(seed: int, epoch: int, ids: list[int], rng: random.Random) -> None:
+    kind, place = Draws(seed, epoch).uniform(np.array(ids))
+    order = rng.sample(range(len(ids)), len(ids))
+    for i in order:
+        alone = Draws(seed, epoch).uniform(np.array([ids[i]]))
+        assert (alone[0][0], alone[1][0]) == (kind[i], place[i])
+    shuffled = Draws(seed, epoch).uniform(np.array(ids)[order])
+    assert np.array_equal(shuffled[0], kind[order])
+    assert ((kind >= 0) & (kind < 1) & (place >= 0) & (place < 1)).all()
+
+
+def test_draws_change_with_each_of_seed_epoch_and_id_and_look_independent() -> None:
+    n = 20_000
+    base = Draws(1, 0)
+    columns = [
+        *base.uniform(np.arange(n)),
+        *base.uniform(np.arange(n, 2 * n)),
+        *Draws(1, 1).uniform(np.arange(n)),
+        *Draws(2, 0).uniform(np.arange(n)),
+        *Draws(0, 1).uniform(np.arange(n)),
+    ]
+    for column in columns:
+        assert abs(column.mean() - 0.5) < 5 / math.sqrt(12 * n)
+        assert abs(column.std() - math.sqrt(1 / 12)) < 0.01
+    correlations = np.corrcoef(columns) - np.eye(len(columns))
+    assert abs(correlations).max() < 5 / math.sqrt(n)

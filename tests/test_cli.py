@@ -1,0 +1,260 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arplus import cli
+from arplus.config import (
+    PRESETS,
+    OptimizerConfig,
+    PrepareConfig,
+    SynthesizeConfig,
+    TrainConfig,
+    dotted_names,
+    flag,
+    preset,
+    tiny,
+    to_dict,
+)
+from arplus.errors import ResourceError, UserError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def train(*arguments: str) -> TrainConfig:
+    return cli.train_command(arguments, prog="jobs/train.py").config
+
+
+def parse(default: Any, *arguments: str) -> Any:
+    return cli.parse(default, arguments, prog="job", description=None)
+
+
+def message_of(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Any:
+    """Writes values to a JSON file and gives its path."""
+
+    def write(values: Any) -> str:
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps(values))
+        return str(path)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------------- parse
+
+
+def test_without_flags_the_default_stays() -> None:
+    default = SynthesizeConfig(output="somewhere", records=77)
+    assert parse(default) == default
+
+
+def test_flags_override_the_default_in_both_spellings() -> None:
+    default = SynthesizeConfig(output="somewhere", records=77)
+    config = parse(default, "--part-records", "5", "--persona_answers=0.5", "--chatterbot", "True")
+    assert config == SynthesizeConfig(
+        output="somewhere", records=77, part_records=5, persona_answers=0.5, chatterbot=True
+    )
+
+
+def test_an_unknown_flag_lists_the_valid_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        parse(SynthesizeConfig(output="o"), "--record", "3")
+    assert "unknown key 'record' (did you mean 'records'?)" in str(caught.value)
+    assert ", ".join(map(flag, dotted_names(SynthesizeConfig))) in str(caught.value)
+
+
+def test_a_value_that_fails_a_check_names_the_flag() -> None:
+    with pytest.raises(UserError, match=r"^command line: --records: input should be greater than 0 \(got 0\)$"):
+        parse(SynthesizeConfig(output="o"), "--records", "0")
+    with pytest.raises(UserError, match=r"^command line: --output: is required"):
+        parse(PrepareConfig(), "--input", "somewhere")
+
+
+@pytest.mark.parametrize("arguments", [["--records", "many"], ["--records"], ["--records", "1.5"], ["stray"], ["-x"]])
+def test_a_value_of_another_type_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(SynthesizeConfig(output="o"), *arguments)
+    assert caught.value.code == 2
+    assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_help_shows_every_setting_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(SynthesizeConfig(), "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{flag(name)}" in text for name in dotted_names(SynthesizeConfig))
+
+
+# ----------------------------------------------------------------------------------------------------- train_command
+
+
+def test_a_preset_alone_is_that_preset() -> None:
+    for name in PRESETS:
+        command = cli.train_command([name], prog="jobs/train.py")
+        assert (command.config, command.dry_run) == (preset(name), False)
+
+
+def test_dry_run_is_a_switch_anywhere() -> None:
+    command = cli.train_command(["ar", "--epochs", "2", "--dry-run", "--seed=1"], prog="jobs/train.py")
+    assert command.dry_run
+    assert (command.config.epochs, command.config.seed) == (2, 1)
+
+
+def test_later_ones_win_preset_tiny_file_flags(file: Any) -> None:
+    settings = file({"batch_size": 16, "epochs": 7, "optimizer": {"lr": 0.5, "clip": 3.0}})
+    row, small = preset("ar"), tiny(preset("ar"))
+    assert row.batch_size != small.batch_size != 16
+    config = train("ar", "--tiny", "--epochs", "9", "--config", settings, "--optimizer.clip", "4")
+    assert config.seed == row.seed  # the preset's, said nowhere else
+    assert config.optimizer.eps == row.optimizer.eps != OptimizerConfig().eps  # not that of a section's own default
+    assert config.model == small.model  # from --tiny
+    assert (config.batch_size, config.optimizer.lr) == (16, 0.5)  # the file against --tiny
+    assert (config.epochs, config.optimizer.clip) == (9, 4.0)  # the flag against the file
+    assert train("ar", "--tiny", f"--config={settings}") == train("ar", "--config", settings, "--tiny")
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_runs_config_fed_back_is_the_same_run(name: str, file: Any) -> None:
+    flags = ["--data", "数据", "--run-name", "一", "--max-steps", "3", "--optimizer.lr", "1e-5", "--model.dropout", "0"]
+    first = train(name, "--tiny", *flags)
+    written = file(to_dict(first))
+    assert train("--config", written) == first
+    assert train(name, "--config", written) == first
+    assert train("--config", written, "--max-steps", "None").max_steps is None
+
+
+def test_a_file_need_only_fit_the_preset_it_changes(file: Any) -> None:
+    # Neither file would pass with the defaults of AR+ at full size.
+    assert train("ar", "--config", file({"model": {"tied_generator": True}})) == preset("ar")
+    assert train("ar", "--tiny", "--config", file({"model": {"d_model": 100, "embedding_size": 100}})).model.heads == 4
+
+
+def test_a_file_of_another_preset_is_refused(file: Any) -> None:
+    path = file({"preset": "ar"})
+    assert message_of("arplus", "--config", path).startswith(f"{path}: is of preset 'ar', not 'arplus'")
+    assert train("--config", path) == preset("ar")
+
+
+def test_the_preset_cannot_be_renamed() -> None:
+    assert "--preset: " in message_of("ar", "--preset", "arplus")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--epochs", "1"], ["--tiny"]])
+def test_a_preset_is_required(arguments: list[str]) -> None:
+    message = message_of(*arguments)
+    assert message.startswith("a preset is required: jobs/train.py PRESET")
+    assert message.endswith(", ".join(PRESETS))
+
+
+def test_an_unknown_preset_lists_the_presets() -> None:
+    assert ", ".join(PRESETS) in message_of("gpt")
+
+
+def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train("--help")
+    assert caught.value.code == 0
+    assert "no-factor-ff" in capsys.readouterr().out
+
+
+def test_config_needs_a_file(tmp_path: Path) -> None:
+    assert message_of("ar", "--config") == "--config: needs a value"
+    assert message_of("ar", "--config=") == "--config: needs a value"
+    missing = str(tmp_path / "missing.json")
+    assert message_of("ar", "--config", missing) == f"{missing}: no such file"
+
+
+def test_config_must_be_a_json_object(tmp_path: Path, file: Any) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"epochs": ')
+    assert message_of("ar", "--config", str(broken)).startswith(f"{broken}: not valid JSON")
+    for values in ([1], 3, None, {"preset": [1]}, {"preset": None}):
+        path = file(values)
+        assert message_of("--config", path).startswith(f"{path}: must hold a JSON object")
+
+
+def test_problems_of_a_file_name_the_file(file: Any) -> None:
+    path = file({"optimizer": {"lrr": 1}})
+    assert message_of("ar", "--config", path).startswith(f"{path}: unknown key 'optimizer.lrr'")
+    path = file({"optimizer": {"lr": -1}})
+    assert message_of("ar", "--config", path).startswith(f"{path}: --optimizer.lr: ")
+    path = file({"workers": 3})
+    assert message_of("ar", "--config", path).startswith(f"{path}: --batch-size: must divide by workers")
+
+
+def test_an_unknown_flag_of_train_lists_the_valid_ones() -> None:
+    message = message_of("ar", "--opt.lr", "1")
+    assert message.startswith("command line: unknown key 'opt.lr' (did you mean 'optimizer.lr'?)")
+    assert "batch-size" in message
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("--data: is wrong"), 2, "error: --data: is wrong\n"),
+        (ResourceError("--workers: too many"), 3, "error: --workers: too many\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_run_ends_with_the_errors_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_run_of_a_main_that_returns_goes_on() -> None:
+    done = []
+    cli.run(lambda: done.append(True))
+    assert done
+
+
+def test_any_other_error_exits_1_with_a_traceback() -> None:
+    script = "from arplus import cli\ndef main():\n    raise RuntimeError('ours')\ncli.run(main)\n"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "RuntimeError: ours" in ended.stderr
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # A Ray address where nothing listens: a job that joined a cluster would fail.
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "jobs/train.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
+    ended = job("arplus", "--dry-run", "--seed", "5")
+    assert ended.returncode == 0, ended.stderr
+    assert "live parameters: 31,142,449\n" in ended.stdout
+    resolved, _, _ = ended.stdout.partition("\n\n")
+    assert json.loads(resolved) == to_dict(train("arplus", "--seed", "5"))
+
+
+def test_a_users_error_ends_the_job_with_2_and_one_line() -> None:
+    ended = job("arplus", "--dry-run", "--workers", "3")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: command line: --batch-size: ")
+    assert ended.stderr.count("\n") == 1

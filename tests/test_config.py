@@ -1,0 +1,355 @@
+import ast
+import inspect
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arplus import config as config_module
+from arplus.config import (
+    PRESETS,
+    EvaluateConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    Sampling,
+    SynthesizeConfig,
+    TrainConfig,
+    VocabularySizes,
+    checked,
+    dotted_names,
+    flag,
+    flat,
+    from_dict,
+    preset,
+    special_ids,
+    tiny,
+    to_dict,
+)
+from arplus.errors import UserError
+
+ROWS = ["ar", "arplus", "no-rezero", "no-albert", "no-factor-ff", "no-memn2n", "no-bart-mlm"]
+
+# What each row has that AR+ has not: one method less, or for AR all five.
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "arplus": {},
+    "no-rezero": {"rezero": False},
+    "no-albert": {"groups": 1, "embedding_size": 512},
+    "no-factor-ff": {"ff_bottleneck": None},
+    "no-memn2n": {"memory_hops": 0},
+    "no-bart-mlm": {"auxiliary": "lm"},
+    "ar": {
+        "rezero": False,
+        "groups": 1,
+        "embedding_size": 512,
+        "ff_bottleneck": None,
+        "memory_hops": 0,
+        "auxiliary": "lm",
+        "tied_generator": True,
+        "decoder_norm": False,
+    },
+}
+
+LEARNING_RATES = {
+    "ar": 1.5e-4,
+    "arplus": 2e-3,
+    "no-rezero": 1.5e-4,
+    "no-albert": 2e-3,
+    "no-factor-ff": 1.5e-4,
+    "no-memn2n": 1.5e-4,
+    "no-bart-mlm": 1.5e-4,
+}
+
+
+def message_of(cls: type, values: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        from_dict(cls, values, source="settings.json")
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- paper's values
+
+
+def test_the_presets_are_the_papers_seven_rows() -> None:
+    assert list(PRESETS) == ROWS
+    assert all(PRESETS[name].preset == name for name in ROWS)
+
+
+def test_ar_plus_has_the_papers_sizes() -> None:
+    assert asdict(preset("arplus").model) == {
+        "layers": 6,
+        "groups": 6,
+        "d_model": 512,
+        "embedding_size": 200,
+        "heads": 8,
+        "ff_size": 2048,
+        "ff_bottleneck": 100,
+        "rezero": True,
+        "fixed_attention": 0.1,
+        "memory_hops": 3,
+        "auxiliary": "infilling",
+        "tied_generator": False,
+        "decoder_norm": True,
+        "dropout": 0.1,
+    }
+    assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_differs_from_ar_plus_in_its_methods_alone(name: str) -> None:
+    ours, full = asdict(preset(name).model), asdict(preset("arplus").model)
+    assert {key: value for key, value in ours.items() if value != full[key]} == DIFFERENCES[name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_trains_as_the_papers_code_did(name: str) -> None:
+    row = preset(name)
+    assert asdict(row.optimizer) == {
+        "lr": LEARNING_RATES[name],
+        "eps": 1e-8 if name == "ar" else 1e-6,
+        "weight_decay": 0.05,
+        "clip": 1.0,
+        "plateau_factor": 0.5,
+        "plateau_patience": 60,
+        "min_lr": 1.5e-4,
+    }
+    assert (row.batch_size, row.epochs, row.objective.lambda1) == (64, 3, 0.5)
+
+
+def test_sampling_is_the_papers() -> None:
+    assert asdict(Sampling()) == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 0,
+        "max_characters": 15,
+        "min_characters": 1,
+    }
+
+
+def test_the_largest_vocabularies_prepared_are_the_papers() -> None:
+    prepare, sizes = PrepareConfig(), VocabularySizes()
+    assert prepare.max_characters + 9 == sizes.characters
+    assert prepare.max_persona_words + 9 == sizes.persona_words
+
+
+def test_special_tokens_take_the_last_nine_ids() -> None:
+    assert special_ids(20) == tuple(range(11, 20))
+    assert special_ids(20)._fields == ("pad", "bos", "eos", "unk", "sep", "spe1", "spe2", "mask", "cls")
+    assert [token.strip("[]").lower() for token in config_module.SPECIAL_TOKENS] == list(special_ids(20)._fields)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: str) -> None:
+    row = preset(name)
+    assert checked(row) == row
+    small = tiny(row)
+    assert checked(small) == small
+    assert small.preset == name
+    # What makes the row the row stays, in the terms of the small network.
+    kept = ("rezero", "memory_hops", "auxiliary", "tied_generator", "decoder_norm", "dropout", "fixed_attention")
+    assert {k: getattr(small.model, k) for k in kept} == {k: getattr(row.model, k) for k in kept}
+    assert (small.model.ff_bottleneck is None) == (row.model.ff_bottleneck is None)
+    assert (small.model.embedding_size == small.model.d_model) == (row.model.embedding_size == row.model.d_model)
+    assert (small.model.unique_layers == 1) == (row.model.unique_layers == 1)
+    assert small.model.d_model < row.model.d_model
+
+
+def test_an_unknown_preset_lists_the_presets() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'gpt'.*ar, arplus, no-rezero"):
+        preset("gpt")
+
+
+# ------------------------------------------------------------------------------------------------------ dictionaries
+
+positive = st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False)
+
+train_configs = st.builds(
+    lambda shape, shares, optimizer, texts, whole, model: TrainConfig(
+        model=ModelConfig(layers=shape[0] * shape[1], groups=shape[1], d_model=8 * shape[2], heads=shape[3], **model),
+        optimizer=optimizer,
+        objective=ObjectiveConfig(lambda1=whole["lambda1"]),
+        workers=shares[0],
+        accumulation=shares[1],
+        batch_size=shares[0] * shares[1] * shares[2],
+        max_steps=whole["max_steps"],
+        seed=whole["seed"],
+        worker_cpus=whole["worker_cpus"],
+        zero=whole["zero"],
+        precision=whole["precision"],
+        **texts,
+    ),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 64), st.sampled_from([1, 2, 4, 8])),
+    shares=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 99)),
+    optimizer=st.builds(OptimizerConfig, lr=positive, plateau_patience=st.integers(0)),
+    texts=st.fixed_dictionaries(
+        {name: st.text(st.characters(codec="utf-8")) for name in ("data", "storage", "run_name", "experiment")}
+    ),
+    whole=st.fixed_dictionaries(
+        {
+            "lambda1": st.just(0.0) | positive,
+            "max_steps": st.none() | st.integers(1),
+            "seed": st.integers(0, 2**63 - 1),
+            "worker_cpus": st.none() | positive,
+            "zero": st.integers(0, 3),
+            "precision": st.sampled_from(["auto", "fp32", "bf16"]),
+        }
+    ),
+    model=st.fixed_dictionaries(
+        {
+            "ff_bottleneck": st.none() | st.integers(1),
+            "rezero": st.booleans(),
+            "auxiliary": st.sampled_from(["infilling", "lm"]),
+            "dropout": st.floats(0, 1, exclude_max=True),
+        }
+    ),
+)
+
+
+@settings(deadline=None)  # the first call builds the validator
+@given(train_configs)
+def test_a_configuration_survives_json(config: TrainConfig) -> None:
+    text = json.dumps(to_dict(config), ensure_ascii=False, allow_nan=False)
+    assert from_dict(TrainConfig, json.loads(text), source="file") == config
+
+
+def test_missing_keys_take_their_defaults() -> None:
+    assert from_dict(TrainConfig, {}, source="file") == TrainConfig()
+    config = from_dict(TrainConfig, {"optimizer": {"lr": 1}, "model": {}}, source="file")
+    assert config == TrainConfig(optimizer=OptimizerConfig(lr=1.0))
+
+
+def test_flat_names_every_setting_once() -> None:
+    values = flat(preset("ar"))
+    assert list(values) == list(dotted_names(TrainConfig))
+    assert (values["optimizer.lr"], values["model.tied_generator"], values["preset"]) == (1.5e-4, True, "ar")
+    assert flag("model.ff_bottleneck") == "model.ff-bottleneck"
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "near"),
+    [
+        ({"optimiser": {"lr": 1}}, "optimiser.lr", "optimizer.lr"),
+        ({"optimizer": {"lrr": 1}}, "optimizer.lrr", "optimizer.lr"),
+        ({"batchsize": 1}, "batchsize", "batch_size"),
+        ({"seed": {"x": 1}}, "seed.x", "seed"),
+    ],
+)
+def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any], key: str, near: str) -> None:
+    message = message_of(TrainConfig, values)
+    assert message.startswith(f"settings.json: unknown key {key!r} (did you mean {near!r}?)")
+    assert message.endswith("valid keys: " + ", ".join(dotted_names(TrainConfig)))
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({"batch_size": 0}, "--batch-size: input should be greater than 0"),
+        ({"optimizer": {"lr": "fast"}}, "--optimizer.lr: "),
+        ({"optimizer": {"lr": math.nan}}, "--optimizer.lr: "),
+        ({"optimizer": {"lr": math.inf}}, "--optimizer.lr: must be finite"),
+        ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: input should be less than 1"),
+        ({"precision": "fp16"}, "--precision: "),
+        ({"zero": 4}, "--zero: input should be less than or equal to 3"),
+        ({"seed": -1}, "--seed: "),
+        ({"seed": 2**63}, "--seed: "),
+        ({"max_steps": 0}, "--max-steps: "),  # a union with None, whose error pydantic places below the field
+        ({"max_steps": "many"}, "--max-steps: "),
+        ({"worker_cpus": math.inf}, "--worker-cpus: must be finite"),
+        ({"epochs": 1.5}, "--epochs: "),
+        ({"epochs": None}, "--epochs: "),
+        ({"model": {"dropout": 1.0}}, "--model.dropout: input should be less than 1"),
+        ({"model": {"auxiliary": "none"}}, "--model.auxiliary: "),
+        ({"model": 3}, "--model: "),
+    ],
+)
+def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any], start: str) -> None:
+    message = message_of(TrainConfig, values)
+    assert message.startswith(f"settings.json: {start}")
+    bad: Any = values
+    while isinstance(bad, dict):
+        (bad,) = bad.values()
+    assert f"(got {bad!r})" in message
+
+
+def test_all_bad_values_are_named_at_once() -> None:
+    message = message_of(TrainConfig, {"batch_size": 0, "model": {"heads": -1}})
+    assert re.findall(r"--[\w.-]+", message) == ["--batch-size", "--model.heads"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "accumulation", "do"),
+    [(64, 3, 1, "63 or 66 would do"), (64, 5, 2, "60 or 70 would do"), (3, 4, 1, "; 4 would do")],
+)
+def test_a_batch_size_that_does_not_divide_says_which_would(
+    batch_size: int, workers: int, accumulation: int, do: str
+) -> None:
+    values = {"batch_size": batch_size, "workers": workers, "accumulation": accumulation}
+    message = message_of(TrainConfig, values)
+    assert message.startswith("settings.json: --batch-size: ")
+    assert do in message
+    assert f"{workers} × {accumulation}" in message
+    for size in map(int, re.findall(r"\d+", do)):
+        assert from_dict(TrainConfig, values | {"batch_size": size}, source="file").micro_batch_size > 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "problem"),
+    [
+        (TrainConfig, {"model": {"layers": 6, "groups": 4}}, "--model.groups: must divide layers = 6 (got 4)"),
+        (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
+        (TrainConfig, {"model": {"tied_generator": True}}, "--model.embedding-size: must equal d_model = 512"),
+        (PrepareConfig, {"output": "o"}, "--input: is required"),
+        (PrepareConfig, {"input": "i"}, "--output: is required"),
+        (PrepareConfig, {"input": "i", "output": "o", "test": 1.5}, "--test: must be a share below 1 or a whole"),
+        (PrepareConfig, {"input": "i", "output": "o", "valid": math.inf}, "--valid: must be finite"),
+        (SynthesizeConfig, {}, "--output: is required"),
+        (SynthesizeConfig, {"output": "o", "records": 9, "broken": 10}, "--records: counts all lines"),
+        (SynthesizeConfig, {"output": "o", "records": 9, "broken": 8, "duplicates": 1}, "--duplicates: leave no"),
+        (EvaluateConfig, {"data": "d"}, "--checkpoint: is required"),
+        (EvaluateConfig, {"checkpoint": "c"}, "--data: is required"),
+    ],
+)
+def test_settings_that_are_wrong_together_name_the_flag(cls: type, values: dict[str, Any], problem: str) -> None:
+    assert message_of(cls, values).startswith(f"settings.json: {problem}")
+
+
+def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:
+    for number in (0, 0.25, 1, 20_000.0):
+        checked(PrepareConfig(input="i", output="o", valid=number, test=number))
+
+
+def test_a_changed_preset_is_checked_too() -> None:
+    with pytest.raises(UserError, match=r"^command line: --model\.groups: "):
+        checked(replace(preset("arplus"), model=ModelConfig(layers=6, groups=5)))
+
+
+# ------------------------------------------------------------------------------------------------------ documentation
+
+
+def dataclass_bodies() -> list[ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(config_module))
+    return [node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list]
+
+
+def test_every_setting_is_followed_by_its_docstring_and_has_one_default() -> None:
+    classes = dataclass_bodies()
+    assert {"TrainConfig", "ModelConfig", "PrepareConfig", "Sampling"} <= {c.name for c in classes}
+    for c in classes:
+        assert ast.get_docstring(c), f"{c.name} has no docstring"
+        for field, after in zip(c.body, [*c.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                name = f"{c.name}.{ast.unparse(field.target)}"
+                assert field.value is not None, f"{name} has no default"
+                assert isinstance(after, ast.Expr), f"{name} has no docstring"
+                assert isinstance(after.value, ast.Constant), f"{name} has no docstring"
+                assert isinstance(after.value.value, str), f"{name} has no docstring"
+                assert len(after.value.value) > 5, name

@@ -1,0 +1,114 @@
+"""Whole training runs on a real Ray with real DeepSpeed, MLflow and storage."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from prepared import write_dataset
+
+from arplus import checkpoint, tracking
+from arplus.config import TrainConfig, preset, tiny
+from arplus.errors import ResourceError, UserError
+from arplus.training.engine import NonFiniteLossError
+from arplus.training.trainer import train
+
+EXAMPLES, VALID = 83, 21
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[50, 33]], "valid": [[VALID]]}).uri
+
+
+def settings(data: str, storage: Path, **changes: Any) -> TrainConfig:
+    config = tiny(preset("arplus"))
+    config = replace(config, data=data, storage=str(storage), batch_size=8, epochs=2, log_every=4)
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run of two workers."""
+    config = settings(data, tmp_path_factory.mktemp("storage"), run_name="two", workers=2)
+    return config, train(config)
+
+
+def test_a_run_leaves_metrics_checkpoints_and_its_configuration(finished: tuple) -> None:
+    config, final = finished
+    folder = Path(config.storage) / "two"
+    assert json.loads((folder / "final_metrics.json").read_text()) == final
+    assert final["steps"] == 2 * math.ceil(EXAMPLES / 8)
+    assert final["examples"] == 2 * EXAMPLES
+    assert final["valid/examples"] == VALID
+    assert final["valid/response_ppl"] == pytest.approx(math.exp(final["valid/dialogue_loss"]))
+    newest = checkpoint.load(checkpoint.list_complete(str(folder))[-1], moments=True)
+    assert newest.config.data == config.data
+    assert newest.progress.step == final["steps"]
+    assert len(newest.moments) == 2 * len(newest.weights)
+    best = checkpoint.load(str(folder))
+    assert best.progress.best_response_ppl == final["best_response_ppl"]
+
+
+def test_mlflow_has_the_run(finished: tuple) -> None:
+    config, final = finished
+    client = MlflowClient(tracking.default_uri(config.storage))
+    run = client.get_run(final["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optimizer.lr"] == "0.002"
+    assert run.data.tags["fingerprint"] == "test"
+    steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps[-1] == 2 * EXAMPLES
+    assert steps == sorted(steps)
+    assert run.data.metrics["valid/response_ppl"] == pytest.approx(final["valid/response_ppl"])
+    assert {"perf/examples_per_second", "perf/data_wait_share", "train/grad_norm"} <= run.data.metrics.keys()
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"config.json", "checkpoint", "sample_replies.txt", "final_metrics.json"} <= artifacts
+
+
+def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
+    data: str, finished: tuple, tmp_path: Path
+) -> None:
+    config, final = finished
+    first = settings(data, tmp_path, run_name="two", workers=2, max_steps=14)
+    assert train(first)["steps"] == 14
+    # One worker instead of two and dropout on: other random numbers, so only the accounting must be the same.
+    resumed = train(replace(first, max_steps=None, workers=2))
+    assert resumed["mlflow_run_id"] != final["mlflow_run_id"]
+    for name in ("steps", "examples", "valid/response_ppl", "best_response_ppl"):
+        assert resumed[name] == final[name], "the same number of workers resumes to the bit"
+
+
+def test_a_run_is_not_resumed_on_other_data(finished: tuple, tmp_path: Path) -> None:
+    config, _ = finished
+    other = write_dataset(tmp_path, {"train": [[40]], "valid": [[5]]}, fingerprint="another")
+    with pytest.raises(UserError, match="fingerprint test, and .* has another; take another --run-name"):
+        train(replace(config, data=other.uri))
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_what_happened(data: str, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, run_name="diverges")
+    config = replace(config, optimizer=replace(config.optimizer, lr=1e30, clip=1e30))
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ of epoch 1: .*Example ids: \[\d.*Last good checkpoint"):
+        train(config)
+    client = MlflowClient(tracking.default_uri(config.storage))
+    (run,) = client.search_runs([client.get_experiment_by_name("arplus").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_more_workers_than_can_be_fed_are_refused_with_the_sum(data: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"8 workers × 0.2 CPUs \+ 1 CPU for the data feed = 2.6 CPUs.*at most 5"):
+        train(settings(data, tmp_path, workers=8))
+
+
+def test_weights_of_another_vocabulary_are_refused(finished: tuple, data: str, tmp_path: Path) -> None:
+    state = checkpoint.load(str(Path(finished[0].storage) / "two"))
+    tokens = type(state.characters)([*state.characters.tokens, "龘"])
+    wrong = checkpoint.save(str(tmp_path / "other"), replace(state, characters=tokens))
+    with pytest.raises(UserError, match="--init-from .*vocabularies"):
+        train(settings(data, tmp_path, init_from=wrong))
