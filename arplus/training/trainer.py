@@ -201,7 +201,7 @@ def _run(job: Job) -> dict[str, Any]:
     model = ARPlus(config.model, sizes)
     progress = Progress(fingerprint=dataset.fingerprint)
     if state is not None:
-        model.load_state_dict(state.weights)
+        model.load_weights(state.weights)
         progress = state.progress
     elif config.init_from is not None:
         _initialise(model, config.init_from, sizes)
@@ -229,9 +229,9 @@ def _initialise(model: ARPlus, uri: str, sizes: VocabularySizes) -> None:
     if state.sizes != sizes:
         raise UserError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
     try:
-        model.load_state_dict(state.weights)
-    except RuntimeError as error:
-        raise UserError(f"--init-from {uri}: another model than --model says: {error}") from None
+        model.load_weights(state.weights)
+    except UserError as error:
+        raise UserError(f"--init-from {uri}: {error}") from None
 
 
 class RunHooks(Hooks):

@@ -140,7 +140,7 @@ def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -
 
     model = initial_model(config)
     if state is not None:
-        model.load_state_dict(state["weights"])
+        model.load_weights(state["weights"])
     engine = Engine(model, config, torch.device("cpu"))
     if state is not None:
         engine.load_moments(state["moments"], first)

@@ -74,10 +74,9 @@ def test_mlflow_has_the_run(finished: tuple) -> None:
 def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
     data: str, finished: tuple, tmp_path: Path
 ) -> None:
-    config, final = finished
+    _, final = finished
     first = settings(data, tmp_path, run_name="two", workers=2, max_steps=14)
     assert train(first)["steps"] == 14
-    # One worker instead of two and dropout on: other random numbers, so only the accounting must be the same.
     resumed = train(replace(first, max_steps=None, workers=2))
     assert resumed["mlflow_run_id"] != final["mlflow_run_id"]
     for name in ("steps", "examples", "valid/response_ppl", "best_response_ppl"):
@@ -87,7 +86,7 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
 def test_a_run_is_not_resumed_on_other_data(finished: tuple, tmp_path: Path) -> None:
     config, _ = finished
     other = write_dataset(tmp_path, {"train": [[40]], "valid": [[5]]}, fingerprint="another")
-    with pytest.raises(UserError, match="fingerprint test, and .* has another; take another --run-name"):
+    with pytest.raises(UserError, match=r"fingerprint test, and .* has another; take another --run-name"):
         train(replace(config, data=other.uri))
 
 
@@ -110,5 +109,5 @@ def test_weights_of_another_vocabulary_are_refused(finished: tuple, data: str, t
     state = checkpoint.load(str(Path(finished[0].storage) / "two"))
     tokens = type(state.characters)([*state.characters.tokens, "龘"])
     wrong = checkpoint.save(str(tmp_path / "other"), replace(state, characters=tokens))
-    with pytest.raises(UserError, match="--init-from .*vocabularies"):
+    with pytest.raises(UserError, match=r"--init-from .*vocabularies"):
         train(settings(data, tmp_path, init_from=wrong))

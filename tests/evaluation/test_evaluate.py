@@ -1,0 +1,113 @@
+"""Evaluation sees every example of a split once, and says what it measured by its right name."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
+
+from arplus import checkpoint
+from arplus.checkpoint import Progress, TrainState
+from arplus.config import EvaluateConfig, Sampling, preset, tiny
+from arplus.data.collate import Draws, Layout, Window
+from arplus.data.dataset import Dataset
+from arplus.data.feed import Order, as_batch
+from arplus.errors import UserError
+from arplus.evaluation.evaluate import evaluate, table
+from arplus.evaluation.replies import Responder, raw_profile, sample_replies
+from arplus.model.arplus import ARPlus
+from arplus.text import Vocabulary, sizes
+
+EXAMPLES = 141
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(
+        tmp_path_factory.mktemp("data"), {"train": [[9]], "valid": [[20]], "test": [[100, 41]], "none": [[]]}
+    )
+
+
+def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTERS) -> TrainState:
+    """A model of random weights; the gates of ReZero are opened, so that every part of it matters."""
+    torch.manual_seed(0)
+    config = tiny(preset(preset_name))
+    model = ARPlus(config.model, sizes(characters, PERSONA_WORDS))
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.r"):
+            parameter.data.fill_(0.5)
+    return TrainState(
+        config=config,
+        progress=Progress(fingerprint="test"),
+        schedule={},
+        characters=characters,
+        persona_words=PERSONA_WORDS,
+        weights=model.weights(),
+        moments={},
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("preset_name", ["arplus", "ar"])
+def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
+    state = random_state(preset_name)
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), state)
+    result = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="test", batch_size=16))
+    order = Order(split=dataset.split("test"), batch_size=EXAMPLES, window_batches=1, seed=0, shuffled=False)
+    layout = Layout.of(state.config.model, dataset.sizes)
+    batch = Window(order.read(0, 0, layout.columns), layout).batch(
+        np.arange(EXAMPLES), np.ones(EXAMPLES, bool), Draws(0, 0)
+    )
+    losses = checkpoint.build_model(state)(as_batch(batch))
+    expected = math.exp(float(losses.sum_dialogue / losses.count_dialogue))
+    assert result["examples"] == EXAMPLES
+    assert result["honest"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
+    assert result["paper_compatible"]["paper_ppl"] > 2 * expected, "it adds half of another loss"
+    assert set(result["honest"]) == {"response_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
+    for group in ("honest", "paper-compatible", "persona"):
+        assert group in table(result)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) -> None:
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
+    config = EvaluateConfig(checkpoint=uri, data=dataset.uri, sampling=Sampling(temperature=3.0))
+    first = evaluate(config)
+    assert evaluate(config) == first
+    assert evaluate(replace(config, seed=1))["honest"] != first["honest"]
+
+
+def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    longer = checkpoint.write(str(tmp_path / "other"), random_state(characters=Vocabulary([*CHARACTERS.tokens, "龘"])))
+    with pytest.raises(UserError, match="its 40 characters are not the 41 of --checkpoint"):
+        evaluate(EvaluateConfig(checkpoint=longer, data=dataset.uri))
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
+    with pytest.raises(UserError, match="no split 'tset'; it has train, valid, test, none"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="tset"))
+    with pytest.raises(UserError, match="--split none: has no examples"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="none"))
+
+
+def test_a_responder_is_seeded_and_hears_persona_and_history() -> None:
+    state = random_state()
+    words = [t for t in PERSONA_WORDS.tokens if t.startswith("词")]
+
+    def replies(seed: int = 0, tags: str = "", history: tuple[str, ...] = ("丁丂七",)) -> str:
+        sampling = Sampling(temperature=2.0)
+        return Responder(state, raw_profile("男", "四川 成都", tags), sampling, seed).reply(history)
+
+    assert replies() == replies()
+    assert len({replies(seed) for seed in range(4)}) > 1
+    assert replies() != replies(tags=";".join(words))
+    assert replies() != replies(history=("万丈", "三上", "丁丂七"))
+    with pytest.raises(UserError, match="nothing to answer"):
+        replies(history=("  ",))
+
+
+def test_sample_replies_show_context_persona_reference_and_reply(dataset: Dataset) -> None:
+    text = sample_replies(random_state(), dataset, n=3)
+    assert text.count("context") == text.count("reply") == 3
+    assert "性别" in text

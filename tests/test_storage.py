@@ -1,0 +1,236 @@
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from arplus import storage
+from arplus.data.dataset import Dataset
+from arplus.errors import ResourceError, UserError
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of its own for every test, here and on the S3 server."""
+    if request.param == "local":
+        return str(tmp_path / "folder")
+    return request.getfixturevalue("s3_server").uri(f"storage/{tmp_path.name}")
+
+
+# ------------------------------------------------------------------------------------------------ local and S3 alike
+
+
+def test_what_is_written_is_read(folder: str) -> None:
+    uri = storage.join(folder, "a", "文件 one.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"first")
+    assert storage.exists(uri)
+    assert storage.exists(folder)
+    assert storage.read_bytes(uri) == b"first"
+    storage.write_bytes(uri, b"")
+    assert storage.read_bytes(uri) == b""
+
+
+def test_megabytes_survive(folder: str) -> None:
+    data = os.urandom(12 << 20)  # more than one part of an S3 upload
+    storage.write_bytes(storage.join(folder, "large"), data)
+    assert storage.read_bytes(storage.join(folder, "large")) == data
+
+
+def test_json_round_trip(folder: str) -> None:
+    value = {"四川": [1, 2.5, None, "成都"], "b": {"c": True}}
+    uri = storage.join(folder, "x.json")
+    storage.write_json(uri, value)
+    assert storage.read_json(uri) == value
+    assert "四川" in storage.read_bytes(uri).decode()
+
+
+def test_files_are_listed_in_the_order_of_their_names(folder: str) -> None:
+    names = ["b/2", "b/10", "a", "c", "b/sub/x", "ab"]
+    for name in names:
+        storage.write_bytes(storage.join(folder, name), b"x")
+    expected = [storage.join(folder, name) for name in ["a", "ab", "b/10", "b/2", "b/sub/x", "c"]]
+    assert storage.list_files(folder) == expected
+    assert storage.list_files(folder + "/") == expected
+    assert storage.list_files(expected[1]) == [expected[1]]
+    assert [storage.read_bytes(uri) for uri in expected] == [b"x"] * len(expected)
+
+
+def test_delete_takes_a_file_a_folder_or_nothing(folder: str) -> None:
+    for name in ("keep", "one", "many/a", "many/b/c", "many-more"):
+        storage.write_bytes(storage.join(folder, name), b"x")
+    storage.delete(storage.join(folder, "one"))
+    storage.delete(storage.join(folder, "many"))
+    storage.delete(storage.join(folder, "never was"))
+    assert storage.list_files(folder) == [storage.join(folder, "keep"), storage.join(folder, "many-more")]
+    assert not storage.exists(storage.join(folder, "many"))
+
+
+def test_errors_name_the_uri(folder: str) -> None:
+    missing, broken = storage.join(folder, "missing"), storage.join(folder, "broken.json")
+    storage.write_bytes(broken, b'{"a": ')
+    with pytest.raises(UserError, match=f"^{missing}: no such file$"):
+        storage.read_bytes(missing)
+    with pytest.raises(UserError, match=f"^{missing}: no such file or folder$"):
+        storage.list_files(missing)
+    with pytest.raises(UserError, match=f"^{missing}: no such file$"):
+        storage.read_json(missing)
+    with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
+        storage.read_json(broken)
+
+
+def test_a_folder_is_not_read_as_a_file(folder: str) -> None:
+    storage.write_bytes(storage.join(folder, "file"), b"")
+    with pytest.raises(UserError, match=f"^{folder}: "):
+        storage.read_bytes(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- local
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[Path]:
+    """A file that a failing write must leave as it is."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    yield path
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "a temporary file is left"
+    assert path.read_bytes() == b"old"
+
+
+def test_a_write_that_dies_leaves_the_old_file(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_bytes(str(old), b"new and longer")
+
+
+def test_a_full_disk_is_a_lack_of_resources(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match=f"^{old}: No space left on device$"):
+        storage.write_bytes(str(old), b"new and longer")
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    uri = str(tmp_path / "file")
+    contents = [b"a" * 300_000, b"b" * 200_000]
+    storage.write_bytes(uri, contents[0])
+
+    def write() -> None:
+        for i in range(40):
+            storage.write_bytes(uri, contents[i % 2])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while writer.is_alive():
+        assert storage.read_bytes(uri) in contents
+    writer.join()
+
+
+def test_a_file_in_the_place_of_a_folder_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    uri = str(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match=f"^{uri}: "):
+        storage.write_bytes(uri, b"")
+    with pytest.raises(UserError, match=f"^{uri}: "):
+        storage.read_bytes(uri)
+
+
+def test_local_uris_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert storage.absolute("runs/") == str(tmp_path / "runs")
+    assert storage.absolute("~/runs") == str(tmp_path / "home" / "runs")
+    assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
+    storage.write_bytes(f"file://{tmp_path}/there", b"x")
+    assert storage.read_bytes("there") == b"x"
+    assert storage.list_files(f"file://{tmp_path}") == [f"file://{tmp_path}/there"]
+
+
+def test_join_makes_one_slash() -> None:
+    assert storage.join("s3://b/", "c", "d") == storage.join("s3://b", "c", "d") == "s3://b/c/d"
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "hdfs://host/x", "https://host/x"])
+def test_other_schemes_are_refused(uri: str) -> None:
+    assert not storage.is_local(uri)
+    for function in (storage.resolve, storage.exists, storage.read_bytes, storage.list_files, storage.delete):
+        with pytest.raises(UserError, match=f"^{uri}: only local paths and s3:// URIs are supported$"):
+            function(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3:key"])
+def test_s3_needs_a_bucket(uri: str) -> None:
+    with pytest.raises(UserError, match=f"^{uri}: names no bucket"):
+        storage.resolve(uri)
+
+
+# ---------------------------------------------------------------------------------------------------------------- S3
+
+
+def test_s3_is_the_server_of_the_environment(s3_server: Any) -> None:
+    filesystem, path = storage.resolve(s3_server.uri("a/b/"))
+    assert isinstance(filesystem, fs.S3FileSystem)
+    assert path == f"{s3_server.bucket}/a/b"
+    assert filesystem.region == "us-east-1"
+
+
+def test_the_endpoint_of_s3_alone_comes_first(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(s3_server.uri("endpoint"), b"x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert storage.read_bytes(s3_server.uri("endpoint")) == b"x"
+
+
+def every_call(uri: str) -> Iterator[Any]:
+    yield lambda: storage.exists(uri)
+    yield lambda: storage.read_bytes(uri)
+    yield lambda: storage.write_bytes(uri, b"new")
+    yield lambda: storage.list_files(uri)
+    yield lambda: storage.delete(uri)
+
+
+def check_refused(uri: str, expected: type[UserError]) -> None:
+    for call in every_call(uri):
+        start = time.monotonic()
+        with pytest.raises(UserError, match=f"^{uri}: ") as caught:
+            call()
+        assert time.monotonic() - start < 15
+        assert type(caught.value) is expected
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            assert name in str(caught.value)
+            assert os.environ.get(name, "http://") not in str(caught.value), "a secret has no place in a message"
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_credentials_are_the_users_error(s3_server: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    uri = s3_server.uri("guarded")
+    storage.write_bytes(uri, b"old")
+    with monkeypatch.context() as wrong:
+        wrong.setenv(name, f"wrong-{name.lower()}")
+        check_refused(uri, UserError)
+        with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
+            Dataset.open(s3_server.uri("some-data-set"))
+    assert storage.read_bytes(uri) == b"old"
+
+
+def test_no_credentials_are_the_users_error(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.aws/credentials either
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name)
+    check_refused(s3_server.uri("guarded"), UserError)
+
+
+def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    check_refused(s3_server.uri("unreachable"), ResourceError)
