@@ -1,0 +1,113 @@
+"""The commands as a user types them: each mistake ends in one line, the right exit code, and nothing half-written."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(command: str, *, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs ``jobs/…`` with this Python, away from any Ray cluster and MLflow server of the environment."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    words = shlex.split(command)
+    return subprocess.run(
+        [sys.executable, str(ROOT / words[0]), *words[1:]],
+        cwd=folder,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def record(i: int) -> str:
+    profile = {"tag": ["a"], "loc": "四川 成都", "gender": "male"}
+    return json.dumps({"dialog": [[f"你 好 {i}"], ["好"]], "profile": [profile, profile], "uid": [0, 1]}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("jobs/train.py arpluss --dry-run", "unknown preset 'arpluss'; the presets are ar, arplus,"),
+        ("jobs/train.py arplus --dry-run --objective.lambda1 -1", "--objective.lambda1: .*greater than or equal to 0"),
+        ("jobs/train.py arplus --dry-run --workers 0", "--workers: .*greater than 0"),
+        ("jobs/train.py arplus --dry-run --learning-rate 1", "unknown key 'learning-rate'.*optimizer.lr"),
+        ("jobs/train.py arplus --dry-run --data nowhere", "nowhere: not a prepared data set"),
+        ("jobs/train.py arplus --dry-run --batch-size 65 --workers 2", "--batch-size: must divide .* 64 or 66"),
+        ("jobs/chat.py --checkpoint nowhere --say 你好", "nowhere: no complete checkpoint there"),
+        ("jobs/evaluate.py --data nowhere", "--checkpoint: is required"),
+    ],
+)
+def test_mistakes_on_the_command_line(command: str, message: str, tmp_path: Path) -> None:
+    result = run(command, folder=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) == 1, "one clear message and no traceback"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_gzip_leaves_no_data_set(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(record(i) for i in range(2000)).encode())
+    (tmp_path / "records.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    result = run(f"jobs/prepare.py --input {tmp_path}/records.jsonl.gz --output {tmp_path}/data")
+    assert result.returncode == 2, result.stderr
+    assert "records.jsonl.gz" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    again = run(f"jobs/train.py arplus --dry-run --data {tmp_path}/data")
+    assert "not a prepared data set" in again.stderr
+
+
+def test_from_records_to_a_reply(tmp_path: Path) -> None:
+    """The road of the README on a handful of records, each job as its own process."""
+    commands = [
+        "jobs/synthesize.py --records 400 --duplicates 20 --broken 4 --persona-answers 0.5 --seed 1 --output raw",
+        "jobs/prepare.py --input raw --output data --valid 0.05 --test 0.05",
+        "jobs/train.py arplus --tiny --data data --storage runs --run-name first --max-steps 4 --workers 3 "
+        "--batch-size 12 --seed 1",
+        "jobs/evaluate.py --checkpoint runs/first --data data --split test --json result.json",
+        "jobs/chat.py --checkpoint runs/first --gender 男 --location '四川 成都' --tags 'a;b' --say 你好 --seed 3",
+        "jobs/export.py --checkpoint runs/first --output exported",
+        "jobs/chat.py --checkpoint exported --gender 男 --location '四川 成都' --tags 'a;b' --say 你好 --seed 3",
+    ]
+    results = []
+    for command in commands:
+        results.append(run(command, folder=tmp_path))
+        assert results[-1].returncode == 0, (command, results[-1].stderr[-3000:])
+    assert "L_D" in results[2].stderr
+    assert "honest" in results[3].stdout
+    assert "paper-compatible" in results[3].stdout
+    reply = results[4].stdout.strip()
+    assert 1 <= len(reply) <= 15
+    assert results[6].stdout.strip() == reply, "an exported model answers as its checkpoint does"
+    (tmp_path / "data" / "manifest.json").unlink()
+    broken = run("jobs/evaluate.py --checkpoint runs/first --data data", folder=tmp_path)
+    assert broken.returncode == 2
+    assert "not a prepared data set" in broken.stderr
+
+
+def test_reference_weights_become_a_checkpoint(tmp_path: Path) -> None:
+    characters, words = tmp_path / "characters.txt", tmp_path / "persona_words.txt"
+    characters.write_text("".join(f"{chr(0x4E00 + i)} {i + 1}\n" for i in range(50)))
+    words.write_text("".join(f"词{i}\t-1\n" for i in range(60)))
+    export = (
+        f"jobs/export.py --from-reference {ROOT}/tests/golden/ar_plus.safetensors --layers 3 --heads 2 "
+        f"--character-vocabulary {characters} --persona-vocabulary {words} --output {tmp_path}/model"
+    )
+    assert run(export).returncode == 0
+    talk = run(f"jobs/chat.py --checkpoint {tmp_path}/model --sampling.temperature 0", stdin="丁丁\n\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.strip()
+    characters.write_text("丁 1\n")
+    refused = run(export)
+    assert refused.returncode == 2
+    assert "--character-vocabulary: has 10 tokens" in refused.stderr
