@@ -37,7 +37,7 @@ demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/python jobs/synthesize.py --records 20000 --duplicates 400 --broken 40 --persona-answers 0.5 --chatterbot True --seed 1 --output $(DEMO)/raw
 	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
-	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 2 --seed 1
+	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 3 --log-every 100 --seed 1
 	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --split test --json $(DEMO)/evaluation.json
 	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say 你是哪里人 --seed 1
 	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 女 --location '广东 广州' --tags '美食;旅游' --say 你是哪里人 --seed 1

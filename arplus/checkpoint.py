@@ -3,7 +3,8 @@
 A run's folder holds::
 
     config.json                         the resolved configuration
-    checkpoints/step-00000120/          one folder a checkpoint:
+    attempt.json                        who may write here (:mod:`arplus.training.attempt`)
+    checkpoints/step-00000120-attempt-1/    one folder a checkpoint:
         weights.safetensors             fp32, by parameter name
         optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
         state.json                      progress, schedule, fingerprint, MLflow run id
@@ -13,13 +14,16 @@ A run's folder holds::
     final_metrics.json
 
 Weights and moments are full tensors, so a checkpoint fits any number of workers and any ZeRO stage. Nothing in it is
-a pickle. A folder without a manifest is not a checkpoint: a save that died is passed over.
+a pickle. A folder without a manifest is not a checkpoint: a save that died is passed over. Every attempt has folders
+of its own, so that one that lives on after it was replaced cannot touch its successor's.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -27,9 +31,11 @@ from torch import Tensor
 
 from arplus import storage
 from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -51,6 +57,8 @@ class Progress:
     """Examples trained on in all; the unit in which steps are tracked."""
     best_response_ppl: float | None = None
     """Lowest response perplexity on validation so far."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Metrics of the newest validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +81,23 @@ class TrainState:
         return sizes(self.characters, self.persona_words)
 
 
-def save(run_uri: str, state: TrainState) -> str:
-    """Writes a checkpoint of the run and returns its URI."""
-    return write(storage.join(run_uri, "checkpoints", f"step-{state.progress.step:08d}"), state)
+def save(run_uri: str, state: TrainState, *, attempt: int = 0, check: Callable[[], object] = lambda: None) -> str:
+    """Writes a checkpoint of an attempt (0: none in particular) and returns its URI; ``check`` as in :func:`write`."""
+    name = f"step-{state.progress.step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+    return write(storage.join(run_uri, "checkpoints", name), state, check=check)
 
 
-def write(uri: str, state: TrainState, more: Mapping[str, bytes] | None = None) -> str:
-    """Writes a checkpoint, with ``more`` files in it, and returns its URI. The manifest comes last and makes it one."""
+def write(
+    uri: str,
+    state: TrainState,
+    more: Mapping[str, bytes] | None = None,
+    *,
+    check: Callable[[], object] = lambda: None,
+) -> str:
+    """Writes a checkpoint, with ``more`` files in it, and returns its URI. The manifest comes last and makes it one.
+
+    ``check`` is called at the last moment before that; what it raises leaves the checkpoint incomplete.
+    """
     _delete(uri)  # what a save that died may have left
     facts = {
         "format": FORMAT,
@@ -99,6 +117,7 @@ def write(uri: str, state: TrainState, more: Mapping[str, bytes] | None = None) 
     for name, data in files.items():
         storage.write_bytes(storage.join(uri, name), data)
     described = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    check()
     storage.write_json(storage.join(uri, _MANIFEST), {"format": FORMAT, "files": described})
     return uri
 
@@ -146,7 +165,7 @@ def build_model(state: TrainState) -> ARPlus:
 
 def find(uri: str) -> str:
     """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`."""
-    if storage.exists(storage.join(uri, _MANIFEST)):
+    if is_complete(uri):
         return uri
     best = storage.join(uri, "best.json")
     if storage.exists(best):
@@ -157,13 +176,33 @@ def find(uri: str) -> str:
     return complete[-1]
 
 
+def is_complete(uri: str) -> bool:
+    """Whether ``uri`` is a complete checkpoint."""
+    return storage.exists(storage.join(uri, _MANIFEST))
+
+
 def list_complete(run_uri: str) -> list[str]:
-    """URIs of a run's complete checkpoints, oldest first."""
-    folder = storage.join(run_uri, "checkpoints")
-    if not storage.exists(folder):
-        return []
+    """URIs of a run's complete checkpoints, oldest first: by attempt, then by step."""
     ending = f"/{_MANIFEST}"
-    return [uri.removesuffix(ending) for uri in storage.list_files(folder) if uri.endswith(ending)]
+    complete = [uri.removesuffix(ending) for uri in _files(run_uri) if uri.endswith(ending)]
+    return sorted(complete, key=_attempt_and_step)
+
+
+def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
+    """The newest checkpoint that is whole, and its URI; None where no attempt above ``after`` left one.
+
+    One that is damaged is passed over with a warning.
+    """
+    for uri in reversed(list_complete(run_uri)):
+        if _attempt_and_step(uri)[0] <= after:
+            break
+        try:
+            return uri, load(uri, moments=True)
+        except ResourceError:
+            raise  # storage that does not answer says nothing of the checkpoint
+        except UserError as error:
+            log.warning("checkpoint passed over, the one before it is taken: %s", error)
+    return None
 
 
 def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
@@ -175,12 +214,23 @@ def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
 
 
 def retain(run_uri: str, newest: int) -> None:
-    """Deletes all complete checkpoints of a run but the ``newest`` ones and the best."""
+    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well."""
     best = storage.join(run_uri, "best.json")
     kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
-    for uri in list_complete(run_uri)[:-newest]:
+    complete = list_complete(run_uri)
+    for uri in sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete)) + complete[:-newest]:
         if uri != kept:
             _delete(uri)
+
+
+def _attempt_and_step(uri: str) -> tuple[int, int]:
+    found = re.search(r"/step-(\d+)(?:-attempt-(\d+))?$", uri)
+    return (int(found[2] or 0), int(found[1])) if found else (0, 0)
+
+
+def _files(run_uri: str) -> list[str]:
+    folder = storage.join(run_uri, "checkpoints")
+    return storage.list_files(folder) if storage.exists(folder) else []
 
 
 def _delete(uri: str) -> None:

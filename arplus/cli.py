@@ -1,6 +1,6 @@
 """What every job shares: a command line made from the configuration's types, logging, and exit codes.
 
-Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (with a traceback).
+Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (with a traceback where it is a bug).
 """
 
 import logging
@@ -23,7 +23,7 @@ from arplus.config import (
     to_dict,
     unknown_key,
 )
-from arplus.errors import UserError
+from arplus.errors import RunError, UserError
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
         args=list(arguments),
         prog=prog,
         description=description,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
     )
     return checked(config)
 
@@ -128,7 +128,7 @@ def run(main: Callable[[], Any]) -> None:
     )
     try:
         main()
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

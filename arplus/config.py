@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,8 @@ class FeedConfig:
     """Global batches a window: a window is shuffled, sorted by length and cut into batches of like length."""
     prefetch: Annotated[int, Gt(0)] = 2
     """Windows prepared ahead of the training step."""
+    static_shapes: bool = False
+    """Pad every batch to one of a few fixed shapes, for kernels that are compiled a shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +173,21 @@ class TrainConfig:
     """Steps between validations within an epoch; there is always one at the end of each epoch."""
     checkpoint_every: Annotated[int, Gt(0)] | None = None
     """Steps between checkpoints beside those after each validation."""
+    checkpoint_minutes: Annotated[float, Gt(0)] | None = 10.0
+    """Minutes after which there is a checkpoint in any case."""
     keep_checkpoints: Annotated[int, Gt(0)] = 2
     """Newest checkpoints kept, beside the best one."""
     log_every: Annotated[int, Gt(0)] = 20
     """Steps between log lines and tracked points."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
+    resume: str = "auto"
+    """auto goes on with the run of this name if there is one; never refuses an existing name; a checkpoint's URI
+    starts from its whole state."""
+    max_failures: Annotated[int, Ge(0)] = 8
+    """How often the workers are started again, from the newest checkpoint, after one of them died."""
+    audit: bool = False
+    """Write which examples every step trained on, as Parquet under the run's audit folder."""
     init_from: str | None = None
     """Checkpoint URI whose weights the run starts from; optimizer and schedule start afresh."""
     mlflow: str | None = None
@@ -209,6 +221,10 @@ class TrainConfig:
             )
 
 
+RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
+"""Names of folders in a prepared data set that no evaluation set can have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Turns raw records into an encoded data set."""
@@ -217,6 +233,9 @@ class PrepareConfig:
     """URI of a JSON-lines file (.jsonl, .json, .txt; plain, .gz or .zst) or of a folder of them."""
     output: str = ""
     """URI of the data set to make."""
+    evaluation_set: tuple[str, ...] = ()
+    """NAME=URI of further records (repeatable), such as the official random and biased test files: encoded with the
+    training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
     duplicate_key: Literal["exact_record", "dialogue_and_profiles", "dialogue"] = "dialogue_and_profiles"
     """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
     incomplete_personas: Literal["drop", "keep"] = "drop"
@@ -250,6 +269,17 @@ class PrepareConfig:
             yield "input", "is required: the URI of a JSON-lines file or of a folder of them"
         if not self.output:
             yield "output", "is required: the URI of the data set to make"
+        names = [item.partition("=")[0] for item in self.evaluation_set]
+        for name, item in zip(names, self.evaluation_set, strict=True):
+            if not item.partition("=")[2]:
+                yield "evaluation_set", f"must be NAME=URI (got {item!r})"
+            elif not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED_SPLITS:
+                yield (
+                    "evaluation_set",
+                    f"needs a name of letters, digits, - and _, none of {', '.join(RESERVED_SPLITS)} (got {name!r})",
+                )
+            elif names.count(name) > 1:
+                yield "evaluation_set", f"names {name!r} twice"
         for name in ("valid", "test"):
             wanted = getattr(self, name)
             if wanted >= 1 and not float(wanted).is_integer():
@@ -453,7 +483,8 @@ def tiny(config: TrainConfig) -> TrainConfig:
             ff_size=256,
             ff_bottleneck=None if model.ff_bottleneck is None else 32,
         ),
-        optimizer=replace(config.optimizer, lr=2e-3),
+        # Small batches are noisy: the paper's patience would halve the rate before a short run has learnt anything.
+        optimizer=replace(config.optimizer, lr=2e-3, plateau_patience=1000),
         batch_size=32,
         feed=replace(config.feed, window_batches=64),
     )

@@ -12,6 +12,7 @@ A file system's refusal (wrong credentials, no permission, a server that does no
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,13 @@ from pyarrow import fs
 
 from arplus.errors import ResourceError, UserError
 
-_AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+"""What decides how S3 is reached, for messages."""
+
+_REFUSED = re.compile(
+    r"AWS Error \w*(ACCESS_DENIED|SIGNATURE|INVALID_|TOKEN|CLIENT|NO_SUCH_BUCKET|SKEWED)|HTTP status (30\d|40[0134])"
+)
+"""S3's errors that the user's settings cause; every other one (no answer, overload, …) may pass by itself."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -90,6 +97,23 @@ def read_bytes(uri: str) -> bytes:
         return bytes(file.read())
 
 
+def size(uri: str) -> int:
+    """Bytes of a file. Raises :class:`UserError` where there is none."""
+    filesystem, path = resolve(uri)
+    with _named(uri):
+        info = filesystem.get_file_info(path)
+        if info.type != fs.FileType.File:
+            raise UserError(f"{uri}: no such file")
+        return int(info.size)
+
+
+def read_range(uri: str, start: int, size: int) -> bytes:
+    """``size`` bytes of a file from ``start`` on. Raises :class:`UserError` where there is none."""
+    filesystem, path = resolve(uri)
+    with _named(uri), filesystem.open_input_file(path) as file:
+        return bytes(file.read_at(size, start))
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file whole or not at all, making its folder where needed."""
     filesystem, path = resolve(uri)
@@ -149,7 +173,8 @@ def _named(uri: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if not is_local(uri):
-            kind = ResourceError if "NETWORK_CONNECTION" in reason else UserError
-            raise kind(f"{uri}: S3 refused or did not answer; check {_AWS_VARIABLES} ({reason})") from error
+            refused = isinstance(error, pa.ArrowInvalid) or _REFUSED.search(reason)
+            kind = UserError if refused else ResourceError
+            raise kind(f"{uri}: S3 refused or did not answer; check {AWS_VARIABLES} ({reason})") from error
         kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
         raise kind(f"{uri}: {reason}") from error

@@ -4,7 +4,8 @@ import sys
 
 from arplus import cli, cluster
 from arplus.config import PrepareConfig
-from arplus.data.prepare import prepare, report
+from arplus.data.card import report
+from arplus.data.prepare import prepare
 
 
 def main() -> None:

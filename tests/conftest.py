@@ -118,8 +118,9 @@ def _wait_until_it_writes(server: S3Server, process: subprocess.Popen[bytes], lo
                 stream.write(b"")
             return
         except OSError as error:
-            ended = process.poll() is not None or time.monotonic() > deadline
-            assert not ended, f"no S3 server within 90 s: {error}\n{log.read_text(errors='replace')[-2000:]}"
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace")[-2000:]
+                raise AssertionError(f"no S3 server within 90 s: {error}\n{tail}") from error
             time.sleep(0.2)
 
 

@@ -58,6 +58,15 @@ def duplicate_ids(hashes: NDArray[np.uint64], ids: NDArray[np.int64]) -> NDArray
     return np.sort(rows[order][1:][repeated])
 
 
+def membership(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """For each hash [n, 2] the first row of ``known`` [m, 2] that equals it, -1 for none."""
+    found = np.full(len(hashes), -1, np.int32)
+    candidates = np.flatnonzero(np.isin(hashes[:, 0], known[:, 0]))  # few: only these are compared in full
+    rows = {(high, low): i for i, (high, low) in reversed(list(enumerate(known.tolist())))} if len(candidates) else {}
+    found[candidates] = [rows.get((high, low), -1) for high, low in hashes[candidates].tolist()]
+    return found
+
+
 def split_hash(dialogue_hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The value [n] that decides the split, from dialogue hashes [n, 2]."""
     return mix(dialogue_hashes[:, 0] ^ np.uint64(_SPLIT_SALT))

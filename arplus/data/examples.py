@@ -2,7 +2,8 @@
 
 The utterances of a session are paired (0, 1), (2, 3), …; an odd last one is dropped. Each pair is an example: its
 second utterance is the response, and the context is everything up to the first, at most the last seven utterances.
-Utterances are cut to 15 characters and each one of the context is followed by [SEP].
+Utterances are cut to 15 characters and each one of the context is followed by [SEP]. A session that ends with a test
+record's reference reply is one example, whose response is that reply, however many utterances come before it.
 
 An utterance that is empty after normalisation keeps its place as a turn, so that the pairing does not shift. But an
 example with an empty response, or with no character in its whole context, is none (`empty_response`,
@@ -61,8 +62,16 @@ class Encoded:
     """:data:`SCHEMA`, in order of sessions."""
     session: Ints
     """For each example the row of its session."""
-    left_out: Counter[str]
-    """Pairs that are no example, by reason."""
+    left_out: dict[str, Ints]
+    """By reason, the rows of the sessions whose pairs are no example; a row may be there several times."""
+
+    def left_out_of(self, split: NDArray[np.integer]) -> dict[int, Counter[str]]:
+        """Pairs that are no example by split and reason, given the split of each session."""
+        counts: dict[int, Counter[str]] = {}
+        for reason, sessions in self.left_out.items():
+            for i, n in enumerate(np.bincount(split[sessions]).tolist()):
+                counts.setdefault(i, Counter())[reason] += n
+        return counts
 
 
 def encode_sessions(
@@ -79,9 +88,11 @@ def encode_sessions(
     dialogues = _Dialogues(sessions, characters, max_utterance_characters)
     personas = _Personas(sessions, characters, persona_words)
 
-    pairs = dialogues.counts // 2
+    has_reference = _column(sessions, "has_reference").to_numpy(zero_copy_only=False)
+    pairs = np.where(has_reference, 1, dialogues.counts // 2)
     session = np.repeat(np.arange(len(sessions)), pairs)
     response_index = 2 * ranges(np.zeros(len(sessions), np.int64), pairs) + 1
+    response_index = np.where(has_reference[session], dialogues.counts[session] - 1, response_index)
     response = dialogues.first[session] + response_index
     context_turns = np.minimum(response_index, max_context_utterances)
     context = response - context_turns
@@ -103,11 +114,11 @@ def encode_sessions(
     incomplete = (personas.incomplete[part] & (part >= 0)).any(1)
     if incomplete_personas == "keep":
         incomplete[:] = False
-    left_out = Counter(
-        empty_response=int(empty_response.sum()),
-        empty_context=int((empty_context & ~empty_response).sum()),
-        incomplete_persona=int((incomplete & ~empty_context & ~empty_response).sum()),
-    )
+    left_out = {
+        "empty_response": session[empty_response],
+        "empty_context": session[empty_context & ~empty_response],
+        "incomplete_persona": session[incomplete & ~empty_context & ~empty_response],
+    }
 
     keep = ~(empty_response | empty_context | incomplete)
     session, response, context = session[keep], response[keep], context[keep]

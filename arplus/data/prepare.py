@@ -6,19 +6,22 @@
     count     characters and persona words of the training sessions, shard by shard                    Ray tasks
     encode    shards to examples, cut into parts by example id                                         Ray tasks
     write     each part sorted by example id, which is a hash: a global shuffle                        Ray tasks
-    commit    vocabularies, then the manifest; a folder without one is no data set
+    commit    vocabularies, data card, then the manifest; a folder without one is no data set
 
 The result depends on the records and the settings alone: not on blocks, files, CPUs or the order in which tasks
 end. What grows with the input: 80 bytes a session in the object store during deduplication and the packed examples
 before they are written (Ray spills both to disk), and in the driver 8 bytes a duplicate.
+
+An evaluation set keeps all its records. A session of the input whose dialogue is in one is a session, but in no split;
+it counts as overlap of the first set that has it.
 """
 
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -28,23 +31,21 @@ from numpy.typing import NDArray
 
 from arplus import storage
 from arplus.config import PrepareConfig, checked, to_dict
-from arplus.data import stages
-from arplus.data.dataset import FORMAT, MANIFEST
+from arplus.data import card, faults, output, parts, stages
+from arplus.data.dataset import FORMAT
 from arplus.data.duplicates import MAX_SHARE, SPLITS, Boundaries, boundaries
+from arplus.data.lease import Lease
 from arplus.data.lines import BLOCK_BYTES, LinesDatasource, input_files
+from arplus.data.progress import Progress, as_completed
 from arplus.data.records import REJECT_REASONS
 from arplus.data.sessions import DUPLICATE_KEYS
+from arplus.data.shards import Shard, Staged
 from arplus.errors import UserError
 from arplus.text import ALWAYS_CHARACTERS, ALWAYS_PERSONA_WORDS, Vocabulary
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-STAGING = "_temporary"
-"""Folder below the output that holds unfinished work, and marks the output as unfinished."""
-OUR_FOLDERS = (*SPLITS, "vocabulary", "rejects", STAGING)
-"""Everything that a preparation makes below its output, beside the manifest."""
 
 SESSIONS_A_PARTITION = 2_000_000
 """Sessions whose hashes one deduplication task holds."""
@@ -58,16 +59,31 @@ MAX_GROUPS = 256
 READER_CPUS, PARSER_CPUS = 0.02, 0.9
 
 
+@dataclass(frozen=True)
+class Source:
+    """The input, or an evaluation set."""
+
+    name: str
+    """Of the evaluation set; empty for the input."""
+    uri: str
+    first: int
+    """Number of its first file among all files."""
+    files: list[str]
+
+    def owns(self, shard: Shard) -> bool:
+        """Whether the shard comes from it."""
+        return self.first <= shard.file < self.first + len(self.files)
+
+
 def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
     """Prepares a data set on the connected Ray cluster and returns its manifest.
 
     Nothing is committed unless all went well. Raises :class:`UserError` for input that cannot be read or holds no
-    session, more rejects than allowed, and an output that is in use.
+    session, more rejects than allowed, storage that refuses or has no room, and an output that is in use.
     """
-    began = time.monotonic()
     # Checked: it also makes 20000 and 20000.0 the same rule, wherever the settings come from.
     config = checked(replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output)))
-    files = input_files(config.input)
+    sources = _sources(config)
     given = {
         name: Vocabulary.load(uri) if uri else None
         for name, uri in (("characters", config.character_vocabulary), ("persona", config.persona_vocabulary))
@@ -75,24 +91,43 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
     for flag, wanted in (("valid", config.valid), ("test", config.test)):
         if MAX_SHARE < wanted < 1:
             log.warning("--%s %g: a split takes at most a share of %g; taking that", flag, wanted, MAX_SHARE)
-    _claim_output(config.output)
+    lease = output.claim(config.output, [*SPLITS, *(source.name for source in sources[1:])])
+    finished = False
+    try:
+        with faults.plainly(config.output):
+            manifest = _prepare(config, sources, given, lease, block_bytes)
+        finished = True
+    finally:
+        output.leave(config.output, lease, finished)
+    return manifest
 
-    blocks, shards = _parse(config, files, block_bytes)
-    counts, rejected = Counter[str](), Counter[str]()
-    for shard in shards:
-        counts.update(shard.counts)
-        rejected.update(shard.rejected)
-    _check_records(config, shards, counts, rejected)
 
-    duplicates, removed, ends = _deduplicate(config, blocks, counts["sessions"])
+def _prepare(
+    config: PrepareConfig, sources: list[Source], given: dict[str, Vocabulary | None], lease: Lease, block_bytes: int
+) -> dict[str, Any]:
+    began = time.monotonic()
+    input_, *evaluation_sets = sources
+    splits = [*SPLITS, *(source.name for source in evaluation_sets)]
+
+    blocks, parsed = _parse(config, sources, lease, block_bytes)
+    facts = {source.name: _facts(config, source, parsed) for source in sources}
+    counts, rejected = facts[""]
+    lease.check()
+
+    duplicates, removed, overlapping, ends = _deduplicate(config, sources, blocks, counts["sessions"])
     del blocks
-    staged = [shard.uri for shard in sorted(shards, key=lambda s: (s.file, s.first_line)) if shard.uri]
-    groups = _split(staged, MAX_GROUPS)
+    duplicates_removed, removed = len(removed), np.union1d(removed, overlapping.ids)
     removed_ref = ray.put(removed)
+    split_of = {
+        file: i for i, s in enumerate(sources[1:], len(SPLITS)) for file in range(s.first, s.first + len(s.files))
+    }
+    parsed.sort(key=lambda shard: (shard.file, shard.first_line))
+    groups = _split([Staged(s.uri, split_of.get(s.file)) for s in parsed if s.uri], MAX_GROUPS)
 
-    total = _count(groups, removed_ref, ends)
+    total = _count(groups, removed_ref, ends, splits, sum(n["sessions"] for n, _ in facts.values()))
+    characters_seen = {chr(i): int(total.characters[i]) for i in np.flatnonzero(total.characters)}
     characters = given["characters"] or Vocabulary.from_counts(
-        {chr(i): int(total.characters[i]) for i in np.flatnonzero(total.characters)},
+        characters_seen,
         minimum=config.min_character_count,
         maximum=config.max_characters,
         always=ALWAYS_CHARACTERS,
@@ -103,10 +138,11 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
         maximum=config.max_persona_words,
         always=ALWAYS_PERSONA_WORDS,
     )
-    sessions = dict(zip(SPLITS, total.sessions.tolist(), strict=True))
-    parts = {split: max(1, -(-n // SESSIONS_A_PART)) for split, n in sessions.items()}
-    left_out, written = _encode_and_write(config, groups, removed_ref, ends, characters, persona_words, parts)
+    lease.check()
+    sessions = dict(zip(splits, total.sessions.tolist(), strict=True))
+    left_out, written = _encode_and_write(config, lease, groups, removed_ref, ends, characters, persona_words, sessions)
 
+    overlaps = {source.name: int((overlapping.files == i).sum()) for i, source in enumerate(evaluation_sets)}
     manifest = {
         "format": FORMAT,
         "fingerprint": "",
@@ -114,72 +150,66 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
         "rejected": dict(sorted(rejected.items())),
         "duplicates": duplicates,
         "duplicate_key": config.duplicate_key,
-        "sessions": sum(sessions.values()),
+        "sessions": sum(sessions[split] for split in SPLITS) + sum(overlaps.values()),
+        "overlaps": overlaps,
         "splits": {
             split: {
                 "sessions": sessions[split],
                 "examples": sum(file.rows for file in written[split]),
                 "files": [file.facts() for file in written[split]],
             }
-            for split in SPLITS
+            for split in splits
         },
-        "examples_left_out": dict(sorted(left_out.items())),
+        "examples_left_out": _total(left_out[split] for split in SPLITS),
+        "evaluation_sets": {
+            source.name: {
+                "records": facts[source.name][0]["records"],
+                "rejected": dict(sorted(facts[source.name][1].items())),
+                "examples_left_out": _total([left_out[source.name]]),
+                "source": source.uri,
+            }
+            for source in evaluation_sets
+        },
         "vocabulary": {"characters": characters.size, "persona_words": persona_words.size},
         "uid_missing": counts["uid_missing"],
         "blank_lines": counts["blank_lines"],
         "rules": _rules(config),
-        "source": {"input": config.input, "files": len(files)},
+        "source": {"input": config.input, "files": len(input_.files)},
     }
     manifest["fingerprint"] = _fingerprint(manifest, characters, persona_words)
-    assert manifest["records"] == sum(rejected.values()) + len(removed) + manifest["sessions"], manifest
-    characters.save(storage.join(config.output, "vocabulary", "characters.txt"))
-    persona_words.save(storage.join(config.output, "vocabulary", "persona_words.txt"))
-    storage.write_json(storage.join(config.output, MANIFEST), manifest)
-    storage.delete(storage.join(config.output, STAGING))
+    assert manifest["records"] == sum(rejected.values()) + duplicates_removed + manifest["sessions"], manifest
+    facts_of_card = card.facts(
+        manifest, total.histograms, characters_seen, characters, total.persona_words, persona_words
+    )
+    output.commit(config.output, lease, manifest, facts_of_card, characters, persona_words)
     seconds = time.monotonic() - began
     log.info("prepared %d records in %.0f s (%.0f a second)", counts["records"], seconds, counts["records"] / seconds)
     return manifest
 
 
-def report(manifest: dict[str, Any]) -> str:
-    """The counts of a manifest as a short table for people."""
-    rejected = sum(manifest["rejected"].values())
-    removed = manifest["duplicates"][manifest["duplicate_key"]]
-    rows = [
-        ("records", manifest["records"], ""),
-        ("rejected", rejected, ", ".join(f"{n} {reason}" for reason, n in manifest["rejected"].items())),
-        ("duplicates removed", removed, ", ".join(f"{n} by {key}" for key, n in manifest["duplicates"].items())),
-        ("sessions", manifest["sessions"], ""),
-    ]
-    for split, facts in manifest["splits"].items():
-        rows.append((f"  {split}", facts["sessions"], f"{facts['examples']:,} examples"))
-    for reason, n in manifest["examples_left_out"].items():
-        rows.append((f"left out: {reason}", n, "pairs of utterances"))
-    for name, size in manifest["vocabulary"].items():
-        rows.append((f"vocabulary: {name}", size, "with the nine special tokens"))
-    lines = [f"{name:<32}{number:>12,}  {note}".rstrip() for name, number, note in rows]
-    return "\n".join([*lines, f"{'fingerprint':<32}{manifest['fingerprint']}"])
+def _sources(config: PrepareConfig) -> list[Source]:
+    """The input, then the evaluation sets. Raises :class:`UserError` where one cannot be read."""
+    sources: list[Source] = []
+    first = 0
+    for name, uri in [("", config.input), *(item.split("=", 1) for item in config.evaluation_set)]:
+        uri = storage.absolute(uri)
+        files = input_files(uri)
+        if storage.size(files[0]):
+            storage.read_range(files[0], 0, 1)  # may be forbidden where listing is not
+        sources.append(Source(name, uri, first, files))
+        first += len(files)
+    return sources
 
 
-def _claim_output(output: str) -> None:
-    """Makes the output ours and empty: what an unfinished preparation left is removed, anything else is an error."""
-    if storage.exists(storage.join(output, MANIFEST)):
-        raise UserError(f"{output}: holds a prepared data set; choose another --output or delete it first")
-    marker = storage.join(output, STAGING, "unfinished")
-    if storage.exists(marker):
-        log.info("removing what an unfinished preparation left in %s", output)
-        for folder in OUR_FOLDERS:
-            storage.delete(storage.join(output, folder))
-    elif storage.exists(output) and storage.list_files(output):
-        raise UserError(f"{output}: is not empty and no unfinished data set; choose another --output")
-    storage.write_bytes(marker, b"removed when the manifest is written\n")
-
-
-def _parse(config: PrepareConfig, files: list[str], block_bytes: int) -> tuple[list[Any], list[stages.Shard]]:
+def _parse(
+    config: PrepareConfig, sources: list[Source], lease: Lease, block_bytes: int
+) -> tuple[list[Any], list[Shard]]:
     """Runs read and parse; returns references to the hashes of each block, and what is known of each block."""
-    began = time.monotonic()
-    staging = storage.join(config.output, STAGING, "sessions")
-    _make_folder(staging)
+    progress = Progress("parse", "records")
+    files = [file for source in sources for file in source.files]
+    sizes = [storage.size(file) for file in files]
+    read: Counter[int] = Counter()
+    staging = storage.join(config.output, output.STAGING, lease.token)
     readers = min(len(files), max(2, int(ray.cluster_resources().get("CPU", 1)) // 4))
     lines = ray.data.read_datasource(
         LinesDatasource(files, block_bytes), num_cpus=READER_CPUS, concurrency=readers, override_num_blocks=len(files)
@@ -191,6 +221,7 @@ def _parse(config: PrepareConfig, files: list[str], block_bytes: int) -> tuple[l
             "files": files,
             "staging": staging,
             "rejects": storage.join(config.output, "rejects"),
+            "token": lease.token,
         },
         batch_size=None,
         batch_format="pyarrow",
@@ -203,47 +234,65 @@ def _parse(config: PrepareConfig, files: list[str], block_bytes: int) -> tuple[l
         stage.context.target_max_block_size = max(1, block_bytes // 2)  # pass every block of lines on at once
     for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
         logging.getLogger(name).setLevel(level)  # our own lines tell the progress
-    blocks, shards, records, spoke = [], [], 0, began
+    blocks, parsed, records = [], [], 0
     for bundle in dataset.iter_internal_ref_bundles():
         for block in bundle.block_refs:
             blocks.append(block)
-            shards += (facts := ray.get(stages.shard_facts.remote(block)))
+            parsed += (facts := ray.get(stages.shard_facts.remote(block)))
             records += sum(shard.counts["records"] for shard in facts)
-        if time.monotonic() - spoke > 10:
-            spoke = time.monotonic()
-            log.info("parse: %d records, %.0f a second", records, records / (spoke - began))
-    _log_stage("parse", began, records, "records")
-    return blocks, shards
+            for shard in facts:
+                read[shard.file] = max(read[shard.file], shard.read)
+        progress.update(records, sum(read.values()) / max(1, sum(sizes)))
+        lease.check()
+    progress.end(records)
+    return blocks, parsed
 
 
-def _check_records(
-    config: PrepareConfig, shards: list[stages.Shard], counts: Counter[str], rejected: Counter[str]
-) -> None:
-    problems = [shard.problem for shard in shards if shard.problem]
+def _facts(config: PrepareConfig, source: Source, parsed: list[Shard]) -> tuple[Counter[str], Counter[str]]:
+    """A source's counts, and its rejects by reason. Raises :class:`UserError` where it cannot be used."""
+    counts, rejected = Counter[str](), Counter[str]()
+    ours = [shard for shard in parsed if source.owns(shard)]
+    for shard in ours:
+        counts.update(shard.counts)
+        rejected.update(shard.rejected)
+    problems = [shard.problem for shard in ours if shard.problem]
     if problems:
         raise UserError("; ".join(problems))
     if not counts["records"]:
-        raise UserError(f"{config.input}: no record in it")
+        raise UserError(f"{source.uri}: no record in it")
     rejects = sum(rejected.values())
     where = f"{'; '.join(f'{n} {r} ({REJECT_REASONS[r]})' for r, n in rejected.most_common(3))}. "
     where += f"Each is kept with its reason in {storage.join(config.output, 'rejects')}"
     if rejects / counts["records"] > config.max_reject_share:
         raise UserError(
-            f"{config.input}: {rejects} of {counts['records']} records rejected, more than --max-reject-share "
+            f"{source.uri}: {rejects} of {counts['records']} records rejected, more than --max-reject-share "
             f"{config.max_reject_share:g} allows: {where}"
         )
     if not counts["sessions"]:
-        raise UserError(f"{config.input}: no session among {counts['records']} records: {where}")
+        raise UserError(f"{source.uri}: no session among {counts['records']} records: {where}")
+    return counts, rejected
+
+
+@dataclass(frozen=True)
+class Overlapping:
+    """Sessions of the input whose dialogue is in an evaluation set, and which are no duplicates."""
+
+    ids: NDArray[np.int64]
+    files: NDArray[np.int64]
+    """For each the index of the first evaluation set that has its dialogue."""
 
 
 def _deduplicate(
-    config: PrepareConfig, blocks: list[Any], sessions: int
-) -> tuple[dict[str, int], NDArray[np.int64], Boundaries]:
-    """Duplicates by each definition, the ids to remove in rising order, and where the splits end."""
-    began = time.monotonic()
+    config: PrepareConfig, sources: list[Source], blocks: list[Any], sessions: int
+) -> tuple[dict[str, int], NDArray[np.int64], Overlapping, Boundaries]:
+    """Duplicates by each definition, ids of those to remove in rising order, overlaps, and where the splits end."""
+    progress = Progress("deduplicate", "sessions")
     partitions = -(-sessions // SESSIONS_A_PARTITION)
+    files = len(sources[0].files)
+    evaluation = ray.get(stages.evaluation_hashes.remote(files, *(blocks if len(sources) > 1 else [])))
+    evaluation_ref = ray.put(evaluation)
     task: Any = stages.scatter.options(num_returns=partitions)
-    scattered = [task.remote(partitions, *group) for group in _split(blocks, MAX_GROUPS)]
+    scattered = [task.remote(config, partitions, files, evaluation_ref, *group) for group in _split(blocks, MAX_GROUPS)]
     columns = [[row] for row in scattered] if partitions == 1 else scattered
     found: list[stages.Deduplicated] = ray.get(
         [stages.deduplicate.remote(config, *(row[p] for row in columns)) for p in range(partitions)]
@@ -256,69 +305,63 @@ def _deduplicate(
         np.concatenate([part.valid for part in found]),
         np.concatenate([part.test for part in found]),
     )
-    _log_stage("deduplicate", began, sessions, "sessions")
-    return duplicates, removed, ends
+    twins = np.concatenate([part.twins for part in found])
+    first_files = np.array([source.first for source in sources[1:]], np.int64)
+    sets = np.searchsorted(first_files, evaluation[twins, 2].astype(np.int64), side="right") - 1
+    progress.end(sessions)
+    return duplicates, removed, Overlapping(np.concatenate([part.overlapping for part in found]), sets), ends
 
 
-def _count(groups: list[list[str]], removed: Any, ends: Boundaries) -> stages.Counts:
-    began = time.monotonic()
+def _count(
+    groups: list[list[Staged]], removed: Any, ends: Boundaries, splits: list[str], sessions: int
+) -> stages.Counts:
+    progress = Progress("count", "sessions")
     total: stages.Counts | None = None
-    for part in _as_completed([stages.count.remote(group, removed, ends) for group in groups], "count"):
-        if total is None:
-            total = stages.Counts(part.sessions.copy(), part.characters.copy(), part.persona_words)
-            continue
-        total.sessions += part.sessions
-        total.characters += part.characters
-        total.persona_words.update(part.persona_words)
+    tasks = [stages.count.remote(group, removed, ends, len(splits)) for group in groups]
+    for part in as_completed(tasks, progress, sessions):
+        total = part if total is None else total + part
     assert total is not None
-    _log_stage("count", began, int(total.sessions.sum()), "sessions")
+    progress.end(int(total.sessions.sum()))
     return total
 
 
 def _encode_and_write(
     config: PrepareConfig,
-    groups: list[list[str]],
+    lease: Lease,
+    groups: list[list[Staged]],
     removed: Any,
     ends: Boundaries,
     characters: Vocabulary,
     persona_words: Vocabulary,
-    parts: dict[str, int],
-) -> tuple[Counter[str], dict[str, list[stages.WrittenFile]]]:
-    """Pairs left out by reason, and the files of each split in order."""
-    began = time.monotonic()
+    sessions: dict[str, int],
+) -> tuple[dict[str, Counter[str]], dict[str, list[parts.WrittenFile]]]:
+    """By split, the pairs left out by reason, and the files in order."""
+    progress = Progress("encode", "sessions")
     vocabularies = ray.put(characters), ray.put(persona_words)
-    task: Any = stages.encode.options(num_returns=1 + sum(parts.values()))
-    rows = [task.remote(config, group, removed, ends, *vocabularies, parts) for group in groups]
-    left_out = Counter[str]()
-    for counts in _as_completed([row[0] for row in rows], "encode"):
-        left_out.update(counts)
-    places = [(split, part) for split in SPLITS for part in range(parts[split])]
+    numbers = {split: max(1, -(-n // SESSIONS_A_PART)) for split, n in sessions.items()}
+    task: Any = parts.encode.options(num_returns=1 + sum(numbers.values()))
+    rows = [task.remote(config, group, removed, ends, *vocabularies, numbers) for group in groups]
+    left_out: dict[str, Counter[str]] = {split: Counter() for split in numbers}
+    for counts in as_completed([row[0] for row in rows], progress, sum(sessions.values())):
+        for split, reasons in counts.items():
+            left_out[split].update(reasons)
+    progress.end(sum(sessions.values()))
+    lease.check()
+    progress = Progress("write", "sessions")
+    places = [(split, part) for split in numbers for part in range(numbers[split])]
     writes = []
     for i, (split, part) in enumerate(places, 1):
-        writes.append(stages.write_part.remote(config.output, split, part, *(row[i] for row in rows)))
+        writes.append(parts.write_part.remote(config.output, lease.token, split, part, *(row[i] for row in rows)))
         for row in rows:
             row[i] = None  # so that the object store can let go of what is written
-    written: dict[str, list[stages.WrittenFile]] = {split: [] for split in SPLITS}
-    for _ in _as_completed(list(writes), "write"):
+    written: dict[str, list[parts.WrittenFile]] = {split: [] for split in numbers}
+    for _ in as_completed(list(writes), progress, sum(sessions.values())):
         pass
     for (split, _), file in zip(places, ray.get(writes), strict=True):
         if file is not None:
             written[split].append(file)
-    _log_stage("encode and write", began, sum(f.rows for files in written.values() for f in files), "examples")
+    progress.end(sum(sessions.values()))
     return left_out, written
-
-
-def _as_completed(refs: list[Any], stage: str) -> Iterable[Any]:
-    """Results in the order in which tasks end, with a line of progress now and then."""
-    total, began = len(refs), time.monotonic()
-    spoke = began
-    while refs:
-        ready, refs = ray.wait(refs, num_returns=1)
-        yield from ray.get(ready)
-        if time.monotonic() - spoke > 10 and refs:
-            spoke = time.monotonic()
-            done = total - len(refs)
-            log.info("%s: %d of %d tasks, %.0f s to go", stage, done, total, (spoke - began) / done * len(refs))
 
 
 def _split(items: list[T], groups: int) -> list[list[T]]:
@@ -327,9 +370,16 @@ def _split(items: list[T], groups: int) -> list[list[T]]:
     return [items[len(items) * i // groups : len(items) * (i + 1) // groups] for i in range(groups)]
 
 
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for part in counts:
+        total.update(part)
+    return dict(sorted(total.items()))
+
+
 def _rules(config: PrepareConfig) -> dict[str, Any]:
     """The settings that decide the content, whatever the place of the files."""
-    elsewhere = ("input", "output", "character_vocabulary", "persona_vocabulary", "max_reject_share")
+    elsewhere = ("input", "output", "evaluation_set", "character_vocabulary", "persona_vocabulary", "max_reject_share")
     return {name: value for name, value in to_dict(config).items() if name not in elsewhere}
 
 
@@ -338,17 +388,6 @@ def _fingerprint(manifest: dict[str, Any], characters: Vocabulary, persona_words
         "format": manifest["format"],
         "rules": manifest["rules"],
         "vocabularies": [characters.tokens, persona_words.tokens],
-        "rows": {split: [f["digest"] for f in manifest["splits"][split]["files"]] for split in SPLITS},
+        "rows": {split: [f["digest"] for f in facts["files"]] for split, facts in manifest["splits"].items()},
     }
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _make_folder(uri: str) -> None:
-    if "://" not in uri:
-        filesystem, path = storage.resolve(uri)
-        filesystem.create_dir(path)
-
-
-def _log_stage(stage: str, began: float, items: int, what: str) -> None:
-    seconds = time.monotonic() - began
-    log.info("%s: %d %s in %.1f s (%.0f a second)", stage, items, what, seconds, items / max(seconds, 1e-9))

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arplus.data.records import HASH_BYTES, Session, parse_line
+from arplus.data.records import HASH_BYTES, MAX_LINE_BYTES, Reject, Session, parse_line
+from arplus.text import VARIATION_SELECTOR
 
 DuplicateKey = Literal["exact_record", "dialogue_and_profiles", "dialogue"]
 """What can make two records duplicates of each other."""
@@ -18,6 +19,8 @@ DUPLICATE_KEYS: tuple[DuplicateKey, ...] = get_args(DuplicateKey)
 
 LINE_BITS = 40
 """A session's id is ``file << LINE_BITS | line``: the order of ids is the order of the input."""
+
+_LINE_FEED, _TAB = ord("\n"), ord("\t")
 
 SCHEMA = pa.schema(
     [
@@ -27,6 +30,7 @@ SCHEMA = pa.schema(
         ("utterances", pa.list_(pa.string())),
         ("speakers", pa.list_(pa.int32())),  # one profile number an utterance
         ("profiles", pa.list_(pa.list_(pa.string()))),  # gender, place, tags of each
+        ("has_reference", pa.bool_()),  # whether the last utterance is a test record's reference reply
     ]
 )
 """Columns of staged sessions."""
@@ -38,6 +42,8 @@ class RejectedLine(NamedTuple):
     line: int
     reason: str
     raw: bytes
+    left_out: int = 0
+    """Bytes at its end that are not in ``raw``."""
 
 
 @dataclass
@@ -53,24 +59,35 @@ class ParsedBlock:
     """`records`, `sessions`, `blank_lines` (no records) and `uid_missing` (sessions whose speakers were assumed)."""
 
 
-def parse_block(lines: bytes, *, file: int, first_line: int, duplicate_key: DuplicateKey) -> ParsedBlock:
-    """Parses every line of a block; ``first_line`` is the number of its first one in the file, from 0."""
+def parse_block(
+    lines: bytes, *, file: int, first_line: int, duplicate_key: DuplicateKey, left_out: int = 0
+) -> ParsedBlock:
+    """Parses every line of a block; ``first_line`` is the number of its first one in the file, from 0.
+
+    With ``left_out`` the block is the start of one line that is too long, without that many bytes at its end.
+    """
     sessions: list[Session] = []
     numbers: list[int] = []
     exact: list[bytes] = []
     rejects: list[RejectedLine] = []
     counts: Counter[str] = Counter()
+    if left_out:
+        rejects, lines = [RejectedLine(first_line, "line_too_long", lines, left_out)], b""
     for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n") if lines else (), first_line):
+        if len(line) > MAX_LINE_BYTES:
+            rejects.append(RejectedLine(number, "line_too_long", line))
+            continue
         if line.endswith(b"\r"):
             line = line[:-1]
         result = parse_line(line)
-        if isinstance(result, Session):
+        if type(result) is Session:
             sessions.append(result)
             numbers.append(number)
             exact.append(blake2b(line, digest_size=HASH_BYTES).digest())
         elif not line.strip():
             counts["blank_lines"] += 1
         else:
+            assert type(result) is Reject
             rejects.append(RejectedLine(number, result.reason, line))
     hashes: dict[DuplicateKey, bytes] = {
         "exact_record": b"".join(exact),
@@ -79,30 +96,44 @@ def parse_block(lines: bytes, *, file: int, first_line: int, duplicate_key: Dupl
     }
     counts["records"] = len(sessions) + len(rejects)
     counts["sessions"] = len(sessions)
-    counts["uid_missing"] = sum(s.uid_missing for s in sessions)
+    counts["uid_missing"] = sum([s.uid_missing for s in sessions])
     ids = (np.asarray(numbers, dtype=np.int64) | (file << LINE_BITS)) if numbers else np.empty(0, np.int64)
     return ParsedBlock(to_table(sessions, ids, hashes[duplicate_key]), hashes, rejects, counts)
 
 
 def to_table(sessions: list[Session], ids: NDArray[np.int64], keys: bytes) -> pa.Table:
     """Sessions as :data:`SCHEMA` columns; ``keys`` are their hashes, one after the other."""
-    chain = itertools.chain.from_iterable
-    profiles = [profile for session in sessions for profile in session.profiles]
-    words = pa.array(list(chain([p.words for p in profiles])), pa.string())
+    if not sessions:
+        return SCHEMA.empty_table()
+    speakers = [s.speakers for s in sessions]
+    turns = [len(who) for who in speakers]
+    utterances, _ = _cut("\n".join([s.dialogue for s in sessions]).replace(VARIATION_SELECTOR, ""))
+    profiles = [s.profiles for s in sessions]
+    words, ends = _cut("\n".join([p.text for each in profiles for p in each]))
     return pa.Table.from_arrays(
         [
             pa.array(ids, pa.int64()),
             _binary(keys),
             _binary(b"".join([s.dialogue_hash for s in sessions])),
-            _lists([len(s.utterances) for s in sessions], pa.array(list(chain([s.utterances for s in sessions])))),
-            _lists(
-                [len(s.speakers) for s in sessions],
-                pa.array(np.fromiter(chain([s.speakers for s in sessions]), dtype=np.int32)),
-            ),
-            _lists([len(s.profiles) for s in sessions], _lists([len(p.words) for p in profiles], words)),
+            _lists(turns, utterances),
+            _lists(turns, pa.array(np.fromiter(itertools.chain.from_iterable(speakers), np.int32, sum(turns)))),
+            _lists([len(each) for each in profiles], pa.ListArray.from_arrays(np.append(0, ends), words)),
+            pa.array([s.has_reference for s in sessions]),
         ],
         schema=SCHEMA,
     )
+
+
+def _cut(text: str) -> tuple[pa.StringArray, NDArray[np.int32]]:
+    """The strings between the line feeds and tabs of a text, and after how many of them each line ends."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    separator = (raw == _LINE_FEED) | (raw == _TAB)
+    ends = np.append(np.flatnonzero(separator), len(raw))
+    line_ends = np.append(raw[ends[:-1]] == _LINE_FEED, True)
+    offsets = np.zeros(len(ends) + 1, np.int32)
+    offsets[1:] = ends - np.arange(len(ends))
+    strings = pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(raw[~separator]))
+    return strings, (np.flatnonzero(line_ends) + 1).astype(np.int32)
 
 
 def hash_words(hashes: bytes | pa.ChunkedArray) -> NDArray[np.uint64]:
@@ -133,8 +164,6 @@ def code_points(strings: pa.Array) -> tuple[NDArray[np.uint32], NDArray[np.int64
 def _lists(lengths: list[int], values: pa.Array) -> pa.ListArray:
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(np.asarray(lengths, np.int32), out=offsets[1:])
-    if isinstance(values, pa.NullArray):  # no utterance at all
-        values = values.cast(pa.string())
     return pa.ListArray.from_arrays(offsets, values)
 
 

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arplus.config import TrainConfig
 from arplus.data.feed import Step
+from arplus.errors import RunError
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.objective import Losses
@@ -50,9 +51,11 @@ class StepResult(NamedTuple):
     """Global gradient norm before clipping."""
     lr: float
     """Learning rate of this step."""
+    asked: int = 0
+    """Sum of what the workers handed in as ``ask``."""
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """The global loss of a step is not a finite number; the step was not applied."""
 
 
@@ -96,24 +99,25 @@ class Engine:
             min_lr=config.optimizer.min_lr,
         )
 
-    def train_step(self, step: Step) -> StepResult:
+    def train_step(self, step: Step, ask: int = 0) -> StepResult:
         """One optimizer step over this worker's micro-batches of a global batch; all workers call it together.
 
+        ``ask`` is summed over the workers along with the losses, so that they agree on it at no cost.
         Raises :class:`NonFiniteLossError`, on every worker, before a non-finite loss can reach the weights.
         """
         self.engine.train()
         # DeepSpeed averages gradients over the workers; the loss is already divided by the global count.
         scale = dist.get_world_size() / step.targets
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.tensor([0.0, 0.0, ask], dtype=torch.float64, device=self.device)
         for i, batch in enumerate(step.micro_batches):
             losses = self._forward(batch)
             loss = (losses.sum_dialogue + self.config.objective.lambda1 * losses.sum_auxiliary) * scale
             self.engine.backward(loss, scale_wrt_gas=False)
-            sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
+            sums[:2] += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
             if i + 1 < len(step.micro_batches):
                 self.engine.step()
         dist.all_reduce(sums)
-        dialogue, auxiliary = (sums / step.targets).tolist()
+        dialogue, auxiliary = (sums[:2] / step.targets).tolist()
         total = dialogue + self.config.objective.lambda1 * auxiliary
         lr = self.lr
         if not torch.isfinite(sums).all():
@@ -122,7 +126,7 @@ class Engine:
         if self.stage > 0:
             self.grad_norm = float(self.engine.get_global_grad_norm())
         self.schedule.step(total)
-        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr)
+        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr, int(sums[2]))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -136,18 +140,20 @@ class Engine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def weights(self) -> dict[str, Tensor]:
-        """Full fp32 weights by name, on the CPU; a collective call."""
-        return {name: self._full(p).cpu() for name, p in self.module.named_parameters()}
+        """Full fp32 weights by name, copied to the CPU; a collective call."""
+        return {name: self._full(p).to("cpu", copy=True) for name, p in self.module.named_parameters()}
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's full moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, on the CPU; a collective call.
+        """AdamW's full moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, copied to the CPU; a collective call.
 
         Empty before the first step.
         """
         if not self.optimizer.state:
             return {}
         return {
-            f"{key}.{name}": self._full(p, key).cpu() for key in MOMENTS for name, p in self.module.named_parameters()
+            f"{key}.{name}": self._full(p, key).to("cpu", copy=True)
+            for key in MOMENTS
+            for name, p in self.module.named_parameters()
         }
 
     def load_moments(self, moments: dict[str, Tensor], updates: int) -> None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntFlag
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,8 +24,31 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Ask(IntFlag):
+    """What rank 0 asks all workers for at the end of a step. Only one worker may look at a clock or at storage."""
+
+    NOTHING = 0
+    LOOK = 1
+    """See whether a node is to be taken away."""
+    SAVE = 2
+    """Save the train state."""
+    END = 4
+    """Save the train state and end the run here."""
+
+
 class Hooks:
     """What happens around the loop; the run's owner overrides what it needs. Every method is called on all workers."""
+
+    def ask(self) -> Ask:
+        """Before a step: what this worker asks for. Only rank 0 may ask for anything."""
+        return Ask.NOTHING
+
+    def on_step(self, progress: Progress, step: Step) -> None:
+        """After a step's update; ``progress`` is where the step began."""
+
+    def wants_checkpoint(self, asked: Ask) -> bool:
+        """Whether what rank 0 asked for needs a checkpoint after this step."""
+        return bool(asked & (Ask.SAVE | Ask.END))
 
     def on_log(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Every ``log_every`` steps, with the means since the last time."""
@@ -42,7 +66,7 @@ class Hooks:
 
 
 def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> None:
-    """Trains from ``progress`` to the end of the run, and keeps ``progress`` up to date.
+    """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
     Raises :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
     """
@@ -53,9 +77,10 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
         for step in meter.waiting(train.batches(progress.epoch, progress.epoch_step, last)):
             seed_dropout(config.seed, progress.step)
             try:
-                result = engine.train_step(step)
+                result = engine.train_step(step, hooks.ask())
             except NonFiniteLossError as error:
                 raise _explained(error, progress, step, hooks) from None
+            hooks.on_step(progress, step)
             progress.step += 1
             progress.epoch_step += 1
             progress.examples = _examples_seen(progress, train)
@@ -69,9 +94,13 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
             if progress.epoch_step == train.steps:
                 progress.epoch += 1
                 progress.epoch_step = 0
-            if at_end or _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step):
+            asked = Ask(result.asked)
+            due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
+            if at_end or due or hooks.wants_checkpoint(asked):
                 hooks.checkpoint(progress)
                 meter.restart()
+            if Ask.END in asked:
+                return
 
 
 def total_steps(config: TrainConfig, train: Feed) -> int:

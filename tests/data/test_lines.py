@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from arplus.data.lines import input_files, read_blocks
+from arplus.data.lines import RangeReader, input_files, read_blocks
 from arplus.errors import UserError
 
 LINES = b"".join(b'{"n": %d, "text": "%s"}\n' % (i, b"x" * (i % 70)) for i in range(20_000))
@@ -20,7 +20,10 @@ FORMS = {
 
 def read(path: Path, data: bytes, block_bytes: int) -> list[bytes]:
     path.write_bytes(data)
-    return list(read_blocks(str(path), block_bytes))
+    blocks = list(read_blocks(str(path), block_bytes))
+    assert [block.read for block in blocks][-1:] in ([], [len(data)])
+    assert not any(block.left_out for block in blocks)
+    return [block.lines for block in blocks]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,3 +71,42 @@ def test_no_file_is_an_error_that_names_the_place(tmp_path: Path) -> None:
         input_files(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
         input_files(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("block_bytes", [100, 3000, 1 << 20])
+def test_a_line_that_is_too_long_comes_alone_and_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr("arplus.data.lines.MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr("arplus.data.lines.MAX_REJECT_BYTES", 50)
+    lines = [b"a" * 4999, b"b" * 200_000, b"c", b"", b"d" * 40_000, b"e" * 50_000, b"f", b"g" * 9000]
+    (tmp_path / "x").write_bytes(b"\n".join(lines))
+    found: list[bytes] = []
+    for block in read_blocks(str(tmp_path / "x"), block_bytes):
+        if block.left_out:
+            assert len(block.lines) == 50
+            found.append(block.lines + bytes(block.left_out))
+        else:
+            found += block.lines.removesuffix(b"\n").split(b"\n")
+    assert [len(line) for line in found] == [len(line) for line in lines]
+    assert [line[:1] for line in found] == [line[:1] for line in lines]
+
+
+def test_a_file_is_read_in_ranges_and_a_failed_one_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(LINES)
+    failures = [UserError("s3://bucket/x: S3 refused or did not answer")] * 2
+
+    def read_range(uri: str, start: int, size: int) -> bytes:
+        if start > 10_000 and failures:
+            raise failures.pop()
+        return LINES[start : start + size]
+
+    monkeypatch.setattr("arplus.storage.read_range", read_range)
+    monkeypatch.setattr("arplus.storage.size", lambda uri: len(LINES))
+    with RangeReader("s3://bucket/x", range_bytes=10_000) as file:
+        assert file.peek(3) == LINES[:3]
+        assert file.read(7) + file.readall() == LINES
+        assert file.tell() == len(LINES)
+    assert not failures

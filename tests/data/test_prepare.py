@@ -13,9 +13,10 @@ import pytest
 import zstandard
 
 from arplus.config import PrepareConfig
+from arplus.data.card import report
 from arplus.data.dataset import Dataset
 from arplus.data.duplicates import SPLITS
-from arplus.data.prepare import prepare, report
+from arplus.data.prepare import prepare
 from arplus.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -173,10 +174,10 @@ def same_content(first: tuple[Path, dict[str, Any]], second: tuple[Path, dict[st
     for name in ("characters.txt", "persona_words.txt"):
         assert (one / "vocabulary" / name).read_bytes() == (other / "vocabulary" / name).read_bytes()
     for split in SPLITS:
-        assert [f["path"] for f in a["splits"][split]["files"]] == [f["path"] for f in b["splits"][split]["files"]]
-        for file in a["splits"][split]["files"]:
-            assert (one / file["path"]).read_bytes() == (other / file["path"]).read_bytes()
-    ours = ("records", "rejected", "duplicates", "sessions", "splits", "examples_left_out", "vocabulary")
+        for ours, theirs in zip(a["splits"][split]["files"], b["splits"][split]["files"], strict=True):
+            assert (one / ours["path"]).read_bytes() == (other / theirs["path"]).read_bytes()
+            assert ours["digest"] == theirs["digest"]
+    ours = ("records", "rejected", "duplicates", "sessions", "examples_left_out", "vocabulary")
     assert {k: a[k] for k in ours} == {k: b[k] for k in ours}
 
 
@@ -267,12 +268,16 @@ def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> 
     content = {"a.jsonl": b"".join(lines(CORPUS[:50]))}
     _, expected = run(tmp_path, content, name="first", valid=20_000)
     left = tmp_path / "second-out"
-    for name in ("_temporary/unfinished", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009.parquet"):
+    for name in ("_lease.json", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009.parquet"):
         (left / name).parent.mkdir(parents=True, exist_ok=True)
         (left / name).write_text("half")
     _, manifest = run(tmp_path, content, name="second", valid=20_000.0)
     assert manifest["fingerprint"] == expected["fingerprint"]
-    assert [file.name for file in (left / "train").iterdir()] == ["part-00000.parquet"]
+    assert [f"train/{file.name}" for file in (left / "train").iterdir()] == [
+        file["path"] for file in manifest["splits"]["train"]["files"]
+    ]
+    assert not (left / "_temporary").exists()
+    assert not (left / "_lease.json").exists()
 
 
 def refused(tmp_path: Path, content: dict[str, bytes], message: str, **settings: Any) -> None:

@@ -77,6 +77,12 @@ def test_a_golden_response_is_the_last_utterance_by_a_profile_of_its_own(name: s
     assert result.profiles[2].words == ("女", "其他", "x")
 
 
+def test_a_reference_after_any_number_of_utterances_is_marked() -> None:
+    golden = {"golden_response": "好", "responder_profile": RAW["profile"][0]}
+    assert session({**RAW, **golden}).has_reference
+    assert not session(RAW).has_reference
+
+
 def test_any_number_of_speakers() -> None:
     profiles = [{"tag": [""], "loc": "", "gender": ""}] * 300
     result = session({"dialog": ["a"] * 300, "profile": profiles, "uid": list(range(300))})

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,3 +48,15 @@ def test_hashes_of_a_sliced_column() -> None:
     values = [bytes([i] * 16) for i in range(5)]
     column = pa.chunked_array([pa.array(values, pa.binary(16))[1:3], pa.array(values, pa.binary(16))[4:]])
     assert hash_words(column).tobytes() == values[1] + values[2] + values[4]
+
+
+def test_a_line_that_is_too_long_is_a_reject_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arplus.data.sessions.MAX_LINE_BYTES", 200)
+    line = json.dumps({**GOOD, "dialog": ["a" * 150, "b"]}).encode()
+    short = json.dumps(GOOD).encode()
+    block = parse_block(b"\n".join([short, line, short]), file=0, first_line=5, duplicate_key="dialogue")
+    assert block.rejects == [RejectedLine(6, "line_too_long", line)]
+    assert block.counts["records"] == 3
+    block = parse_block(line[:100], file=0, first_line=5, duplicate_key="dialogue", left_out=len(line) - 100)
+    assert block.rejects == [RejectedLine(5, "line_too_long", line[:100], len(line) - 100)]
+    assert block.counts["records"] == 1

@@ -1,0 +1,83 @@
+"""The audit: which examples every step trained on, as Parquet under ``RUN/audit/``.
+
+Columns: ``attempt``, ``epoch`` and ``step`` (the optimizer step within the epoch), both from 0, and ``example_id``.
+Every worker writes its own rows, before the checkpoint that covers them is complete. A step that was trained again
+after a restart is there once an attempt: for each (epoch, step) the last attempt counts.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from arplus import storage
+from arplus.data.feed import Step
+
+SCHEMA = pa.schema(
+    [("attempt", pa.int32()), ("epoch", pa.int32()), ("step", pa.int32()), ("example_id", pa.int64())],
+)
+
+
+class Audit:
+    """One worker's rows of one attempt, kept in memory until :meth:`flush`."""
+
+    def __init__(self, run_uri: str, attempt: int, rank: int) -> None:
+        self.run_uri = run_uri
+        self.attempt = attempt
+        self.rank = rank
+        self.rows: list[tuple[int, int, NDArray[np.int64]]] = []
+        self.files = 0
+
+    def add(self, epoch: int, epoch_step: int, step: Step) -> None:
+        """Notes this worker's examples of a step; rows that only fill up a batch are no examples."""
+        ids = [batch.example_id_B[batch.counted_B].numpy() for batch in step.micro_batches]
+        self.rows.append((epoch, epoch_step, np.concatenate(ids)))
+
+    def flush(self) -> None:
+        """Writes the rows since the last time; they are durable when it returns."""
+        if not self.rows:
+            return
+        counts = [len(ids) for _, _, ids in self.rows]
+        table = pa.table(
+            [
+                np.full(sum(counts), self.attempt),
+                np.repeat([epoch for epoch, _, _ in self.rows], counts),
+                np.repeat([step for _, step, _ in self.rows], counts),
+                np.concatenate([ids for _, _, ids in self.rows]),
+            ],
+            schema=SCHEMA,
+        )
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        name = f"attempt-{self.attempt:04d}-worker-{self.rank:04d}-{self.files:06d}.parquet"
+        storage.write_bytes(storage.join(self.run_uri, "audit", name), sink.getvalue().to_pybytes())
+        self.files += 1
+        self.rows.clear()
+
+
+def read(run_uri: str) -> pa.Table:
+    """The rows that count: those of the last attempt of each (epoch, step). Empty where there is no audit."""
+    folder = storage.join(run_uri, "audit")
+    if not storage.exists(folder):
+        return SCHEMA.empty_table()
+    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(uri))) for uri in storage.list_files(folder)]
+    rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    last = rows.group_by(["epoch", "step"]).aggregate([("attempt", "max")]).rename_columns(["epoch", "step", "attempt"])
+    return rows.join(last, ["epoch", "step", "attempt"], join_type="inner")
+
+
+def problems(run_uri: str, example_ids: NDArray[np.int64], epochs: int) -> list[str]:
+    """What is wrong with the first ``epochs`` epochs; nothing where each has each of ``example_ids`` exactly once."""
+    rows = read(run_uri)
+    found = []
+    for epoch in range(epochs):
+        ids = rows["example_id"].to_numpy()[rows["epoch"].to_numpy() == epoch]
+        trained, times = np.unique(ids, return_counts=True)
+        for what, wrong in (
+            ("missing", np.setdiff1d(example_ids, trained)),
+            ("unknown", np.setdiff1d(trained, example_ids)),
+            ("more than once", trained[times > 1]),
+        ):
+            if len(wrong):
+                found.append(f"epoch {epoch}: {len(wrong)} examples {what}, such as {wrong[:5].tolist()}")
+    return found

@@ -1,0 +1,77 @@
+"""Checkpoints off the training path: serialised, hashed and written by a background thread of rank 0."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from arplus import checkpoint, storage
+from arplus.checkpoint import TrainState
+from arplus.errors import ResourceError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE_S = 600.0
+"""Seconds that a server may be away before a write to it fails."""
+_LONGEST_WAIT_S = 15.0
+
+
+class Saver:
+    """Writes train states, one at a time; an error stays in :attr:`error` and no further one is written."""
+
+    def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
+        """``check`` raises when the run is no longer this attempt's; it is asked before and after the upload."""
+        self.run_uri = run_uri
+        self.attempt = attempt
+        self.keep = keep
+        self.check = check
+        self.newest: str | None = None
+        """URI of the newest checkpoint that is complete."""
+        self.error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, state: TrainState, best: float | None) -> None:
+        """Starts to write ``state``, whose tensors are now the saver's; waits for the one before it first.
+
+        ``best`` is its response perplexity where that is the lowest so far.
+        """
+        self.wait()
+        if self.error is None:
+            self._thread = threading.Thread(target=self._run, args=(state, best), name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until what was handed in is written or has failed."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self, state: TrainState, best: float | None) -> None:
+        try:
+            patiently(self.run_uri, lambda: self._write(state, best))
+        except Exception as error:
+            self.error = error
+
+    def _write(self, state: TrainState, best: float | None) -> None:
+        self.check()
+        uri = checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
+        self.newest = uri
+        if best is not None:
+            checkpoint.mark_best(self.run_uri, uri, best)
+        checkpoint.retain(self.run_uri, self.keep)
+
+
+def patiently(uri: str, work: Callable[[], T]) -> T:
+    """The result of ``work``, which is tried again for ten minutes while the server of ``uri`` is away."""
+    began, wait = time.monotonic(), 1.0
+    while True:
+        try:
+            return work()
+        except ResourceError as error:
+            if storage.is_local(uri) or time.monotonic() - began > PATIENCE_S:
+                raise
+            log.warning("trying again in %.0f s: %s", wait, error)
+        time.sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT_S)

@@ -1,0 +1,126 @@
+"""Runs that are killed, stopped, taken over and resumed, on a real Ray: they end as if nothing had happened."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from prepared import write_dataset
+
+from arplus import checkpoint, tracking
+from arplus.checkpoint import Progress
+from arplus.config import TrainConfig
+from arplus.training import attempt, audit
+from arplus.training.attempt import SupersededError
+from arplus.training.trainer import train
+
+EXAMPLES = 260
+STEPS = 2 * 33
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[100, 80], [80]], "valid": [[40]]}).uri
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: str, storage: Path) -> dict[str, torch.Tensor]:
+    """The final weights of a run with dropout that nothing happens to."""
+    config = faults.settings(data, storage, run_name="undisturbed")
+    assert config.model.dropout > 0
+    assert train(config)["steps"] == STEPS
+    assert_each_example_once_an_epoch(config)
+    return faults.newest_weights(config)
+
+
+def assert_each_example_once_an_epoch(config: TrainConfig, epochs: int = 2) -> None:
+    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), epochs) == []
+
+
+def mlflow_status(config: TrainConfig, run_id: str) -> str:
+    return MlflowClient(tracking.default_uri(config.storage)).get_run(run_id).info.status
+
+
+def progress_of(config: TrainConfig) -> Progress:
+    found = checkpoint.newest(str(faults.folder(config)))
+    assert found is not None
+    return found[1].progress
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_worker_changes_nothing(
+    data: str, storage: Path, undisturbed: dict[str, torch.Tensor], seed: int
+) -> None:
+    chance = random.Random(seed)
+    step, which = chance.randrange(1, STEPS - 5), chance.randrange(2)
+    config = faults.settings(data, storage, run_name=f"killed-{seed}")
+    with faults.disturbed(lambda: faults.kill_a_worker(which), lambda: faults.steps_logged(config) >= step):
+        final = train(config)
+    assert faults.attempts(config) == 2
+    assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
+    assert "valid/response_ppl" in final
+    weights = faults.newest_weights(config)
+    assert weights.keys() == undisturbed.keys()
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
+    assert_each_example_once_an_epoch(config)
+    assert mlflow_status(config, final["mlflow_run_id"]) == "FINISHED"
+
+
+def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: Path) -> None:
+    """`ray job stop` is a SIGTERM to the job's process; then two workers become one, and four."""
+    config = faults.settings(data, storage, run_name="stopped", checkpoint_every=None)
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    job = faults.start_job(config)
+    faults.wait_for_steps(config, 5, job)
+    said = faults.end(job)
+    assert job.returncode == 1, said
+    stopped = progress_of(config).step
+    assert 5 <= stopped < 33, "saved at once, in mid-epoch"
+    assert f"error: stopped at step {stopped}; the same command goes on from there" in said
+    assert "Traceback" not in said
+    before = attempt.read(str(faults.folder(config)))
+    assert before is not None
+    assert mlflow_status(config, before.mlflow_run_id) == "KILLED"
+
+    alone = train(replace(config, workers=1, max_steps=stopped + 9))
+    assert alone["steps"] == stopped + 9
+    assert alone["mlflow_run_id"] == before.mlflow_run_id
+    final = train(replace(config, workers=4, zero=3))
+    assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
+    assert_each_example_once_an_epoch(config)
+    assert faults.attempts(config) == 3
+
+
+def test_a_job_whose_run_was_taken_over_stops_and_writes_nothing_more(data: str, storage: Path) -> None:
+    config = faults.settings(data, storage, run_name="contested", epochs=20)
+    run = str(faults.folder(config))
+    left: list[list[str]] = []
+
+    def take_over() -> None:
+        found = attempt.read(run)
+        assert found is not None
+        attempt.take_over(run, found.mlflow_run_id)
+        left.append(checkpoint.list_complete(run))
+
+    with (
+        faults.disturbed(take_over, lambda: faults.steps_logged(config) >= 20),
+        pytest.raises(SupersededError, match="another job has taken this run over"),
+    ):
+        train(config)
+    assert left[0]
+    assert checkpoint.list_complete(run) == left[0]
+    assert not Path(run, "final_metrics.json").exists()
+    now = attempt.read(run)
+    assert now is not None
+    assert mlflow_status(config, now.mlflow_run_id) == "RUNNING", "it is the other job's"

@@ -1,0 +1,148 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from prepared import CHARACTERS, PERSONA_WORDS
+
+from arplus import checkpoint
+from arplus.checkpoint import Progress, TrainState
+from arplus.config import preset, tiny
+from arplus.errors import ResourceError, UserError
+from arplus.training import saver
+from arplus.training.attempt import SupersededError
+from arplus.training.saver import Saver, patiently
+
+
+@pytest.fixture
+def run(tmp_path):
+    return str(tmp_path / "run")
+
+
+def state(step):
+    return TrainState(
+        config=tiny(preset("arplus")),
+        progress=Progress(fingerprint="test", step=step),
+        schedule={},
+        characters=CHARACTERS,
+        persona_words=PERSONA_WORDS,
+        weights={"a": torch.tensor([float(step)])},
+        moments={},
+    )
+
+
+def a_saver(run, check=lambda: None, keep=2):
+    return Saver(run, attempt=1, keep=keep, check=check)
+
+
+def steps(run):
+    return [checkpoint.load(uri).progress.step for uri in checkpoint.list_complete(run)]
+
+
+def test_it_writes_marks_the_best_and_removes(run):
+    mine = a_saver(run, keep=1)
+    for step, best in ((10, 3.0), (20, None), (30, None)):
+        mine.save(state(step), best)
+    mine.wait()
+    assert mine.error is None
+    assert steps(run) == [10, 30]
+    assert mine.newest == checkpoint.list_complete(run)[-1]
+    assert json.loads(Path(run, "best.json").read_text())["response_ppl"] == 3.0
+
+
+def test_training_goes_on_meanwhile_and_one_is_written_at_a_time(run, monkeypatch):
+    writing, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    save, at_once = checkpoint.save, []
+
+    def slow(*arguments, **named):
+        at_once.append(1)
+        assert sum(at_once) == 1
+        writing.release()
+        assert go_on.acquire(timeout=20)
+        at_once.pop()
+        return save(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    mine = a_saver(run)
+    mine.save(state(10), None)  # returns although the write waits
+    assert writing.acquire(timeout=20)
+    assert steps(run) == []
+    second = threading.Thread(target=mine.save, args=(state(20), None))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "it waits for the first"
+    go_on.release(2)
+    second.join(20)
+    mine.wait()
+    assert mine.error is None
+    assert steps(run) == [10, 20]
+
+
+def test_an_error_is_kept_and_ends_the_saving(run):
+    Path(run).mkdir(parents=True)
+    Path(run, "checkpoints").write_text("in the way")
+    mine = a_saver(run)
+    mine.save(state(10), None)
+    mine.wait()
+    assert isinstance(mine.error, UserError)
+    Path(run, "checkpoints").unlink()
+    mine.save(state(20), None)
+    mine.wait()
+    assert steps(run) == []
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_stale_attempt_completes_nothing(run, refused):
+    """At the first look, before anything is written, or at the second, before the manifest."""
+    looks = []
+
+    def check():
+        looks.append(1)
+        if len(looks) >= refused:
+            raise SupersededError("replaced")
+
+    mine = a_saver(run, check)
+    mine.save(state(10), 3.0)
+    mine.wait()
+    assert isinstance(mine.error, SupersededError)
+    assert checkpoint.list_complete(run) == []
+    assert not Path(run, "best.json").exists()
+    assert Path(run, "checkpoints").exists() == (refused == 2)
+
+
+def test_what_an_earlier_save_left_half_written_is_removed(run):
+    half = Path(run, "checkpoints", "step-00000005-attempt-1", "weights.safetensors")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    mine = a_saver(run)
+    mine.save(state(10), None)
+    mine.wait()
+    assert not half.parent.exists()
+    assert steps(run) == [10]
+
+
+def test_a_server_may_be_away_for_a_while(monkeypatch):
+    waited = []
+    monkeypatch.setattr(saver.time, "sleep", waited.append)
+    answers = iter([ResourceError("away"), ResourceError("away"), "here"])
+
+    def work():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently("s3://bucket/run", work) == "here"
+    assert waited == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"), [("s3://bucket/run", UserError("refused")), ("/a/disk", ResourceError("full"))]
+)
+def test_what_does_not_pass_is_not_waited_for(uri, error):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
+        patiently(uri, work)
