@@ -177,6 +177,18 @@ def test_a_run_that_does_not_finish_is_closed_as_such(store, tmp_path, error, st
     assert client.connect(store).get_run(run.run_id).info.status == status
 
 
+def test_a_run_can_be_marked_before_the_end(store, tmp_path):
+    run = begin(store)
+    tracker = Tracker(run, record=tmp_path / "record.jsonl")
+    tracker.mark("KILLED")
+    deadline = time.monotonic() + 60
+    while client.connect(store).get_run(run.run_id).info.status != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tracker.close("FINISHED")
+    assert client.connect(store).get_run(run.run_id).info.status == "FINISHED"
+
+
 def test_two_processes_make_the_same_store_and_experiment_at_once(tmp_path):
     program = """
 import os, sys, time

@@ -20,7 +20,7 @@ into tensors. A thread of the worker does so ahead of the training step.
 
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from ray.data import DataContext
 from arplus import storage
 from arplus.config import FeedConfig
 from arplus.data.collate import STATIC, Arrays, Draws, Layout, Widths, Window
-from arplus.data.dataset import Split
+from arplus.data.dataset import RowGroup, Split
 from arplus.model.batch import Batch
 
 S = TypeVar("S")
@@ -96,20 +96,27 @@ class Order:
 
     def read(self, epoch: int, window: int, columns: list[str]) -> pa.Table:
         """The rows of a window in the order of the epoch's row groups, before they are sorted."""
+        parts = []
+        for group, begin, rows in self.pieces(epoch, window):
+            filesystem, path = storage.resolve(group.file)
+            with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+                table = file.read_row_group(group.index, columns=columns, use_threads=False)
+            parts.append(table.slice(begin, rows))
+        return pa.concat_tables(parts)
+
+    def pieces(self, epoch: int, window: int) -> list[tuple[RowGroup, int, int]]:
+        """The row groups that a window is in, each with the first row and the number of rows that it takes of it."""
         groups = self.split.row_groups
         order = self._random(epoch).permutation(len(groups)) if self.shuffled else np.arange(len(groups))
         ends = np.cumsum([groups[i].rows for i in order])
         first = window * self.window_batches * self.batch_size
         last = min(first + self.window_batches * self.batch_size, self.split.examples)
-        parts = []
-        for i in range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1):
-            group, start = groups[order[i]], ends[i] - groups[order[i]].rows
-            filesystem, path = storage.resolve(group.file)
-            with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
-                table = file.read_row_group(group.index, columns=columns, use_threads=False)
-            begin = max(first - start, 0)
-            parts.append(table.slice(begin, min(last, ends[i]) - start - begin))
-        return pa.concat_tables(parts)
+        pieces = []
+        for i in range(int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last)) + 1):
+            group, end = groups[order[i]], int(ends[i])
+            begin = max(first - (end - group.rows), 0)
+            pieces.append((group, begin, min(last, end) - (end - group.rows) - begin))
+        return pieces
 
     def batches(self, epoch: int, window: int, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Row numbers within the window of its global batches, in the order of training, from the rows' lengths."""
@@ -139,7 +146,7 @@ class Feed:
         """Optimizer steps an epoch."""
         return self.order.steps
 
-    def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Iterator[Step]:
+    def batches(self, epoch: int, first: int = 0, last: int | None = None) -> Generator[Step, None, None]:
         """The steps ``first`` to ``last - 1`` of an epoch; to its end by default.
 
         Windows become tensors in the background. Whoever leaves the iterator early closes it (an error in a for loop

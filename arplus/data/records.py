@@ -159,27 +159,39 @@ def _joined(texts: list[str]) -> str:
     return joined.replace("\0", "\n")
 
 
-@lru_cache(maxsize=1 << 14)
 def make_profile(gender: str, location: str, tags: str) -> Profile:
     """A profile from its raw strings: ``male``, ``female`` or empty; "省 市"; tags joined by ``;``.
 
     White space and U+FE0F disappear: "四川 成都" is the one word 四川成都. Raises KeyError for another gender, and
-    TypeError for what is no string.
+    TypeError or AttributeError for what is no string.
     """
-    joined = (location + ";" + tags).replace(" ", "")
-    if not joined.isprintable() or VARIATION_SELECTOR in joined or ";" in location:  # rare
-        location, tags = _joined([location, tags]).replace(VARIATION_SELECTOR, "").split("\n")
-        place, words = location, tags.split(";")
-    else:
-        place, *words = joined.split(";")
-    start = f"{_GENDERS[gender]}\t{place}"
-    if len(words) == 1:
-        text = f"{start}\t{words[0]}" if words[0] else start
+    plain = _without_tags(gender, location)
+    if tags == "":
+        return plain
+    tags = _squeezed(tags)
+    words = list(dict.fromkeys(tags.split(";")))
+    if "" in words:
+        words.remove("")
+    if len(words) < 2:
+        text = "\t".join([plain.text, *words])
         return Profile(text, text)
-    words = list(dict.fromkeys(filter(None, words)))
-    text = "\t".join([start, *words])
+    text = "\t".join([plain.text, *words])
     words.sort()
-    return Profile(text, "\t".join([start, *words]))
+    return Profile(text, "\t".join([plain.text, *words]))
+
+
+@lru_cache(maxsize=1 << 14)
+def _without_tags(gender: str, location: str) -> Profile:
+    text = f"{_GENDERS[gender]}\t{_squeezed(location)}"
+    return Profile(text, text)
+
+
+def _squeezed(text: str) -> str:
+    """``text`` without white space and U+FE0F."""
+    text = text.replace(" ", "")
+    if text.isprintable() and VARIATION_SELECTOR not in text:  # so there is no other white space
+        return text
+    return "".join(text.split()).replace(VARIATION_SELECTOR, "")
 
 
 def _parse_profile(raw: Any) -> Any:
@@ -187,7 +199,7 @@ def _parse_profile(raw: Any) -> Any:
     try:
         tags = raw["tag"]
         return make_profile(raw["gender"], raw["loc"], tags[0] if type(tags) is list and len(tags) == 1 else tags)
-    except (TypeError, KeyError):  # not the usual form
+    except (TypeError, KeyError, AttributeError):  # not the usual form
         return _parse_unusual_profile(raw)
 
 

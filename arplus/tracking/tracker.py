@@ -71,6 +71,10 @@ class Tracker:
         """Sets tags; a tag set again takes the new value."""
         self._put(*({"tag": k, "value": str(v)[:TAG_LENGTH]} for k, v in tags.items()))
 
+    def mark(self, status: Status) -> None:
+        """Sets the run's status at once, for a process that may not live until :meth:`close`, which may set another."""
+        self._put({"status": status}, always=True)
+
     def close(self, status: Status | None = None, timeout: float = 30.0) -> int:
         """Sends what waits, for ``timeout`` seconds at most, and ends the run as ``status``; None leaves it RUNNING.
 

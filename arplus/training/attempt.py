@@ -116,6 +116,8 @@ class Watch:
 def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
     """Calls ``act`` once when this process is told to end, as ``ray job stop`` does; a second time ends it.
 
+    ``ray job stop`` kills three seconds later (``RAY_JOB_STOP_WAIT_TIME_S``, set where the head node starts). A small
+    model is saved by then; what is not costs the steps since the last checkpoint, and nothing else.
     Only a process's main thread can do so; elsewhere (in a trial of Ray Tune) nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():

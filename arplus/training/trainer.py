@@ -34,6 +34,7 @@ from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError, Job, RunHooks
 from arplus.training.loop import fit, total_steps
 from arplus.training.resume import find_start
+from arplus.training.saver import patiently
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     status: tracking.Status | None = "FAILED"
+
+    def stop() -> None:
+        attempt.request_stop(run_uri, job.attempt)
+        tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
+
     try:
-        with attempt.on_sigterm(lambda: attempt.request_stop(run_uri, job.attempt)):
+        with attempt.on_sigterm(stop):
             outcome = _run_workers(job, scaling)
         storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome)
         tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
@@ -194,8 +200,8 @@ def _run(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
         torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
-    mine, start = _agreed(lambda: _begin(job), only_rank_0=True)
-    dataset, model, state = _agreed(lambda: _load(config, start))
+    mine, start = _agreed(lambda: patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
+    dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: _load(config, start)))
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, context.get_world_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)

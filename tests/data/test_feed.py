@@ -1,14 +1,21 @@
 """The feed's order does not depend on who reads it, and an epoch starts anywhere."""
 
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
-from prepared import write_dataset
+from prepared import random_examples, write_dataset
+from ray.data import DataContext
 
-from arplus.config import FeedConfig, ModelConfig, special_ids
-from arplus.data.collate import Layout
-from arplus.data.dataset import Dataset
-from arplus.data.feed import Feed, Order, Place, Step
+from arplus.config import AR, FeedConfig, ModelConfig, special_ids
+from arplus.data.collate import Draws, Layout, Widths, Window
+from arplus.data.dataset import Dataset, RowGroup, Split
+from arplus.data.feed import Feed, Order, Place, Step, _from_table, _to_table, prepare_window, read_ahead
+from arplus.model.batch import Batch
 
 EXAMPLES = 203
 BATCH = 8
@@ -131,3 +138,156 @@ def test_batches_are_tensors_on_the_cpu(dataset: Dataset, ray_cluster: None) -> 
     assert batch.context_BS.dtype == torch.int32
     assert batch.example_id_B.dtype == torch.int64
     assert batch.profiles_BPW.ndim == 3
+
+
+# ------------------------------------------------------------------------------------- a window's way to the worker
+
+
+def arrays(batch: Batch) -> dict[str, list]:
+    return {f.name: getattr(batch, f.name).tolist() for f in fields(batch) if getattr(batch, f.name) is not None}
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), AR], ids=["infilling", "characters"])
+@pytest.mark.parametrize("id_type", [np.uint16, np.int32])
+def test_a_window_at_once_is_its_batches_one_by_one(dataset: Dataset, model: ModelConfig, id_type: type) -> None:
+    layout = Layout.of(model, dataset.sizes)
+    window = Window(random_examples(range(60)).select(layout.columns), layout)
+    rows_NB = np.random.default_rng(0).permutation(60).reshape(10, 6)
+    packed = window.batches(rows_NB, Draws(1, 2), Widths())
+    counted_B = np.ones(6, np.uint8)
+    packed["counted_B"] = packed["example_id_B"]._replace(values=np.tile(counted_B, 10))
+    table = _to_table(packed, np.arange(10), id_type)
+    parts = [*_from_table(table[:3], pin=False), *_from_table(table[3:], pin=False)]
+    assert [targets for _, targets in parts] == list(range(10))
+    for (batch, _), rows in zip(parts, rows_NB, strict=True):
+        alone = window.batch(rows, counted_B.view(bool), Draws(1, 2))
+        assert arrays(batch) == {name: array.tolist() for name, array in alone.items()}
+        assert batch.counted_B.dtype == torch.bool
+        assert batch.context_BS.dtype == torch.int32
+
+
+def test_static_shapes_are_few_and_only_pad(dataset: Dataset) -> None:
+    ids = special_ids(dataset.sizes.characters)
+    plain = make_feed(dataset)
+    static = Feed(plain.order, plain.layout, plain.place, FeedConfig(static_shapes=True))
+    shapes = set()
+    for window in range(plain.order.windows):
+        pairs = zip(*(_from_table(prepare_window(0, window, f), pin=False) for f in (plain, static)), strict=True)
+        for (narrow, targets), (wide, same_targets) in pairs:
+            assert targets == same_targets
+            shapes.add(tuple(tuple(getattr(wide, f.name).shape) for f in fields(wide)))
+            for f in fields(wide):
+                a, b = getattr(narrow, f.name), getattr(wide, f.name)
+                assert torch.equal(b[tuple(slice(size) for size in a.shape)], a), f.name
+            assert (wide.context_BS != ids.pad).sum() == (narrow.context_BS != ids.pad).sum()
+            assert (wide.response_BT.shape[1], wide.infilled_BU.shape[1]) == (18, 18)
+            assert wide.context_BS.shape[1] % 16 == 0
+    assert len(shapes) <= 7
+
+
+def test_windows_are_pinned_once_for_all_their_batches(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # without a GPU there is no pinned memory
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    feed = make_feed(dataset)
+    batches = [batch for batch, _ in _from_table(prepare_window(0, 0, feed), pin=True)]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in pinned}
+    found = {getattr(b, f.name).untyped_storage().data_ptr() for b in batches for f in fields(b)}
+    assert found == storages
+    assert len(storages) == len(fields(Batch))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_block_that_ray_data_cuts_within_a_step_changes_nothing(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = make_feed(dataset, accumulation=4)
+    whole = [[arrays(b) for b in step.micro_batches] for step in feed.batches(0, 7, 19)]
+    monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", 3000)
+    assert [[arrays(b) for b in step.micro_batches] for step in feed.batches(0, 7, 19)] == whole
+
+
+# ------------------------------------------------------------------------------------------------------- read ahead
+
+
+def feed_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith(("feed", "StreamingExecutor", "iter_threaded"))]
+
+
+def none_after_a_while() -> list[str]:
+    """Ray Data's own threads end a moment after their executor."""
+    deadline = time.monotonic() + 20
+    while feed_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return feed_threads()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_leaving_an_epoch_early_leaves_nothing_running(dataset: Dataset) -> None:
+    steps = make_feed(dataset, window_batches=1).batches(0)
+    next(steps)
+    assert feed_threads()
+    steps.close()
+    assert none_after_a_while() == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_in_the_loop_around_leaves_nothing_running(dataset: Dataset) -> None:
+    def train() -> None:
+        for step in make_feed(dataset, window_batches=1).batches(0):
+            raise RuntimeError(f"loss of {step.targets} targets is not finite")
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        train()
+    assert none_after_a_while() == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_in_a_window_reaches_the_training_step(dataset: Dataset) -> None:
+    feed = make_feed(dataset)
+    feed.order = replace(feed.order, split=Split("train", EXAMPLES, 1, (RowGroup("missing.parquet", 0, EXAMPLES),)))
+    with pytest.raises(Exception, match=r"missing\.parquet"):
+        next(feed.batches(0))
+    assert none_after_a_while() == []
+
+
+def test_one_item_is_made_while_the_last_one_is_used() -> None:
+    made = threading.Semaphore(0)
+
+    def make(i: int) -> int:
+        made.release()
+        return i * i
+
+    numbers = read_ahead((i for i in range(4)), make)
+    assert next(numbers) == 0
+    assert made.acquire(timeout=5)
+    assert made.acquire(timeout=5)  # the second, without being asked for
+    assert not made.acquire(timeout=0.1)
+    assert list(numbers) == [1, 4, 9]
+    assert feed_threads() == []
+
+
+def test_the_items_are_closed_when_the_reader_stops_or_the_making_fails() -> None:
+    closed: list[bool] = []
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(10)
+        finally:
+            closed.append(True)
+
+    def generator() -> Generator[int, None, None]:
+        yield from items()
+
+    stopped = read_ahead(generator(), str)
+    assert next(stopped) == "0"
+    stopped.close()
+    assert closed == [True]
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(generator(), lambda i: 1 // (2 - i)))
+    assert closed == [True, True]
+    assert feed_threads() == []

@@ -14,6 +14,7 @@ from prepared import write_dataset
 from arplus import checkpoint, tracking
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
+from arplus.errors import RunError
 from arplus.training import attempt, audit
 from arplus.training.attempt import SupersededError
 from arplus.training.trainer import train
@@ -124,3 +125,13 @@ def test_a_job_whose_run_was_taken_over_stops_and_writes_nothing_more(data: str,
     now = attempt.read(run)
     assert now is not None
     assert mlflow_status(config, now.mlflow_run_id) == "RUNNING", "it is the other job's"
+
+
+def test_a_run_that_fails_too_often_says_so(data: str, storage: Path) -> None:
+    config = faults.settings(data, storage, run_name="fails", max_failures=0)
+    with (
+        faults.disturbed(lambda: faults.kill_a_worker(1), lambda: faults.steps_logged(config) >= 1),
+        pytest.raises(RunError, match=r"more than --max-failures 0 allows .* the same command goes on from the newest"),
+    ):
+        train(config)
+    assert faults.attempts(config) == 1

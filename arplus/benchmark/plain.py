@@ -1,0 +1,67 @@
+"""A batch as it is made without Arrow or numpy: the other side of the feed's benchmark."""
+
+import random
+from typing import Any
+
+import torch
+
+from arplus.config import special_ids
+from arplus.data.collate import Layout
+
+
+class Collate:
+    """Rows as dictionaries of lists to padded tensors, in plain Python; a ``collate_fn`` of a ``DataLoader``."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.ids = special_ids(layout.sizes.characters)
+        persona_size = layout.sizes.persona_words if layout.persona_words else layout.sizes.characters
+        self.persona_pad = special_ids(persona_size).pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The tensors of a :class:`arplus.model.batch.Batch` by field name; the infilled spans are other ones."""
+        profile_column, count_column, target_column = self.layout.persona_columns
+        pad = self.ids.pad
+        responses = [[self.ids.bos, *row["response"], self.ids.eos] for row in rows]
+        profiles = [self._profiles(row[profile_column], row[count_column]) for row in rows]
+        n_profiles = max(map(len, profiles))
+        flat = _padded([p for of_row in profiles for p in (of_row + [[]] * n_profiles)[:n_profiles]], self.persona_pad)
+        tensors = {
+            "example_id_B": torch.tensor([row["example_id"] for row in rows]),
+            "counted_B": torch.ones(len(rows), dtype=torch.bool),
+            "context_BS": _padded([row["context"] for row in rows], pad),
+            "context_profile_BS": _padded([self._speakers(row) for row in rows], 0),
+            "profiles_BPW": flat.view(len(rows), n_profiles, -1),
+            "target_persona_BK": _padded([row[target_column] for row in rows], self.persona_pad),
+            "response_BT": _padded(responses, pad),
+        }
+        if self.layout.infilling:
+            tensors["infilled_BU"] = _padded([self._infilled(response) for response in responses], pad)
+        return tensors
+
+    def _speakers(self, row: dict[str, Any]) -> list[int]:
+        speakers = []
+        utterance = 0
+        for character in row["context"]:
+            speakers.append(row["speakers"][utterance])
+            utterance += character == self.ids.sep
+        return speakers
+
+    def _profiles(self, items: list[int], counts: list[int]) -> list[list[int]]:
+        profiles, start = [], 0
+        for count in counts:
+            profiles.append(items[start : start + count])
+            start += count
+        return profiles
+
+    def _infilled(self, response: list[int]) -> list[int]:
+        if len(response) < 4:
+            return response
+        span = 1 if len(response) < 6 else 2 if random.random() < 0.99 else 0
+        start = random.randint(1, len(response) - span - 1)
+        return [*response[:start], self.ids.mask, *response[start + span :]]
+
+
+def _padded(lists: list[list[int]], pad: int) -> torch.Tensor:
+    width = max(1, *map(len, lists))
+    return torch.tensor([values + [pad] * (width - len(values)) for values in lists], dtype=torch.int32)

@@ -1,0 +1,211 @@
+"""The settings of every job but training."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
+"""Names of folders in a prepared data set that no evaluation set can have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turns raw records into an encoded data set."""
+
+    input: str = ""
+    """URI of a JSON-lines file (.jsonl, .json, .txt; plain, .gz or .zst) or of a folder of them."""
+    output: str = ""
+    """URI of the data set to make."""
+    evaluation_set: tuple[str, ...] = ()
+    """NAME=URI of further records (repeatable), such as the official random and biased test files: encoded with the
+    training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
+    duplicate_key: Literal["exact_record", "dialogue_and_profiles", "dialogue"] = "dialogue_and_profiles"
+    """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
+    incomplete_personas: Literal["drop", "keep"] = "drop"
+    """What to do with an example in which a speaker lacks gender or location."""
+    max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
+    """Stop, with nothing committed, when more than this share of the records is rejected."""
+    valid: Annotated[float, Ge(0)] = 20_000
+    """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
+    test: Annotated[float, Ge(0)] = 20_000
+    """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
+    max_utterance_characters: Annotated[int, Gt(0)] = 15
+    """Characters kept of an utterance."""
+    max_context_utterances: Annotated[int, Gt(0)] = 7
+    """Utterances kept of a context: three turns of two and the question."""
+    min_character_count: Annotated[int, Gt(0)] = 5
+    """Rarer characters of the training sessions become [UNK]."""
+    min_persona_word_count: Annotated[int, Gt(0)] = 2
+    """Rarer persona words of the training sessions become [UNK]."""
+    max_characters: Annotated[int, Gt(0)] = 9_489
+    """Most frequent characters kept, special tokens not counted."""
+    max_persona_words: Annotated[int, Gt(0)] = 10_002
+    """Most frequent persona words kept, the three keys included, special tokens not counted."""
+    character_vocabulary: str | None = None
+    """URI of a given character vocabulary (one token and its count a line) instead of one that is counted."""
+    persona_vocabulary: str | None = None
+    """URI of a given persona vocabulary instead of one that is counted."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.input:
+            yield "input", "is required: the URI of a JSON-lines file or of a folder of them"
+        if not self.output:
+            yield "output", "is required: the URI of the data set to make"
+        names = [item.partition("=")[0] for item in self.evaluation_set]
+        for name, item in zip(names, self.evaluation_set, strict=True):
+            if not item.partition("=")[2]:
+                yield "evaluation_set", f"must be NAME=URI (got {item!r})"
+            elif not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in RESERVED_SPLITS:
+                yield (
+                    "evaluation_set",
+                    f"needs a name of letters, digits, - and _, none of {', '.join(RESERVED_SPLITS)} (got {name!r})",
+                )
+            elif names.count(name) > 1:
+                yield "evaluation_set", f"names {name!r} twice"
+        for name in ("valid", "test"):
+            wanted = getattr(self, name)
+            if wanted >= 1 and not float(wanted).is_integer():
+                yield name, f"must be a share below 1 or a whole number of sessions (got {wanted})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeConfig:
+    """Writes generated records in PersonalDialog's raw form, with planted duplicates and broken lines."""
+
+    output: str = ""
+    """URI of a new folder of part files, or of one file that ends in .jsonl, .jsonl.gz or .jsonl.zst."""
+    records: Annotated[int, Gt(0), Le(400_000_000)] = 10_000
+    """Lines in all, duplicates and broken ones among them."""
+    duplicates: Annotated[int, Ge(0)] = 0
+    """Lines that repeat an earlier record: half of them exactly, the others with more white space."""
+    broken: Annotated[int, Ge(0)] = 0
+    """Lines that hold no valid record: truncated, of wrong types, not UTF-8, …"""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of everything; the same settings give the same bytes."""
+    persona_answers: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the exchanges in which one asks for place, gender or hobby and the reply answers from the responder's
+    profile. Near zero in the real data (0 of 179 replies); turned up, it makes the use of personas measurable."""
+    chatterbot: bool = False
+    """Append the Chinese part of chatterbot-corpus (real text, random personas) to the records."""
+    part_records: Annotated[int, Gt(0)] = 100_000
+    """Lines a part file, when the output is a folder."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.output:
+            yield "output", "is required: the URI of the folder or file to write"
+        if self.duplicates + self.broken > self.records:
+            yield (
+                "records",
+                f"counts all lines, so it must be at least duplicates + broken = {self.duplicates} + {self.broken} "
+                f"(got {self.records})",
+            )
+        elif self.duplicates and self.duplicates + self.broken == self.records:
+            yield "duplicates", f"leave no record to be repeated (records = {self.records}, broken = {self.broken})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How replies are drawn: nucleus sampling (Holtzman et al. 2019). The defaults are the paper's."""
+
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """Divides the logits; 0 takes the likeliest character each time (greedy)."""
+    top_p: Annotated[float, Ge(0), Le(1)] = 0.9
+    """Nucleus: the likeliest characters up to this probability, the first past it included; 0 keeps all."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Keep at most this many characters, before the nucleus is taken; 0 keeps all."""
+    max_characters: Annotated[int, Gt(0)] = 15
+    """Longest reply."""
+    min_characters: Annotated[int, Ge(0)] = 1
+    """Shortest reply: until then no special token, which would end it, can be drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Computes the metrics of a checkpoint on one split of a prepared data set."""
+
+    checkpoint: str = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    data: str = ""
+    """URI of a prepared data set with the checkpoint's vocabularies."""
+    split: str = "test"
+    """Split of the data set."""
+    json: str | None = None
+    """URI of a JSON file to write the metrics to."""
+    batch_size: Annotated[int, Gt(0)] = 64
+    """Examples a batch; the paper-compatible metrics are means over batches, so they depend on it."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of the replies."""
+    mlflow: str | None = None
+    """MLflow tracking URI; by default that of the training run, whose MLflow run takes the metrics."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """The replies."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.checkpoint:
+            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
+        if not self.data:
+            yield "data", "is required: the URI of a prepared data set"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A conversation with a checkpoint under a chosen persona; with --say one reply."""
+
+    checkpoint: str = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    gender: Literal["男", "女", "male", "female", ""] = ""
+    """Gender of the model's persona; empty is unknown."""
+    location: str = ""
+    """Place of the model's persona, as in "四川 成都"; empty is unknown."""
+    tags: str = ""
+    """Interests of the model's persona, joined by ";"."""
+    say: str | None = None
+    """Answer this utterance and stop; without it, a conversation on the terminal."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Seed of the replies."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """The replies."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.checkpoint:
+            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
+
+    checkpoint: str | None = None
+    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    from_reference: str | None = None
+    """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
+    output: str = ""
+    """URI of the folder to write."""
+    preset: str = "arplus"
+    """With --from-reference: the row that the weights are of."""
+    layers: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: layers applied, where they are shared and not the preset's number."""
+    heads: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: attention heads, where not the preset's number."""
+    character_vocabulary: str | None = None
+    """With --from-reference: URI of the characters (one token and its count a line) that the weights were made for."""
+    persona_vocabulary: str | None = None
+    """With --from-reference: URI of the persona words that the weights were made for."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.output:
+            yield "output", "is required: the URI of the folder to write"
+        if (self.checkpoint is None) == (self.from_reference is None):
+            yield "checkpoint", "or --from-reference is required, and only one of them"
+        if self.from_reference is not None:
+            for name in ("character_vocabulary", "persona_vocabulary"):
+                if getattr(self, name) is None:
+                    yield name, "is required with --from-reference"

@@ -1,0 +1,36 @@
+"""Measures the pipelines on this machine or cluster: ``python jobs/benchmark.py data | prepare [settings]``."""
+
+import sys
+from typing import Any
+
+from arplus import cli, cluster
+from arplus.benchmark import data, machine, prepare, report
+from arplus.errors import UserError
+
+PROG = "jobs/benchmark.py"
+SUBJECTS: dict[str, tuple[Any, Any]] = {
+    "data": (data.DataBenchmark(), data.measure),
+    "prepare": (prepare.PrepareBenchmark(), prepare.measure),
+}
+"""What can be measured: its settings, and the function that measures it."""
+
+
+def main() -> None:
+    """Reads the command line, measures, prints the table and writes what is asked for."""
+    subject, *arguments = sys.argv[1:] or [""]
+    if subject in ("-h", "--help"):
+        print(f"{PROG} SUBJECT [settings]; {PROG} SUBJECT --help\nSUBJECT is one of {', '.join(SUBJECTS)}")
+        return
+    if subject not in SUBJECTS:
+        raise UserError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
+    default, measure = SUBJECTS[subject]
+    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}", description=type(default).__doc__)
+    described = machine.describe()
+    cluster.connect()
+    result = measure(settings)
+    print(report.text(described, result))
+    report.write(subject, settings, described, result)
+
+
+if __name__ == "__main__":
+    cli.run(main)
