@@ -39,8 +39,10 @@ demo: setup
 	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
 	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 3 --log-every 100 --seed 1
 	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --split test --json $(DEMO)/evaluation.json
-	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say 你是哪里人 --seed 1
-	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 女 --location '广东 广州' --tags '美食;旅游' --say 你是哪里人 --seed 1
+	@echo
+	@echo "The same question to two personas:"
+	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say '你是男生还是女生？' --seed 1
+	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 女 --location '广东 广州' --tags '美食;旅游' --say '你是男生还是女生？' --seed 1
 	@echo
 	@echo "See the run in MLflow, then open http://127.0.0.1:5000 in a browser:"
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(DEMO)/runs/mlflow.db"
