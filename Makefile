@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak clean
+.PHONY: help setup demo test check soak benchmark-deps clean
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   lint, format, types, spelling"
 	@echo "make soak    the long proofs"
 	@echo "make setup   only set up $(VENV)"
+	@echo "make benchmark-deps   what jobs/benchmark.py compares with: datasets, duckdb, polars"
 	@echo "make clean   remove $(VENV), the demo's output and caches"
 
 setup: $(VENV)/.installed
@@ -61,6 +62,10 @@ check: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
+
+benchmark-deps: setup
+	$(BIN)/pip install -qq -c constraints.txt -e '.[benchmark]'
+	$(BIN)/pip check
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

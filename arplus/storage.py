@@ -119,7 +119,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     filesystem, path = resolve(uri)
     with _named(uri):
         if isinstance(filesystem, fs.S3FileSystem):
-            with filesystem.open_output_stream(path) as stream:
+            with filesystem.open_output_stream(path, compression=None) as stream:  # ".gz" is our business
                 stream.write(data)
         else:
             _write_local(Path(path), data)

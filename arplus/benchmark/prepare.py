@@ -100,10 +100,16 @@ def with_duckdb(files: list[str]) -> tuple[int, int]:
     import duckdb
 
     lines = duckdb.read_csv(
-        files, header=False, columns={"line": "VARCHAR"}, delimiter="\x01", quotechar="", escapechar=""
+        files,
+        header=False,
+        columns={"line": "VARCHAR"},
+        delimiter="\x01",
+        quotechar="",
+        escapechar="",
+        ignore_errors=True,  # it takes no line that is not UTF-8
     )
-    row = lines.query("lines", "SELECT count(*), count(DISTINCT line) FROM lines").fetchone()
-    return int(row[0]), int(row[1])
+    ((n, distinct),) = lines.query("lines", "SELECT count(*), count(DISTINCT line) FROM lines").fetchall()
+    return int(n), int(distinct)
 
 
 def with_polars(files: list[str]) -> tuple[int, int]:
@@ -113,8 +119,9 @@ def with_polars(files: list[str]) -> tuple[int, int]:
     lines = polars.scan_csv(
         files, has_header=False, separator="\x01", quote_char=None, new_columns=["line"], encoding="utf8-lossy"
     )
-    row = lines.select(polars.len().alias("n"), polars.col("line").n_unique().alias("d")).collect(engine="streaming")
-    return row.row(0)
+    counts = lines.select(n=polars.len(), distinct=polars.col("line").n_unique()).collect(engine="streaming")
+    n, distinct = counts.row(0)
+    return int(n), int(distinct)
 
 
 OTHERS = {"duckdb": with_duckdb, "polars": with_polars}

@@ -21,7 +21,7 @@ from ray.data.datasource import ReadTask
 from arplus import storage
 from arplus.data import faults
 from arplus.data.records import MAX_LINE_BYTES
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
 
 BLOCK_BYTES = 16 << 20
 """Bytes of lines a block: some 45,000 records."""
@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("left_out", pa.int64()),  # as in Block
         ("read", pa.int64()),  # as in Block
         ("problem", pa.string()),  # why reading stops here, for the user; null where all is well
+        ("resources", pa.bool_()),  # whether that is a lack of resources
     ]
 )
 """The columns of a block."""
@@ -229,8 +230,10 @@ def _read_file(index: int, uri: str, block_bytes: int) -> Iterator[pa.Table]:
         if block is None:  # an empty file is a row too: Ray Data's own empty block would have no columns
             yield _row(index, 0, b"", 0, 0, None)
     except UserError as error:
-        yield _row(index, line, b"", 0, 0, str(error))
+        yield _row(index, line, b"", 0, 0, error)
 
 
-def _row(index: int, line: int, lines: bytes, left_out: int, read: int, problem: str | None) -> pa.Table:
-    return pa.table([[index], [line], [lines], [left_out], [read], [problem]], schema=SCHEMA)
+def _row(index: int, line: int, lines: bytes, left_out: int, read: int, error: UserError | None) -> pa.Table:
+    problem = None if error is None else str(error)
+    columns = [[index], [line], [lines], [left_out], [read], [problem], [isinstance(error, ResourceError)]]
+    return pa.table(columns, schema=SCHEMA)

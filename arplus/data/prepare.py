@@ -40,7 +40,7 @@ from arplus.data.progress import Progress, as_completed
 from arplus.data.records import REJECT_REASONS
 from arplus.data.sessions import DUPLICATE_KEYS
 from arplus.data.shards import Shard, Staged
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
 from arplus.text import ALWAYS_CHARACTERS, ALWAYS_PERSONA_WORDS, Vocabulary
 
 T = TypeVar("T")
@@ -241,6 +241,8 @@ def _parse(
             parsed += (facts := ray.get(stages.shard_facts.remote(block)))
             records += sum(shard.counts["records"] for shard in facts)
             for shard in facts:
+                if shard.problem:
+                    raise (ResourceError if shard.resources else UserError)(shard.problem)
                 read[shard.file] = max(read[shard.file], shard.read)
         progress.update(records, sum(read.values()) / max(1, sum(sizes)))
         lease.check()
@@ -255,9 +257,6 @@ def _facts(config: PrepareConfig, source: Source, parsed: list[Shard]) -> tuple[
     for shard in ours:
         counts.update(shard.counts)
         rejected.update(shard.rejected)
-    problems = [shard.problem for shard in ours if shard.problem]
-    if problems:
-        raise UserError("; ".join(problems))
     if not counts["records"]:
         raise UserError(f"{source.uri}: no record in it")
     rejects = sum(rejected.values())

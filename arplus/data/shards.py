@@ -25,7 +25,9 @@ class Shard:
     uri: str
     """Where its sessions are staged; empty without sessions."""
     problem: str | None
-    """Why the file cannot be read any further, for the user."""
+    """Why the job cannot go on, for the user."""
+    resources: bool
+    """Whether that is a lack of resources."""
     counts: dict[str, int]
     """As in :class:`arplus.data.sessions.ParsedBlock`."""
     rejected: dict[str, int]

@@ -25,6 +25,7 @@ from arplus.data.duplicates import Boundaries, duplicate_ids, lowest, membership
 from arplus.data.lines import MAX_REJECT_BYTES
 from arplus.data.sessions import DUPLICATE_KEYS, LINE_BITS, RejectedLine, code_points, hash_words, parse_block
 from arplus.data.shards import Shard, Staged, read_survivors, write, write_shard
+from arplus.errors import ResourceError, UserError
 from arplus.text import PERSONA_KEYS
 
 PARSED_SCHEMA = pa.schema(
@@ -62,32 +63,41 @@ class Counts:
 def parse_blocks(
     batch: pa.Table, *, config: PrepareConfig, files: list[str], staging: str, rejects: str, token: str
 ) -> pa.Table:
-    """Parses blocks of lines, stages their sessions, keeps their rejects; one row of :data:`PARSED_SCHEMA` each."""
+    """Parses blocks of lines, stages their sessions, keeps their rejects; one row of :data:`PARSED_SCHEMA` each.
+
+    Storage that fails is the block's problem: an error would reach the driver as Ray Data's, without its class.
+    """
     rows = []
     gc.disable()  # millions of small objects and no cycles: collection took a third of the time
-    for i in range(batch.num_rows):
-        file, line = batch["file"][i].as_py(), batch["first_line"][i].as_py()
+    for block in batch.to_pylist():
+        file, line = block["file"], block["first_line"]
+        name = f"{file:06d}-{line:012d}"
         parsed = parse_block(
-            batch["lines"][i].as_py(),
+            block["lines"],
             file=file,
             first_line=line,
             duplicate_key=config.duplicate_key,
-            left_out=batch["left_out"][i].as_py(),
+            left_out=block["left_out"],
         )
-        name = f"{file:06d}-{line:012d}"
+        uri = storage.join(staging, f"{name}.arrow") if len(parsed.sessions) else ""
+        problem, resources = block["problem"], block["resources"]
+        try:
+            if uri:
+                write_shard(uri, parsed.sessions)
+            if parsed.rejects:
+                write(storage.join(rejects, f"{name}-{token}.jsonl.gz"), _rejects(files[file], parsed.rejects))
+        except UserError as error:
+            problem, resources = str(error), isinstance(error, ResourceError)
         shard = Shard(
             file=file,
             first_line=line,
-            read=batch["read"][i].as_py(),
-            uri=storage.join(staging, f"{name}.arrow") if len(parsed.sessions) else "",
-            problem=batch["problem"][i].as_py(),
+            read=block["read"],
+            uri=uri,
+            problem=problem,
+            resources=resources,
             counts=dict(parsed.counts),
             rejected=dict(Counter(reject.reason for reject in parsed.rejects)),
         )
-        if shard.uri:
-            write_shard(shard.uri, parsed.sessions)
-        if parsed.rejects:
-            write(storage.join(rejects, f"{name}-{token}.jsonl.gz"), _rejects(files[file], parsed.rejects))
         ids = parsed.sessions["id"].to_numpy().tobytes()
         rows.append([json.dumps(shard.__dict__), ids, *(parsed.hashes[key] for key in DUPLICATE_KEYS)])
     gc.enable()
@@ -104,7 +114,8 @@ def shard_facts(block: pa.Table) -> list[Shard]:
 def evaluation_hashes(files: int, *blocks: pa.Table) -> NDArray[np.uint64]:
     """Dialogue hashes [n, 2] of the sessions of evaluation sets, and the number [n] of the file of each, in columns.
 
-    The first ``files`` files are those of the input; the blocks of the others are few.
+    The first ``files`` files are those of the input; the blocks of the others are few. Rows are in order of files,
+    in whatever order the blocks come.
     """
     found = [np.empty((0, 3), np.uint64)]
     for block in blocks:
@@ -112,7 +123,8 @@ def evaluation_hashes(files: int, *blocks: pa.Table) -> NDArray[np.uint64]:
             file = np.frombuffer(ids.as_py(), np.int64) >> LINE_BITS
             columns = np.column_stack([hash_words(hashes.as_py()), file.astype(np.uint64)])
             found.append(columns[file >= files])
-    return np.concatenate(found)
+    rows = np.concatenate(found)
+    return rows[np.argsort(rows[:, 2], kind="stable")]
 
 
 @ray.remote

@@ -1,0 +1,219 @@
+"""The benchmarks measure what they say, on data of seconds; without the extras they say so and go on."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from prepared import random_examples, write_dataset
+
+from arplus.benchmark import data, machine, prepare, report
+from arplus.benchmark.plain import Collate
+from arplus.config import AR, FeedConfig, ModelConfig, special_ids
+from arplus.data.collate import Draws, Layout, Window
+from arplus.data.dataset import Dataset
+from arplus.data.feed import Feed, Order, Place, prepare_window
+
+EXAMPLES = 300
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("dataset"), {"train": [[90, 110], [64, 36]], "valid": [[13]]})
+
+
+@pytest.fixture
+def order(dataset: Dataset) -> Order:
+    return Order(split=dataset.split("train"), batch_size=8, window_batches=10, seed=0, shuffled=True)
+
+
+@pytest.fixture
+def without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it fails, installed or not
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), AR], ids=["words", "characters"])
+def test_the_other_side_collates_the_same_batch(dataset: Dataset, model: ModelConfig) -> None:
+    layout = Layout.of(model, dataset.sizes)
+    table = random_examples(range(20)).select(layout.columns)
+    rows = np.array([3, 19, 7, 0, 11])
+    ours = Window(table, layout).batch(rows, np.ones(5, bool), Draws(0, 0))
+    theirs = Collate(layout)([table.slice(i, 1).to_pylist()[0] for i in rows])
+    assert theirs.keys() == ours.keys()
+    mask = special_ids(dataset.sizes.characters).mask
+    for name, array in ours.items():
+        assert theirs[name].dtype == torch.from_numpy(array).dtype, name
+        if name == "infilled_BU":
+            assert ((theirs[name] == mask).sum(1).numpy() == (array == mask).sum(1)).all()
+        else:
+            assert theirs[name].tolist() == array.tolist(), name
+
+
+def test_the_other_side_gets_the_feeds_batches(dataset: Dataset, order: Order) -> None:
+    layout = Layout.of(ModelConfig(), dataset.sizes)
+    tables, batches = data.first_batches(order, layout, 13)
+    ids = np.concatenate([table["example_id"].to_numpy() for table in tables])
+    feed = Feed(order, layout, Place(), FeedConfig())
+    columns = [prepare_window(0, window, feed)["example_id_B"].to_pylist() for window in range(2)]
+    assert [ids[rows].tolist() for rows in batches] == (columns[0] + columns[1])[:13]
+
+
+def test_bytes_read_are_those_of_the_columns(dataset: Dataset, order: Order) -> None:
+    words, characters = (Layout.of(model, dataset.sizes) for model in (ModelConfig(), AR))
+    whole = sum(path.stat().st_size for path in Path(dataset.uri, "train").iterdir())
+    windows_in_two_groups = sum(len(order.pieces(0, window)) for window in range(order.windows)) / 4
+    assert 0.2 * whole < data.bytes_read(order, words, order.steps) < windows_in_two_groups * whole
+    assert data.bytes_read(order, words, order.steps) != data.bytes_read(order, characters, order.steps)
+    assert data.bytes_read(order, words, 10) < data.bytes_read(order, words, order.steps)
+
+
+@pytest.mark.usefixtures("ray_cluster", "without_datasets")
+def test_data_without_the_extras(dataset: Dataset) -> None:
+    settings = data.DataBenchmark(data=dataset.uri, batch_size=8, window_batches=10, passes=2)
+    result = data.measure(settings)
+    found = result.figures
+    assert found["ratio_datasets"] is None
+    assert ("datasets + DataLoader", report.NOT_INSTALLED) in result.table
+    assert 0 < found["examples_per_second_per_core"] < found["examples_per_second"]
+    assert found["examples_per_second_per_core"] == pytest.approx(found["examples_per_second"] / 2)
+    assert found["peak_memory_bytes"] > psutil.Process().memory_info().rss / 2
+
+    split = dataset.split("train")
+    order = Order(split=split, batch_size=8, window_batches=10, seed=0, shuffled=True)
+    real = slots = 0
+    for window in range(order.windows):
+        lengths = np.array([len(c) for c in order.read(0, window, ["context"])["context"].to_pylist()])
+        sort_key = Window(order.read(0, window, layout_columns(dataset)), layout(dataset)).lengths
+        for rows in order.batches(0, window, sort_key):
+            filled = np.append(lengths[rows], np.full(8 - len(rows), lengths[rows[0]]))
+            real += filled.sum()
+            slots += 8 * filled.max()
+    assert found["padding_share"] == pytest.approx(1 - real / slots)
+
+
+def layout(dataset: Dataset) -> Layout:
+    return Layout.of(ModelConfig(), dataset.sizes)
+
+
+def layout_columns(dataset: Dataset) -> list[str]:
+    return layout(dataset).columns
+
+
+def test_data_with_the_extras(dataset: Dataset, order: Order) -> None:
+    pytest.importorskip("datasets", reason="the comparison needs make benchmark-deps")
+    settings = data.DataBenchmark(data=dataset.uri, compared_steps=6)
+    found = data.compare(order, layout(dataset), settings)
+    assert isinstance(found, float)
+    assert found > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- prepare
+
+
+def in_python(files: list[str]) -> tuple[int, int]:
+    lines = [line for file in files for line in Path(file).read_bytes().splitlines()]
+    return len(lines), len(set(lines))
+
+
+def not_there(files: list[str]) -> tuple[int, int]:
+    raise ImportError(files)
+
+
+def breaks(files: list[str]) -> tuple[int, int]:
+    raise ValueError("cannot read this\nat all")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "OTHERS", {"python": in_python, "missing": not_there})
+    raw = tmp_path / "raw.jsonl"
+    made = prepare.synthesize(prepare.SynthesizeConfig(output=str(raw), records=400, duplicates=20))
+    result = prepare.measure(prepare.PrepareBenchmark(input=str(raw)))
+    found, table = result.figures, dict(result.table)
+    assert found["sessions_per_second"] == pytest.approx(found["records_per_second"] * 380 / 400)
+    assert table["sessions"] == "380"
+    assert found["peak_memory_bytes"] > 2**27
+    assert f"{made.exact_duplicates} repeated lines" in table["python, repeated lines alone"]
+    assert found["python_lines_per_second"] > 0
+    assert found["missing_lines_per_second"] is None
+    assert table["missing, repeated lines alone"] == report.NOT_INSTALLED
+
+
+def test_what_another_program_cannot_do_is_a_line_of_the_table(tmp_path: Path) -> None:
+    (tmp_path / "raw.jsonl").write_text("x\n")
+    assert prepare.deduplicate_alone(breaks, str(tmp_path)) == "failed: cannot read this"
+    assert "local files" in str(prepare.deduplicate_alone(in_python, "s3://bucket/raw"))
+
+
+@pytest.mark.parametrize("name", list(prepare.OTHERS))
+def test_others_count_lines(tmp_path: Path, name: str) -> None:
+    pytest.importorskip(name, reason="the comparison needs make benchmark-deps")
+    files = []
+    for i in range(2):
+        files.append(str(tmp_path / f"{i}.jsonl"))
+        prepare.synthesize(prepare.SynthesizeConfig(output=files[-1], records=200, duplicates=30, seed=1))
+    assert prepare.OTHERS[name](files) == in_python(files) == (400, 185)
+
+
+# ----------------------------------------------------------------------------------------------- machine and report
+
+
+def test_the_machine_is_described() -> None:
+    described = machine.describe()
+    assert described["matmul_gflops"] > 0.1
+    assert {"cores", "torch", "ray", "gpu", "load", "processor"} <= described.keys()
+    json.dumps(described)
+
+
+def test_usage_counts_a_childs_memory_and_time() -> None:
+    work = "x = bytearray(b'1') * (300 << 20)\nfor i in range(10**7): pass\nprint(flush=True)\ninput()"
+    with (
+        machine.Usage(memory=True) as usage,
+        subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,
+    ):
+        assert child.stdout is not None
+        child.stdout.readline()
+        used = machine.memory_bytes()
+        before = dict(machine._cpu_seconds())[child.pid]
+        child.communicate(b"\n")
+    assert used > 300 << 20
+    assert before > 0.1
+    assert usage.seconds > 0.1
+
+
+def test_figures_go_to_json_and_mlflow(tmp_path: Path) -> None:
+    result = report.Result(figures={"speed": 2.0, "ratio": None}, table=[("speed", "2")])
+    described = {"cores": 2, "matmul_gflops": 50.0}
+    settings = report.Output(json=str(tmp_path / "out.json"), mlflow=f"sqlite:///{tmp_path}/mlflow.db")
+    report.write("data", settings, described, result)
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        "machine": described,
+        "data": {"speed": 2.0, "ratio": None},
+    }
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        metrics = dict(database.execute("SELECT key, value FROM metrics").fetchall())
+        status = database.execute("SELECT status FROM runs").fetchall()
+    assert metrics == {"data/speed": 2.0, "machine/matmul_gflops": 50.0}
+    assert status == [("FINISHED",)]
+    assert report.text(described, result).splitlines()[-1].split() == ["speed", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "must be one of"), (["speed"], "'speed'"), (["data"], "--data: is required"), (["data", "--sped"], "--sped")],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmark.py", *arguments], capture_output=True, text=True, cwd=root, check=False
+    )
+    assert done.returncode == 2
+    assert message.lstrip("-") in done.stderr
