@@ -22,7 +22,7 @@ from arplus.training.trainer import train
 EXAMPLES = 260
 STEPS = 2 * 33
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")
