@@ -176,6 +176,7 @@ class _S3File:
         self._uri = output
         self._place = {"Bucket": parts.netloc, "Key": f"{parts.path.strip('/')}/{FILE}".lstrip("/")}
         config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 3})
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found which variable
         self._client = boto3.client("s3", config=config)
 
     def replace(self, entry: dict[str, Any], unless: Any) -> dict[str, Any] | None:
