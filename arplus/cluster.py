@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from pathlib import Path
 
 import ray
 
@@ -47,5 +48,8 @@ def quiet() -> None:
     """Leaves warnings of Ray's libraries and drops their running commentary, in the process that calls it."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Ray 2.60 names this logger by its file; it repeats every report, which our log line has said already.
+    reports = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
+    logging.getLogger(str(reports)).setLevel(logging.WARNING)
     # It warns that progress bars are off, which is our choice: ours is the training step's.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

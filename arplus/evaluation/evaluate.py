@@ -15,7 +15,7 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from arplus import checkpoint, tracking
-from arplus.checkpoint import TrainState, build_model
+from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, special_ids
 from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset
@@ -86,6 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. Raises
     :class:`UserError` where the data set has other vocabularies than the checkpoint.
     """
+    config = replace(config, checkpoint=checkpoint.find(config.checkpoint))
     state = checkpoint.load(config.checkpoint)
     dataset = Dataset.open(config.data)
     _same_vocabulary("characters", state.characters, dataset.characters, config)
@@ -100,11 +101,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not order.split.examples:
         raise UserError(f"--split {config.split}: has no examples in {config.data}")
     tally = Tally(HonestMetrics(state.characters.special), PaperMetrics(state.characters.special))
-    for part in _tallies(ray.put(state), order, config):
+    for part in _tallies(order, config):
         tally += part
     assert tally.examples == order.split.examples, "evaluation must see every example exactly once"
     return {
-        "checkpoint": checkpoint.find(config.checkpoint),
+        "checkpoint": config.checkpoint,
         "data": config.data,
         "fingerprint": dataset.fingerprint,
         "split": config.split,
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _tallies(state: ray.ObjectRef, order: Order, config: EvaluateConfig) -> list[Tally]:
+def _tallies(order: Order, config: EvaluateConfig) -> list[Tally]:
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if cpus < 2:
@@ -125,7 +126,7 @@ def _tallies(state: ray.ObjectRef, order: Order, config: EvaluateConfig) -> list
     n = order.windows
     dataset = ray.data.range(n, override_num_blocks=n).map_batches(
         Evaluator,
-        fn_constructor_args=(state, order, config),
+        fn_constructor_args=(order, config),
         batch_size=None,
         compute=ActorPoolStrategy(size=min(gpus or cpus - 1, n)),
         num_cpus=1,
@@ -137,8 +138,9 @@ def _tallies(state: ray.ObjectRef, order: Order, config: EvaluateConfig) -> list
 class Evaluator:
     """Holds the model in a Ray Data actor and tallies windows of examples."""
 
-    def __init__(self, state: ray.ObjectRef, order: Order, config: EvaluateConfig) -> None:
-        self.state: TrainState = ray.get(state)
+    def __init__(self, order: Order, config: EvaluateConfig) -> None:
+        # Read here, not handed in: an actor that Ray starts again must not depend on an object that may be gone.
+        self.state = checkpoint.load(config.checkpoint)
         self.order = order
         self.config = config
         self.layout = Layout.of(self.state.config.model, self.state.sizes)
