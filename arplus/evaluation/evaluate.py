@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from arplus import checkpoint, tracking
+from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, special_ids
 from arplus.data.collate import Draws, Layout, Window
@@ -86,7 +86,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. Raises
     :class:`UserError` where the data set has other vocabularies than the checkpoint.
     """
-    config = replace(config, checkpoint=checkpoint.find(config.checkpoint))
+    # As the actors, which may run elsewhere, understand them.
+    found = checkpoint.find(storage.absolute(config.checkpoint))
+    config = replace(config, checkpoint=found, data=storage.absolute(config.data))
     state = checkpoint.load(config.checkpoint)
     dataset = Dataset.open(config.data)
     _same_vocabulary("characters", state.characters, dataset.characters, config)

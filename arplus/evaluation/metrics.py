@@ -87,6 +87,8 @@ class HonestMetrics:
     """Distinct pairs of neighbours in the replies."""
     bigram_count: int = 0
     """Number of such pairs."""
+    unigrams: Counter[int] = field(default_factory=Counter)
+    """Characters of the references, and an [EOS] for each."""
 
     def add_loss(self, loss_sum: float, targets: int) -> None:
         """Adds a sum of L_D in nats and the number of its targets."""
@@ -98,6 +100,7 @@ class HonestMetrics:
         for row, reference_row in zip(replies, references, strict=True):
             reply = self._text(row)
             reference = self._text(reference_row)[:MAX_CHARACTERS]
+            self.unigrams.update([*reference, self.special.eos])
             # An id that no reply has, so that [UNK] matches nothing.
             reference = [-1 if i == self.special.unk else i for i in reference]
             self.matches.add(reply, reference)
@@ -120,12 +123,14 @@ class HonestMetrics:
             self.characters | other.characters,
             self.bigrams | other.bigrams,
             self.bigram_count + other.bigram_count,
+            self.unigrams + other.unigrams,
         )
 
     def result(self) -> dict[str, float]:
         """The metrics by name; those of which nothing was added are left out.
 
-        ``response_ppl`` exp of the mean L_D a target; ``bleu`` 0 … 100, sacrebleu's corpus BLEU-4
+        ``response_ppl`` exp of the mean L_D a target; ``unigram_ppl`` what the references' own character frequencies
+        would give, which every model must be under; ``bleu`` 0 … 100, sacrebleu's corpus BLEU-4
         (:data:`HONEST_BLEU_SIGNATURE`); ``f1`` 0 … 1, of the bags of characters, a mean over replies; ``distinct_1``
         and ``distinct_2`` distinct n-grams / n-grams of all replies (Li et al. 2016); ``mean_length`` characters.
         """
@@ -134,6 +139,8 @@ class HonestMetrics:
             result["response_ppl"] = _exp(self.loss_sum / self.targets)
         if self.replies:
             m = self.matches
+            share = np.array(list(self.unigrams.values())) / self.unigrams.total()
+            result["unigram_ppl"] = _exp(float(-(share * np.log(share)).sum()))
             result["bleu"] = BLEU.compute_bleu(
                 m.correct, m.total, m.reply_tokens, m.reference_tokens, smooth_method="exp"
             ).score

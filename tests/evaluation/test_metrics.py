@@ -78,6 +78,7 @@ def test_an_unknown_character_is_no_match():
 
 def test_an_empty_reply_scores_nothing():
     result = honest([[IDS.eos]], [[1, IDS.eos]])
+    assert result.pop("unigram_ppl") == pytest.approx(2), "one character and [EOS], half each"
     assert result == {"bleu": 0, "f1": 0, "distinct_1": 0, "distinct_2": 0, "mean_length": 0}
 
 
