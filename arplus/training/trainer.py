@@ -74,6 +74,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     tracker = tracking.Tracker(tracked, record=job.record)
     tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+    if storage.exists(card := storage.join(config.data, "data_card.html")):
+        tracker.log_text("data_card.html", storage.read_bytes(card).decode())
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
