@@ -98,8 +98,8 @@ class HonestMetrics:
     def add(self, replies: Rows, references: Rows) -> None:
         """Adds replies (B rows of ids) and the reference of each."""
         for row, reference_row in zip(replies, references, strict=True):
-            reply = self._text(row)
-            reference = self._text(reference_row)[:MAX_CHARACTERS]
+            reply = _text(self.special, row)
+            reference = _text(self.special, reference_row)[:MAX_CHARACTERS]
             self.unigrams.update([*reference, self.special.eos])
             # An id that no reply has, so that [UNK] matches nothing.
             reference = [-1 if i == self.special.unk else i for i in reference]
@@ -150,14 +150,16 @@ class HonestMetrics:
             result["mean_length"] = m.reply_tokens / self.replies
         return result
 
-    def _text(self, row: Sequence[int]) -> list[int]:
-        ids = []
-        for i in map(int, row):
-            if i in (self.special.eos, self.special.pad):
-                break
-            if i != self.special.bos:
-                ids.append(i)
-        return ids
+
+def _text(special: SpecialIds, row: Sequence[int]) -> list[int]:
+    """The row's ids up to its first [EOS] or [PAD], without [BOS]."""
+    ids = []
+    for i in map(int, row):
+        if i in (special.eos, special.pad):
+            break
+        if i != special.bos:
+            ids.append(i)
+    return ids
 
 
 def _unigram_f1(reply: Sequence[int], reference: Sequence[int]) -> float:
@@ -251,13 +253,7 @@ class PaperMetrics:
 
     def _with_eos(self, row: Sequence[int]) -> list[int]:
         """The row without [BOS] and [PAD], with exactly one [EOS], at its end."""
-        ids = []
-        for i in map(int, row):
-            if i in (self.special.eos, self.special.pad):
-                break
-            if i != self.special.bos:
-                ids.append(i)
-        return [*ids, self.special.eos]
+        return [*_text(self.special, row), self.special.eos]
 
     def _padded(self, rows: list[list[int]], width: int) -> np.ndarray:
         padded = np.full((len(rows), width), self.special.pad)
