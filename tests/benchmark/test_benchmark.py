@@ -131,6 +131,7 @@ def breaks(files: list[str]) -> tuple[int, int]:
     raise ValueError("cannot read this\nat all")
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_cluster")
 def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "OTHERS", {"python": in_python, "missing": not_there})

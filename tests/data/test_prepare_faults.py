@@ -68,8 +68,12 @@ def has(pattern: str) -> Callable[[Path], bool]:
 
 @pytest.mark.parametrize(
     "moment",
-    [has("_lease.json"), has("_temporary/*/*.arrow"), has("*/*.parquet"), has("vocabulary/characters.txt")],
-    ids=["claimed", "parsing", "writing", "committing"],
+    [
+        pytest.param(has("_lease.json"), id="claimed", marks=pytest.mark.soak),
+        pytest.param(has("_temporary/*/*.arrow"), id="parsing", marks=pytest.mark.soak),
+        pytest.param(has("*/*.parquet"), id="writing"),
+        pytest.param(has("vocabulary/characters.txt"), id="committing", marks=pytest.mark.soak),
+    ],
 )
 def test_killed_at_any_stage_and_run_again(
     tmp_path: Path, records: Path, undisturbed: dict[str, Any], moment: Callable[[Path], bool]

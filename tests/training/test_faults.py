@@ -59,7 +59,7 @@ def progress_of(config: TrainConfig) -> Progress:
     return found[1].progress
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_a_killed_worker_changes_nothing(
     data: str, storage: Path, undisturbed: dict[str, torch.Tensor], seed: int
 ) -> None:
@@ -78,6 +78,7 @@ def test_a_killed_worker_changes_nothing(
     assert mlflow_status(config, final["mlflow_run_id"]) == "FINISHED"
 
 
+@pytest.mark.soak
 def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: Path) -> None:
     """`ray job stop` is a SIGTERM to the job's process; then two workers become one, and four."""
     config = faults.settings(data, storage, run_name="stopped", checkpoint_every=None)
@@ -103,6 +104,7 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     assert faults.attempts(config) == 3
 
 
+@pytest.mark.soak
 def test_a_job_whose_run_was_taken_over_stops_and_writes_nothing_more(data: str, storage: Path) -> None:
     config = faults.settings(data, storage, run_name="contested", epochs=20)
     run = str(faults.folder(config))
