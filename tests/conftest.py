@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import hypothesis
 import pytest
+
+# A busy machine is no property of the code: neither slow draws nor a slow example make a test fail.
+hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("arplus")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_models import SIZES, make_batch, make_model, small
 
-from arplus.config import Sampling, special_ids
+from arplus.config import Sampling, checked, from_dict, special_ids
+from arplus.errors import UserError
 from arplus.model.batch import Batch
 from arplus.model.generate import GREEDY, draw, generate, top_filtering
 
@@ -143,9 +144,9 @@ def test_generation_leaves_the_model_in_its_mode_and_without_dropout():
 
 
 def test_settings_out_of_range_are_named():
-    wrong = Sampling(temperature=-1, top_p=1.5, top_k=-2, max_characters=0, min_characters=-1)
-    assert {name for name, _ in wrong.check()} == {
-        "temperature", "top_p", "top_k", "max_characters", "min_characters"
-    }  # fmt: skip
-    assert not list(Sampling().check())
-    assert not list(GREEDY.check())
+    wrong = {"temperature": -1, "top_p": 1.5, "top_k": -2, "max_characters": 0, "min_characters": -1}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: "):
+            from_dict(Sampling, {name: value}, source="test")
+    for right in (Sampling(), GREEDY):
+        assert checked(right) == right
