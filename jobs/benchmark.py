@@ -1,16 +1,17 @@
-"""Measures the pipelines on this machine or cluster: ``python jobs/benchmark.py data | prepare [settings]``."""
+"""Measures one subject on this machine or cluster: ``python jobs/benchmark.py SUBJECT [settings]``."""
 
 import sys
 from typing import Any
 
 from arplus import cli, cluster
-from arplus.benchmark import data, machine, prepare, report
+from arplus.benchmark import data, faults, machine, prepare, report
 from arplus.errors import UserError
 
 PROG = "jobs/benchmark.py"
 SUBJECTS: dict[str, tuple[Any, Any]] = {
     "data": (data.DataBenchmark(), data.measure),
     "prepare": (prepare.PrepareBenchmark(), prepare.measure),
+    "faults": (faults.FaultsBenchmark(), faults.measure),
 }
 """What can be measured: its settings, and the function that measures it."""
 

@@ -152,6 +152,7 @@ class RunHooks(Hooks):
 
     def checkpoint(self, progress: Progress) -> None:
         """Writes the audit and gathers the train state on all workers; rank 0's saver does the rest."""
+        began = time.monotonic()
         if self.audit is not None:
             patiently(self.job.run_uri, self.audit.flush)
         weights, moments = self.engine.weights(), self.engine.moments()
@@ -170,6 +171,9 @@ class RunHooks(Hooks):
             self.saver.save(state, progress.best_response_ppl if self.improved else None)
         self.improved = False
         self.saved_at = time.monotonic()
+        if self.tracker is not None:
+            stood_still = self.saved_at - began
+            self.tracker.log({"perf/checkpoint_seconds": stood_still}, step=progress.examples)
 
     def finish(self, progress: Progress) -> dict[str, Any]:
         """Waits for the last checkpoint; what a finished run leaves in ``final_metrics.json``.
