@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/python jobs/synthesize.py --records 20000 --duplicates 400 --broken 40 --persona-answers 0.5 --chatterbot True --seed 1 --output $(DEMO)/raw
 	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
 	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 3 --log-every 100 --seed 1
-	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --split test --json $(DEMO)/evaluation.json
+	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --json $(DEMO)/evaluation.json
 	@echo
 	@echo "The same question to two personas:"
 	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say '你是男生还是女生？' --seed 1

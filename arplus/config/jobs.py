@@ -126,14 +126,17 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Computes the metrics of a checkpoint on one split of a prepared data set."""
+    """Computes the metrics of a checkpoint on splits of a prepared data set, and compares it with another one's."""
 
     checkpoint: str = ""
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
     data: str = ""
     """URI of a prepared data set with the checkpoint's vocabularies."""
-    split: str = "test"
-    """Split of the data set."""
+    split: tuple[str, ...] = ()
+    """Split of the data set (repeatable); by default test and all evaluation sets."""
+    against: str | None = None
+    """URI of another checkpoint (or run), trained on the same vocabularies: both are evaluated, and a paired bootstrap
+    tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
     batch_size: Annotated[int, Gt(0)] = 64

@@ -4,6 +4,7 @@ The questions and answers serve twice: the generator (:mod:`arplus.data.synthesi
 measures with :func:`persona_question` and :func:`agrees` how many replies match the responder's persona.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -192,3 +193,37 @@ def agrees(kind: Kind, reply: str, persona: Persona) -> bool:
         named = {sex for sex, slang in SLANG.items() if sex in text or slang in text}
         return named == {persona.gender}
     return any(tag in text for tag in persona.tags)
+
+
+_GENDER_CLAIM = re.compile("我(?:就|也|真|当然)?是(?:个|一个|一枚)?(男|女|汉子|妹子)(?!朋友|友|票|神|儿)")
+_PLACE_CLAIM = re.compile("我(?:们)?(?:家|老家)?(?:就|也)?(?:是|在|住在|住)(?=(.*))")
+
+
+def contradicts(reply: str, persona: Persona, question: str = "") -> bool | None:
+    """Whether the reply says of its speaker what the profile denies; None where it says nothing that can be told.
+
+    A simple rule, for real data. A reply claims a gender when it says 我是男… or 我是女… (or 汉子, 妹子), or names
+    one in answer to a question for it; a place when it says 我是, 我在, 我家在 … and a place that we know comes next,
+    or names places in answer to a question for it. A claim is denied when the profile has the other gender, or when it
+    has a place and none of the named ones is it, its province, or a city of it. No hobby is ever denied.
+    """
+    text, asked = "".join(reply.split()), persona_question(question)
+    denied = []
+    if persona.gender in SLANG:
+        claimed = set(_GENDER_CLAIM.findall(text))
+        if asked == "gender":
+            claimed |= {name for names in SLANG.items() for name in names if name in text}
+        if claimed:
+            denied.append(not claimed & {persona.gender, SLANG[persona.gender]})
+    province, city = split_place(persona.location)
+    own = {province, city} - {""}
+    if own:
+        if not city:
+            own |= set(CITIES[province].split())
+        claims = _PLACE_CLAIM.findall(text)
+        named = {place for place in _places() | own for claim in claims if claim.startswith(place)}
+        if asked == "location":
+            named |= {place for place in _places() | own if place in text}
+        if named:
+            denied.append(not named & own)
+    return any(denied) if denied else None

@@ -1,7 +1,9 @@
-"""A checkpoint's metrics on exactly all examples of a split, computed window by window through Ray Data."""
+"""A checkpoint's metrics on exactly all examples of a split, computed window by window through Ray Data.
+
+Each worker holds the model, one a GPU, or a CPU where there is none.
+"""
 
 import json
-import logging
 import pickle
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -13,53 +15,30 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, special_ids
 from arplus.data.collate import Draws, Layout, Window
-from arplus.data.dataset import Dataset
+from arplus.data.dataset import Dataset, Split
 from arplus.data.feed import Order, as_batch
-from arplus.data.personas import Persona, agrees, askable, persona_question
+from arplus.data.personas import Persona
 from arplus.errors import ResourceError, UserError
+from arplus.evaluation import compare
+from arplus.evaluation.compare import Sample
+from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
+from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
-from arplus.text import Vocabulary
-
-log = logging.getLogger(__name__)
+from arplus.model.objective import real_targets
 
 WINDOW_BATCHES = 64
 """Batches a task evaluates at a time."""
-
-
-@dataclass
-class PersonaMetrics:
-    """Answers to questions about the responder's place, gender or hobby (:mod:`arplus.data.personas`)."""
-
-    questions: int = 0
-    """Examples that ask for something that the responder's profile has."""
-    agreeing: int = 0
-    """Replies that answer as the profile would."""
-    agreeing_when_shuffled: int = 0
-    """The same when the model is given another example's persona: what agrees by chance."""
-
-    def __add__(self, other: "PersonaMetrics") -> "PersonaMetrics":
-        return PersonaMetrics(
-            self.questions + other.questions,
-            self.agreeing + other.agreeing,
-            self.agreeing_when_shuffled + other.agreeing_when_shuffled,
-        )
-
-    def result(self) -> dict[str, float]:
-        """Number of questions and, where there are any, the shares of replies that agree."""
-        if not self.questions:
-            return {"questions": 0}
-        return {
-            "questions": self.questions,
-            "agreement": self.agreeing / self.questions,
-            "agreement_with_shuffled_personas": self.agreeing_when_shuffled / self.questions,
-        }
+GROUPS = ("honest", "paper_compatible", "persona")
+"""The groups of metrics of a split."""
 
 
 @dataclass
@@ -70,6 +49,8 @@ class Tally:
     paper: PaperMetrics
     persona: PersonaMetrics = field(default_factory=PersonaMetrics)
     examples: int = 0
+    samples: list[Sample] = field(default_factory=list)
+    """What is compared with another checkpoint, if it is."""
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
@@ -77,45 +58,84 @@ class Tally:
             self.paper.merge(other.paper),
             self.persona + other.persona,
             self.examples + other.examples,
+            self.samples + other.samples,
         )
+
+    def result(self) -> dict[str, Any]:
+        """The metrics by group and name."""
+        return {
+            "examples": self.examples,
+            "honest": self.honest.result(),
+            "paper_compatible": self.paper.result(),
+            "persona": self.persona.result(),
+        }
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The metrics of a checkpoint on a split, in three named groups; needs a connected Ray.
+    """The metrics of a checkpoint on splits, each in three named groups; needs a connected Ray.
 
-    ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. Raises
-    :class:`UserError` where the data set has other vocabularies than the checkpoint.
+    ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` those of
+    the other checkpoint as well, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UserError` where
+    the data set has other vocabularies than a checkpoint.
     """
-    # As the actors, which may run elsewhere, understand them.
-    found = checkpoint.find(storage.absolute(config.checkpoint))
-    config = replace(config, checkpoint=found, data=storage.absolute(config.data))
-    state = checkpoint.load(config.checkpoint)
+    config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
-    _same_vocabulary("characters", state.characters, dataset.characters, config)
-    _same_vocabulary("persona words", state.persona_words, dataset.persona_words, config)
+    splits = _splits(dataset, config)
+    uris = [_usable(uri, dataset, config) for uri in (config.checkpoint, config.against) if uri is not None]
+    tallies = [
+        {split.name: _evaluate(replace(config, checkpoint=uri), dataset, split) for split in splits} for uri in uris
+    ]
+    result, *others = [
+        {"checkpoint": uri, "splits": {name: tally.result() for name, tally in found.items()}}
+        for uri, found in zip(uris, tallies, strict=True)
+    ]
+    result |= {"data": config.data, "fingerprint": dataset.fingerprint}
+    for other, found in zip(others, tallies[1:], strict=True):
+        result["against"] = other
+        result["comparison"] = {
+            name: compare.compare(Sample.together(tally.samples), Sample.together(found[name].samples), config.seed)
+            for name, tally in tallies[0].items()
+        }
+    return result
+
+
+def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
+    names = config.split or [name for name in dataset.manifest["splits"] if name not in ("train", "valid")]
+    splits = [dataset.split(name) for name in names]
+    for split in splits:
+        if not split.examples and config.split:
+            raise UserError(f"--split {split.name}: has no examples in {config.data}")
+    splits = [split for split in splits if split.examples]
+    if not splits:
+        raise UserError(f"--data {config.data}: has no test examples; name another split with --split")
+    return splits
+
+
+def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
+    """The checkpoint's URI as the actors, which may run elsewhere, understand it."""
+    found = checkpoint.find(storage.absolute(uri))
+    state = checkpoint.load(found)
+    for kind, mine, theirs in (
+        ("characters", state.characters, dataset.characters),
+        ("persona words", state.persona_words, dataset.persona_words),
+    ):
+        if mine.tokens != theirs.tokens:
+            raise UserError(
+                f"--data {config.data}: its {len(theirs.tokens)} {kind} are not the {len(mine.tokens)} of the "
+                f"checkpoint {uri}; prepare the data with the checkpoint's vocabularies "
+                "(jobs/prepare.py --character-vocabulary … --persona-vocabulary …)"
+            )
+    return found
+
+
+def _evaluate(config: EvaluateConfig, dataset: Dataset, split: Split) -> Tally:
     order = Order(
-        split=dataset.split(config.split),
-        batch_size=config.batch_size,
-        window_batches=WINDOW_BATCHES,
-        seed=config.seed,
-        shuffled=False,
+        split=split, batch_size=config.batch_size, window_batches=WINDOW_BATCHES, seed=config.seed, shuffled=False
     )
-    if not order.split.examples:
-        raise UserError(f"--split {config.split}: has no examples in {config.data}")
-    tally = Tally(HonestMetrics(state.characters.special), PaperMetrics(state.characters.special))
-    for part in _tallies(order, config):
-        tally += part
-    assert tally.examples == order.split.examples, "evaluation must see every example exactly once"
-    return {
-        "checkpoint": config.checkpoint,
-        "data": config.data,
-        "fingerprint": dataset.fingerprint,
-        "split": config.split,
-        "examples": tally.examples,
-        "honest": tally.honest.result(),
-        "paper_compatible": tally.paper.result(),
-        "persona": tally.persona.result(),
-    }
+    special = dataset.characters.special
+    tally = sum(_tallies(order, config), Tally(HonestMetrics(special), PaperMetrics(special)))
+    assert tally.examples == split.examples, "evaluation must see every example exactly once"
+    return tally
 
 
 def _tallies(order: Order, config: EvaluateConfig) -> list[Tally]:
@@ -175,34 +195,36 @@ class Evaluator:
             tally.honest.add(replies.tolist(), references.tolist())
             tally.paper.add_loss(float(losses.sum_dialogue) / targets, float(losses.sum_auxiliary) / targets)
             tally.paper.add(replies.tolist(), references.tolist())
-            tally.persona += self._persona(batch, replies, table.take(rows), random)
+            self._add_persona(tally.persona, batch, replies, table.take(rows), random)
             tally.examples += len(rows)
+            if self.config.against is not None:
+                nats = response_nats(self.model, batch).cpu().numpy()
+                sample = Sample.of(self.special, arrays["example_id_B"], nats, replies.tolist(), references.tolist())
+                tally.samples.append(sample)
         return tally
 
-    def _persona(
-        self, batch: Batch, replies: torch.Tensor, examples: pa.Table, random: torch.Generator
-    ) -> PersonaMetrics:
+    def _add_persona(
+        self, metrics: PersonaMetrics, batch: Batch, replies: Tensor, examples: pa.Table, random: torch.Generator
+    ) -> None:
+        decode = self.state.characters.decode
+        said = [decode(row) for row in replies.tolist()]
         asked = []
-        for i, row in enumerate(examples.select(["context", "target_words"]).to_pylist()):
-            kind = persona_question(self._last_utterance(row["context"]))
-            persona = self._persona_of(row["target_words"])
-            if kind is not None and kind in askable(persona):
-                asked.append((i, kind, persona))
+        for i, row in enumerate(examples.select(["context", "response", "target_words"]).to_pylist()):
+            question, persona = self._last_utterance(row["context"]), self._persona_of(row["target_words"])
+            metrics.add(question, persona, said[i], decode(row["response"]))
+            if asks(question, persona):
+                asked.append((i, question, persona))
         if not asked:
-            return PersonaMetrics()
+            return
         # Every example gets its neighbour's persona, as responder in the memory and as speaker in the context.
         other = batch.target_persona_BK.roll(1, 0)
         profiles = batch.profiles_BPW.clone()
         profiles[:, 0] = profiles[:, 0].roll(1, 0)
         shuffled = generate(
             self.model, replace(batch, target_persona_BK=other, profiles_BPW=profiles), self.config.sampling, random
-        )
-        decode = self.state.characters.decode
-        return PersonaMetrics(
-            len(asked),
-            sum(agrees(kind, decode(replies[i].tolist()), persona) for i, kind, persona in asked),
-            sum(agrees(kind, decode(shuffled[i].tolist()), persona) for i, kind, persona in asked),
-        )
+        ).tolist()
+        for i, question, persona in asked:
+            metrics.add_answer(question, persona, said[i], decode(shuffled[i]))
 
     def _last_utterance(self, context: list[int]) -> str:
         sep = self.special.sep
@@ -215,9 +237,18 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
+def response_nats(model: ARPlus, batch: Batch) -> Tensor:
+    """L_D of each example of a batch (B,), in nats summed over its targets."""
+    index_N, target_N = real_targets(batch.response_BT, batch.counted_B, model.pad)
+    ids_BT = batch.response_BT[:, :-1]
+    hidden_ND = model.decode(ids_BT, model.encode(batch)).flatten(0, 1)[index_N]
+    nats_N = cross_entropy(model.generator(hidden_ND).float(), target_N, reduction="none")
+    return nats_N.new_zeros(len(ids_BT)).index_add(0, index_N // ids_BT.shape[1], nats_N)
+
+
 def track(result: dict[str, Any], config: EvaluateConfig) -> None:
     """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/honest/bleu`` and so on."""
-    state = checkpoint.load(config.checkpoint)
+    state = checkpoint.load(result["checkpoint"])
     run = tracking.start_run(
         config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage),
         state.config.experiment,
@@ -226,28 +257,24 @@ def track(result: dict[str, Any], config: EvaluateConfig) -> None:
         params={},
         resume_run_id=state.mlflow_run_id,
     )
-    groups = ("honest", "paper_compatible", "persona")
-    metrics = {f"{config.split}/{group}/{k}": v for group in groups for k, v in result[group].items()}
     with tempfile.TemporaryDirectory() as folder:
         tracker = tracking.Tracker(run, record=Path(folder) / "tracking.jsonl")
-        tracker.log(metrics, step=state.progress.examples)
-        tracker.log_text(f"evaluation_{config.split}.json", json.dumps(result, ensure_ascii=False, indent=2))
+        for name, found in result["splits"].items():
+            metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
+            tracker.log(metrics, step=state.progress.examples)
+        names = "_".join(result["splits"])
+        tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
         tracker.close("FINISHED")
 
 
 def table(result: dict[str, Any]) -> str:
     """The metrics as a readable table."""
-    lines = [f"{result['split']}: {result['examples']} examples"]
-    for group in ("honest", "paper_compatible", "persona"):
-        lines += ["", group.replace("_", "-")]
-        lines += [f"  {name:36} {value:12.4f}" for name, value in result[group].items()]
-    return "\n".join(lines)
-
-
-def _same_vocabulary(kind: str, mine: Vocabulary, theirs: Vocabulary, config: EvaluateConfig) -> None:
-    if mine.tokens != theirs.tokens:
-        raise UserError(
-            f"--data {config.data}: its {len(theirs.tokens)} {kind} are not the {len(mine.tokens)} of --checkpoint "
-            f"{config.checkpoint}; prepare the data with the checkpoint's vocabularies "
-            "(jobs/prepare.py --character-vocabulary … --persona-vocabulary …)"
-        )
+    lines: list[str] = []
+    for name, found in result["splits"].items():
+        lines += ["", f"{name}: {found['examples']} examples"]
+        for group in GROUPS:
+            lines += ["", group.replace("_", "-")]
+            lines += [f"  {metric:36} {value:12.4f}" for metric, value in found[group].items()]
+        if "comparison" in result:
+            lines += ["", f"against {result['against']['checkpoint']}", *compare.lines(result["comparison"][name])]
+    return "\n".join(lines[1:])

@@ -9,6 +9,7 @@ from arplus.data.personas import (
     agrees,
     answer,
     askable,
+    contradicts,
     persona_question,
 )
 
@@ -77,3 +78,41 @@ def test_prepared_words_make_a_persona_and_missing_ones_answer_nothing():
     assert askable(nobody) == ()
     assert askable(Persona("女", "其他", ())) == ("gender",)
     assert not any(agrees(kind, reply, nobody) for kind in QUESTIONS for reply in ("成都", "男", "美食", ""))
+
+
+@pytest.mark.parametrize(
+    ("reply", "persona", "question", "expected"),
+    [
+        ("我是男生呀", "女 四川成都", "", True),
+        ("我是个妹子", "女 四川成都", "", False),
+        ("我是女朋友的人", "男 四川成都", "", None),  # no claim
+        ("男的呀", "女 四川成都", "", None),  # of whom?
+        ("男的呀", "女 四川成都", "你是男生还是女生", True),
+        ("女生", "女 四川成都", "你是男生还是女生", False),
+        ("我是女生", " 四川成都", "", None),  # the profile does not say
+        ("我在北京呢", "女 四川成都", "", True),
+        ("我在四川呢", "女 四川成都", "", False),
+        ("我家在成都", "女 四川成都", "", False),
+        ("我是绵阳人", "女 四川成都", "", True),
+        ("我是绵阳人", "女 四川", "", False),  # a city of the profile's province
+        ("我是北京人", "女 其他", "", None),
+        ("我在日本", "女 海外日本", "", False),
+        ("我去过北京", "女 四川成都", "", None),
+        ("北京的呀", "女 四川成都", "你是哪里人呀", True),
+        ("成都的呀", "女 四川成都", "你是哪里人呀", False),
+        ("我喜欢篮球", "女 四川成都", "你有什么爱好", None),
+        ("我是女生，我在北京", "女 四川成都", "", True),
+    ],
+)
+def test_what_contradicts_a_profile(reply, persona, question, expected):
+    gender, place = persona.split(" ")
+    assert contradicts(reply, Persona(gender, place, ("美食",)), question) is expected
+
+
+def test_the_answers_of_a_persona_never_contradict_it():
+    for place in PLACES:
+        persona = Persona("女", place, ("美食",))
+        for kind, forms in ANSWERS.items():
+            for form in range(len(forms)):
+                text = answer(kind, persona, form, 0)
+                assert not contradicts(text, persona, QUESTIONS[kind][0]), (place, text)

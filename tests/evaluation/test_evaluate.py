@@ -55,7 +55,9 @@ def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTER
 def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
     state = random_state(preset_name)
     uri = checkpoint.write(str(tmp_path / "checkpoint"), state)
-    result = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="test", batch_size=16))
+    found = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, batch_size=16))
+    assert set(found["splits"]) == {"test"}, "by default test and the evaluation sets, where they have examples"
+    result = found["splits"]["test"]
     order = Order(split=dataset.split("test"), batch_size=EXAMPLES, window_batches=1, seed=0, shuffled=False)
     layout = Layout.of(state.config.model, dataset.sizes)
     batch = Window(order.read(0, 0, layout.columns), layout).batch(
@@ -69,7 +71,7 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
     honest = {"response_ppl", "unigram_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
     assert set(result["honest"]) == honest
     for group in ("honest", "paper-compatible", "persona"):
-        assert group in table(result)
+        assert group in table(found)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -78,18 +80,36 @@ def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) 
     config = EvaluateConfig(checkpoint=uri, data=dataset.uri, sampling=Sampling(temperature=3.0))
     first = evaluate(config)
     assert evaluate(config) == first
-    assert evaluate(replace(config, seed=1))["honest"] != first["honest"]
+    other = evaluate(replace(config, seed=1))
+    assert other["splits"]["test"]["honest"] != first["splits"]["test"]["honest"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None:
+    """A model with words as personas and one with characters see the same examples in the same order."""
+    arplus, ar = (checkpoint.write(str(tmp_path / name), random_state(name)) for name in ("arplus", "ar"))
+    config = EvaluateConfig(checkpoint=arplus, against=ar, data=dataset.uri, split=("test", "valid"))
+    result = evaluate(config)
+    other = evaluate(replace(config, checkpoint=ar, against=None))
+    assert result["against"]["splits"] == other["splits"]
+    assert set(result["comparison"]) == {"test", "valid"}
+    for split, comparison in result["comparison"].items():
+        for name, found in comparison.items():
+            assert found["mine"] == pytest.approx(result["splits"][split]["honest"][name], rel=1e-5)
+            assert found["other"] == pytest.approx(other["splits"][split]["honest"][name], rel=1e-5)
+            assert found["low"] <= found["difference"] <= found["high"]
+    assert "within noise" in table(result)
 
 
 def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     longer = checkpoint.write(str(tmp_path / "other"), random_state(characters=Vocabulary([*CHARACTERS.tokens, "龘"])))
-    with pytest.raises(UserError, match="its 40 characters are not the 41 of --checkpoint"):
+    with pytest.raises(UserError, match="its 40 characters are not the 41 of the checkpoint"):
         evaluate(EvaluateConfig(checkpoint=longer, data=dataset.uri))
     uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
     with pytest.raises(UserError, match="no split 'tset'; it has train, valid, test, none"):
-        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="tset"))
+        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("tset",)))
     with pytest.raises(UserError, match="--split none: has no examples"):
-        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split="none"))
+        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("none",)))
 
 
 def test_a_responder_is_seeded_and_hears_persona_and_history() -> None:

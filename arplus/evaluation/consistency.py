@@ -1,0 +1,65 @@
+"""Whether replies agree with their speaker's persona, or contradict it, by the rules of :mod:`arplus.data.personas`."""
+
+from dataclasses import dataclass
+
+from arplus.data.personas import Persona, agrees, askable, contradicts, persona_question
+
+
+@dataclass
+class PersonaMetrics:
+    """Replies against the personas of those who give them."""
+
+    questions: int = 0
+    """Examples that ask for something that the responder's profile has."""
+    agreeing: int = 0
+    """Replies to these that answer as the profile would."""
+    agreeing_when_shuffled: int = 0
+    """The same when the model is given another example's persona: what agrees by chance."""
+    claims: int = 0
+    """Replies, to whatever, that say of the speaker what the profile can confirm or deny."""
+    contradicting: int = 0
+    """Those of them that the profile denies."""
+    reference_claims: int = 0
+    """Claims of the reference replies."""
+    reference_contradicting: int = 0
+    """Those of them that the profile denies: people's own profiles are not always true, nor is the rule."""
+
+    def __add__(self, other: "PersonaMetrics") -> "PersonaMetrics":
+        return PersonaMetrics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def add_answer(self, question: str, persona: Persona, reply: str, reply_when_shuffled: str) -> None:
+        """Adds the replies to a question that :func:`asks` is true of."""
+        kind = persona_question(question)
+        assert kind is not None
+        self.questions += 1
+        self.agreeing += agrees(kind, reply, persona)
+        self.agreeing_when_shuffled += agrees(kind, reply_when_shuffled, persona)
+
+    def add(self, question: str, persona: Persona, reply: str, reference: str) -> None:
+        """Adds any reply and its reference."""
+        for text, claims, contradicting in (
+            (reply, "claims", "contradicting"),
+            (reference, "reference_claims", "reference_contradicting"),
+        ):
+            denied = contradicts(text, persona, question)
+            if denied is not None:
+                setattr(self, claims, getattr(self, claims) + 1)
+                setattr(self, contradicting, getattr(self, contradicting) + denied)
+
+    def result(self) -> dict[str, float]:
+        """Numbers of questions and claims and, where there are any, shares of them."""
+        found: dict[str, float] = {"questions": self.questions}
+        if self.questions:
+            found["agreement"] = self.agreeing / self.questions
+            found["agreement_with_shuffled_personas"] = self.agreeing_when_shuffled / self.questions
+        found["claims"] = self.claims
+        if self.claims:
+            found["contradiction"] = self.contradicting / self.claims
+        if self.reference_claims:
+            found["contradiction_of_references"] = self.reference_contradicting / self.reference_claims
+        return found
+
+
+def asks(question: str, persona: Persona) -> bool:
+    """Whether the utterance asks for something that the persona has."""
+    return persona_question(question) in askable(persona)

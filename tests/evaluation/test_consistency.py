@@ -1,0 +1,31 @@
+"""What replies say of their speaker is held against the profile."""
+
+from arplus.data.personas import Persona
+from arplus.evaluation.consistency import PersonaMetrics, asks
+
+CHENGDU = Persona("女", "四川成都", ("美食",))
+
+
+def test_replies_and_references_are_counted_apart() -> None:
+    metrics = PersonaMetrics()
+    metrics.add("吃了吗", CHENGDU, "我是男生", "我在成都呀")
+    metrics.add("吃了吗", CHENGDU, "吃了", "我是女生")
+    metrics.add("你是哪里人呀", CHENGDU, "四川的", "北京的呀")
+    assert asks("你是哪里人呀", CHENGDU)
+    metrics.add_answer("你是哪里人呀", CHENGDU, "四川的", "北京的呀")
+    assert metrics == PersonaMetrics(1, 1, 0, 2, 1, 3, 1)
+    assert metrics.result() == {
+        "questions": 1,
+        "agreement": 1.0,
+        "agreement_with_shuffled_personas": 0.0,
+        "claims": 2,
+        "contradiction": 0.5,
+        "contradiction_of_references": 1 / 3,
+    }
+    assert (metrics + metrics).claims == 4
+
+
+def test_without_claims_there_is_no_share() -> None:
+    assert PersonaMetrics().result() == {"questions": 0, "claims": 0}
+    assert not asks("吃了吗", CHENGDU)
+    assert not asks("你是哪里人呀", Persona("女", "其他", ()))
