@@ -16,6 +16,9 @@ from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
 
 Int = NDArray[np.int32]
 
+CONTEXT_UNIT = 1024
+"""What a character of context counts in a window's sort key, beside one for a character of the response."""
+
 
 class Ragged(NamedTuple):
     """Lists of different lengths: list ``i`` is ``values[starts[i]:starts[i] + lengths[i]]``."""
@@ -123,8 +126,8 @@ class Window:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """A sort key an example: context length first, then response length."""
-        return self.context.lengths * 1024 + self.response.lengths
+        """A sort key an example: context length first, then response length below :data:`CONTEXT_UNIT`."""
+        return self.context.lengths * CONTEXT_UNIT + self.response.lengths
 
     def batches(self, rows_NB: NDArray[np.int64], draws: "Draws", widths: Widths) -> dict[str, Arrays]:
         """The fields of N :class:`arplus.model.batch.Batch` of B examples by name, all but ``counted_B``."""

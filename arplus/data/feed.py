@@ -4,15 +4,16 @@ The order of an epoch depends on (seed, epoch) and the data alone, never on the 
 
 1. the row groups of the split are put in a seeded order;
 2. that sequence is cut into *windows* of ``window_batches`` global batches;
-3. the rows of a window are shuffled, sorted by length (so padding stays small) and cut into global batches, whose
+3. the rows of a window are shuffled, sorted by the length of their contexts, cut into bands of a few batches, sorted
+   by the length of their responses within these (so padding stays small in both) and cut into global batches, whose
    order is shuffled again;
-4. micro-batch ``m`` of ``M = workers × accumulation`` takes every M-th row of a global batch from row ``m`` on.
+4. micro-batch ``m`` of ``M = workers × accumulation`` takes every M-th row of a global batch from row ``m`` on. Rows
+   that are repeated and not counted fill up what is missing to M equal parts, and the last batch of an epoch.
 
 One Ray Data task makes the micro-batches of one worker from one window. An epoch therefore starts anywhere: at step
 ``s`` the feed begins with window ``s // window_batches``. Every worker takes the same number of steps by
 construction, and ``local_shuffle_buffer_size`` and ``streaming_split`` are not used: the first yields short batches in
-mid-stream (ray#66085), the second drops rows (ray#63285). The last batch of an epoch is filled up with repeated rows
-that are not counted.
+mid-stream (ray#66085), the second drops rows (ray#63285).
 
 A window travels as a few flat arrays, which the worker copies once (into pinned memory where there is a GPU) and cuts
 into tensors. A thread of the worker does so ahead of the training step.
@@ -37,7 +38,8 @@ from ray.data import DataContext
 
 from arplus import storage
 from arplus.config import FeedConfig
-from arplus.data.collate import STATIC, Arrays, Draws, Layout, Widths, Window
+from arplus.data import faults
+from arplus.data.collate import CONTEXT_UNIT, STATIC, Arrays, Draws, Layout, Widths, Window
 from arplus.data.dataset import RowGroup, Split
 from arplus.model.batch import Batch
 
@@ -98,9 +100,7 @@ class Order:
         """The rows of a window in the order of the epoch's row groups, before they are sorted."""
         parts = []
         for group, begin, rows in self.pieces(epoch, window):
-            filesystem, path = storage.resolve(group.file)
-            with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
-                table = file.read_row_group(group.index, columns=columns, use_threads=False)
+            table = faults.patiently(functools.partial(_read, group, columns), group.file)
             parts.append(table.slice(begin, rows))
         return pa.concat_tables(parts)
 
@@ -123,6 +123,12 @@ class Order:
         random = self._random(epoch, window)
         rows = random.permutation(len(lengths)) if self.shuffled else np.arange(len(lengths))
         rows = rows[np.argsort(lengths[rows], kind="stable")]
+        # Bands of half the square root of the window's batches, sorted by response: of 256 batches of 64 it leaves 4 %
+        # padding in contexts and 6 % in responses, of which a slot costs three times as much to train on: 5 % of the
+        # layers' work. Sorted by context and only then by response it was 1 % and 21 %: 14 % of the work.
+        band = self.batch_size * max(math.isqrt(len(rows) // self.batch_size) // 2, 1)
+        bands = [rows[i : i + band] for i in range(0, len(rows), band)]
+        rows = np.concatenate([part[np.argsort(lengths[part] % CONTEXT_UNIT, kind="stable")] for part in bands])
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))] if self.shuffled else batches
 
@@ -134,8 +140,7 @@ class Feed:
     """The batches of one worker. Iterating needs a running Ray; see the module's docstring for the order."""
 
     def __init__(self, order: Order, layout: Layout, place: Place, config: FeedConfig) -> None:
-        """Raises an assertion error where the global batch does not divide into equal micro-batches."""
-        assert order.batch_size % (place.workers * place.accumulation) == 0
+        assert order.batch_size >= place.workers * place.accumulation
         self.order = order
         self.layout = layout
         self.place = place
@@ -176,6 +181,12 @@ class Feed:
         )
 
 
+def _read(group: RowGroup, columns: list[str]) -> pa.Table:
+    filesystem, path = storage.resolve(group.file)
+    with storage.named(group.file), pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+        return file.read_row_group(group.index, columns=columns, use_threads=False)
+
+
 def _prepare(first_window: int, epoch: int, feed: Feed, item: Any) -> pa.Table:
     (index,) = item["id"]
     return prepare_window(epoch, first_window + int(index), feed)
@@ -186,11 +197,12 @@ def prepare_window(epoch: int, index: int, feed: Feed) -> pa.Table:
     order, place = feed.order, feed.place
     window = Window(order.read(epoch, index, feed.layout.columns), feed.layout)
     batches = order.batches(epoch, index, window.lengths)
-    # Only the epoch's last batch may be short; it repeats its first row, not counted.
-    rows_SB = np.stack([np.append(rows, np.full(order.batch_size - len(rows), rows[0])) for rows in batches])
-    counted_SB = np.arange(order.batch_size) < np.array([[len(rows)] for rows in batches])
-    targets_S = ((window.response.lengths[rows_SB] + 1) * counted_SB).sum(1)
     n_micro, own = place.workers * place.accumulation, place.micro_batches
+    size = -(-order.batch_size // n_micro) * n_micro
+    # What a batch lacks to equal parts, and the epoch's last batch to its size, is its first row again, not counted.
+    rows_SB = np.stack([np.append(rows, np.full(size - len(rows), rows[0])) for rows in batches])
+    counted_SB = np.arange(size) < np.array([[len(rows)] for rows in batches])
+    targets_S = ((window.response.lengths[rows_SB] + 1) * counted_SB).sum(1)
 
     def micro_batches(array_SB: NDArray[Any]) -> NDArray[Any]:
         S, B = array_SB.shape

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from arplus.model.dropout import dropout
+
 
 class KeyValue(NamedTuple):
     """What can be attended to: keys and values of all heads, and which positions are real (None: all of them)."""
@@ -97,6 +99,17 @@ class Attention(nn.Module):
 
     def _attend(self, query_BHTC: Tensor, to: KeyValue, causal: bool = False) -> Tensor:
         # Padding follows the real ids, so a causal route needs no other mask.
+        if self.training and self.p and query_BHTC.device.type == "cpu":
+            # Under dropout torch has no fused kernel there either, and it draws its slow random numbers.
+            score_BHTS = (query_BHTC / math.sqrt(query_BHTC.shape[-1])) @ to.key_BHSC.transpose(-1, -2)
+            if causal:
+                T = score_BHTS.shape[-1]
+                future_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
+                score_BHTS = score_BHTS.masked_fill(future_TT, -torch.inf)
+            elif to.real_B11S is not None:
+                score_BHTS = score_BHTS.masked_fill(~to.real_B11S, -torch.inf)
+            attended_BHTC = dropout(score_BHTS.softmax(-1), self.p, self.training) @ to.value_BHSC
+            return attended_BHTC.transpose(1, 2).flatten(2)
         attended_BHTC = functional.scaled_dot_product_attention(
             query_BHTC,
             to.key_BHSC,

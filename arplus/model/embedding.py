@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arplus.config import ModelConfig
+from arplus.model.dropout import Dropout
 
 
 def sinusoid(length: int, width: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
@@ -47,7 +48,7 @@ class SequenceInput(nn.Module):
         self.positions = positions
         same = config.embedding_size == config.d_model
         self.projection = nn.Identity() if same else nn.Linear(config.embedding_size, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, vectors_BSE: Tensor, added_BSE: Tensor | None = None, start: int = 0) -> Tensor:
         """(B, S, E) character vectors, and what is added to them unscaled, to (B, S, D); ``start`` is the position."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, KeyValue
+from arplus.model.dropout import Dropout
 
 
 class Gate(nn.Module):
@@ -29,9 +30,9 @@ def feed_forward(config: ModelConfig) -> nn.Sequential:
     """Position-wise feed-forward: d → FF → d, or factored d → r → FF → r → d, with a ReLU at each r."""
     d, wide, r, p = config.d_model, config.ff_size, config.ff_bottleneck, config.dropout
     if r is None:
-        return nn.Sequential(nn.Linear(d, wide), nn.ReLU(), nn.Dropout(p), nn.Linear(wide, d))
-    expand = (nn.Linear(d, r), nn.ReLU(), nn.Linear(r, wide), nn.Dropout(p))
-    contract = (nn.Linear(wide, r), nn.ReLU(), nn.Dropout(p), nn.Linear(r, d))
+        return nn.Sequential(nn.Linear(d, wide), nn.ReLU(), Dropout(p), nn.Linear(wide, d))
+    expand = (nn.Linear(d, r), nn.ReLU(), nn.Linear(r, wide), Dropout(p))
+    contract = (nn.Linear(wide, r), nn.ReLU(), Dropout(p), nn.Linear(r, d))
     return nn.Sequential(*expand, *contract)
 
 
@@ -42,7 +43,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config.d_model, config.heads, config.dropout)
         self.feed_forward = feed_forward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         """One application in the encoder."""

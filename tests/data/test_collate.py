@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arplus.config import PRESETS, ModelConfig, VocabularySizes, special_ids
+from arplus.config import PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import Draws, Layout, Window, frame, infill
 from arplus.data.examples import SCHEMA
 
@@ -165,9 +165,9 @@ def test_a_missing_speaker_is_caught() -> None:
         Window(pa.Table.from_pylist([row], SCHEMA), LAYOUTS[0])
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", list(PAPER_ROWS))
 def test_a_layout_reads_what_the_model_reads(name: str) -> None:
-    model: ModelConfig = PRESETS[name].model
+    model: ModelConfig = PAPER_ROWS[name].model
     layout = Layout.of(model, SIZES)
     assert layout.persona_words == (name not in ("ar", "no-memn2n"))
     assert layout.infilling == (name not in ("ar", "no-bart-mlm"))

@@ -63,6 +63,8 @@ def test_an_epoch_is_every_example_once_whatever_the_workers(dataset: Dataset) -
     assert sorted(map(len, alone)) == [EXAMPLES % BATCH] + [BATCH] * (EXAMPLES // BATCH)
     assert global_batches(workers(dataset, 2), epoch=2) == alone
     assert global_batches(workers(dataset, 1, accumulation=4), epoch=2) == alone
+    assert BATCH % 3, "three workers need rows that fill up and do not count"
+    assert global_batches(workers(dataset, 3), epoch=2) == alone
 
 
 @pytest.mark.usefixtures("ray_cluster")

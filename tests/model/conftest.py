@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import small
 
-from arplus.config import PRESETS, ModelConfig
+from arplus.config import PAPER_ROWS, ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=sorted(PRESETS))
+@pytest.fixture(params=sorted(PAPER_ROWS))
 def config(request) -> ModelConfig:
     """Each of the paper's rows, small."""
     return small(request.param)
