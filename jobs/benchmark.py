@@ -4,11 +4,13 @@ import sys
 from typing import Any
 
 from arplus import cli, cluster
-from arplus.benchmark import data, faults, machine, prepare, report
+from arplus.benchmark import data, faults, generate, machine, prepare, report, train
 from arplus.errors import UserError
 
 PROG = "jobs/benchmark.py"
 SUBJECTS: dict[str, tuple[Any, Any]] = {
+    "train": (train.TrainBenchmark(), train.measure),
+    "generate": (generate.GenerateBenchmark(), generate.measure),
     "data": (data.DataBenchmark(), data.measure),
     "prepare": (prepare.PrepareBenchmark(), prepare.measure),
     "faults": (faults.FaultsBenchmark(), faults.measure),

@@ -1,0 +1,164 @@
+"""The train step: examples a second against the paper's code and a Hugging Face BART, interleaved in one run.
+
+Every round times all of our sorted batches, which differ several times in cost, one random batch of each other side,
+and a 1024-wide matrix product, the yardstick between machines. A machine that slows down meanwhile slows them all.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt
+
+from arplus.benchmark import sides
+from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
+from arplus.benchmark.pool import Pool, examples_of, random_examples, real_lengths
+from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
+from arplus.benchmark.sides import Side
+from arplus.config import FeedConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.data.feed import Step
+from arplus.model.cost import forward_backward_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchmark(Output):
+    """Measures the train step of AR+ at its real size."""
+
+    data: str | None = None
+    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
+    precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
+    """Arithmetic of our forward pass; the others run in fp32."""
+    zero: Literal[0, 1, 2, 3] = TrainConfig.zero
+    """DeepSpeed ZeRO stage of our engine."""
+    batch_size: Annotated[int, Gt(0)] = 64
+    """Examples a batch."""
+    window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
+    """Batches of the window that is sorted by length; see jobs/train.py."""
+    batches: Annotated[int, Gt(0)] = 8
+    """How many of them, evenly spaced, are timed in every round."""
+    rounds: Annotated[int, Gt(0)] = 3
+    """Rounds that the medians are taken of, after one step of each side that is not counted."""
+    compare: bool = True
+    """Whether the other sides are measured too, which takes most of the time."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if self.batches > self.window_batches:
+            yield "batches", f"must be at most window_batches = {self.window_batches} (got {self.batches})"
+
+
+def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
+    """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
+    run = run or sides.run_config(config.precision, config.zero, config.batch_size)
+    sizes = VocabularySizes()
+    examples = config.window_batches * config.batch_size
+    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
+    pool = Pool(table, run.model, sizes, config.batch_size)
+    mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
+    taken = {"ours": sides.train_step("ours", run, sizes)}
+    if config.compare:
+        taken["plain"] = sides.train_step("plain", run, sizes)
+        with contextlib.suppress(ImportError):
+            taken["bart"] = sides.train_step("bart", run, sizes)
+    times = _times(taken, mine, theirs, config.rounds)
+    gflops = median(times.pop("matmul"))
+    compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
+    memory = {side: peak_memory(side, run, sizes, mine if side == "ours" else theirs[:2]) for side in compared}
+
+    ours = median(times["ours"])
+    ratios = {side: median(t / o for t, o in zip(times[side], times["ours"], strict=True)) for side in times}
+    examples_per_second = config.batch_size / ours
+    lengths = real_lengths(
+        [batch for step in theirs for batch in step.micro_batches], pool.pad, special_ids(sizes.persona_words).pad
+    )
+    flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
+    peak = peak_bf16_flops()
+    figures: dict[str, float | None] = {
+        "examples_per_second": examples_per_second,
+        "examples_per_second_least": config.batch_size / max(times["ours"]),
+        "ratio_plain": ratios.get("plain"),
+        "ratio_bart": ratios.get("bart"),
+        "gflop_equivalents_per_example": ours * gflops / config.batch_size,
+        "peak_memory_bytes": memory["ours"],
+        "peak_memory_ratio_plain": memory["ours"] / memory["plain"] if config.compare else None,
+        "mfu": flops * examples_per_second / peak if peak else None,
+    }
+    return Result(
+        figures=figures,
+        table=[
+            ("step", f"{run.precision}, ZeRO {run.zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
+            ("real lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
+            ("context padding", f"{pool.padding(mine):.1%} sorted, {pool.padding(theirs):.1%} random"),
+            ("best algorithm", f"{flops / 1e9:.1f} GFLOP an example"),
+            ("ours", _seconds(times["ours"], config.batch_size)),
+            ("paper's code", _compared(times.get("plain"), config, "left out")),
+            ("Hugging Face BART", _compared(times.get("bart"), config, NOT_INSTALLED)),
+            *((f"ratio {side}", f"{ratio:.2f}") for side, ratio in ratios.items() if side != "ours"),
+            ("GFLOP-equivalents an example", f"{ours * gflops / config.batch_size:.2f} at {gflops:.0f} GFLOP/s"),
+            ("peak memory", ", ".join(f"{side} {size(value)}" for side, value in memory.items())),
+            ("MFU", f"{figures['mfu']:.1%}" if peak else "none: no known GPU"),
+        ],
+    )
+
+
+def _times(
+    taken: dict[str, sides.TrainStep], mine: list[Step], theirs: list[Step], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds a batch of every round: the mean of all sorted batches for us, one random batch for the others."""
+    for side, take in taken.items():
+        take(mine[-1] if side == "ours" else theirs[-1])
+    times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
+    for i in range(rounds):
+        times["matmul"].append(matmul_gflops())
+        for side, take in taken.items():
+            steps = mine if side == "ours" else [theirs[i % len(theirs)]]
+            times[side].append(timed(lambda take=take, steps=steps: [take(step) for step in steps]) / len(steps))
+    return times
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes, with what it leaves running on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step]) -> int:
+    """Peak bytes of a process that trains these steps and does nothing else: resident, on a GPU allocated there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(functools.partial(_peak, side, run, sizes, steps, torch.get_num_threads())).result()
+
+
+def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step], threads: int) -> int:
+    torch.set_num_threads(threads)
+    take = sides.train_step(side, run, sizes)
+    for step in steps:
+        take(step)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _seconds(times: list[float], batch_size: int) -> str:
+    return (
+        f"{rate(batch_size / median(times))} examples/s, {median(times):.3g} s a batch "
+        f"({min(times):.3g} to {max(times):.3g} in {len(times)} rounds)"
+    )
+
+
+def _compared(times: list[float] | None, config: TrainBenchmark, otherwise: str) -> str:
+    if times is None:
+        return otherwise if config.compare else "left out"
+    return _seconds(times, config.batch_size)
