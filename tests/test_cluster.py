@@ -258,3 +258,44 @@ def test_no_secret_is_written_down(path):
     text = (ROOT / "cluster" / path).read_text()
     assert not re.search(r"(SECRET|ACCESS_KEY|PASSWORD|TOKEN)\w*\s*[:=]\s*\S", text)
     assert not re.search(r"://[^/\s]+@", text)
+
+
+# --------------------------------------------------------------------------------------------------------- local.sh
+
+
+def local_sh(state, *arguments):
+    """``cluster/local.sh`` on a folder of its own, as far as it starts nothing."""
+    command = [ROOT / "cluster" / "local.sh", *arguments]
+    environment = os.environ | {"ARPLUS_CLUSTER": str(state)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_local_cluster_that_is_not_there(tmp_path):
+    status = local_sh(tmp_path, "status")
+    assert status.returncode == 1
+    assert status.stdout.count("does not run") == 4
+    assert local_sh(tmp_path, "down").returncode == 0
+    assert local_sh(tmp_path, "restart").returncode == 2
+    assert local_sh(tmp_path).stderr == "usage: cluster/local.sh up | down | status\n"
+
+
+def test_a_local_cluster_ends_only_what_it_started(tmp_path):
+    """Its pid files outlive a reboot, after which the same number is some other process."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "s3.pid").write_text(f"{other.pid} 1\n")
+        assert "s3: does not run" in local_sh(tmp_path, "status").stdout
+        assert local_sh(tmp_path, "down").returncode == 0
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_job_that_is_stopped_has_time_to_save():
+    for kind in KUBERAY:
+        (head,) = paths(kind)[0]["spec"]["containers"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "30"} in head["env"]
+    assert "--env RAY_JOB_STOP_WAIT_TIME_S=30" in aws()["docker"]["run_options"]
+    assert "RAY_JOB_STOP_WAIT_TIME_S=30" in (ROOT / "cluster" / "local.sh").read_text()
+
+
+def test_drivers_stay_on_the_head():
+    assert not [key for key in load("RayJob")["spec"] if key.startswith("entrypoint") and key != "entrypoint"]

@@ -1,0 +1,112 @@
+"""`ray job submit` as the README says, with a token, on two nodes, one of which is killed: about 12 minutes."""
+
+import json
+import logging
+import os
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import local_cluster
+import pytest
+from local_cluster import BUCKET, ROOT, Cluster, Submission
+
+from arplus import storage
+
+log = logging.getLogger(__name__)
+
+PLANTED = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "p1anted-mlflow-password"}
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with local_cluster.running(tmp_path_factory.mktemp("cluster") / "state", **PLANTED) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return local_cluster.prepare(tmp_path_factory.mktemp("prepare"))
+
+
+def test_the_readmes_commands(cluster: Cluster, data: str) -> None:
+    """Every line as it stands there, but for the bucket, the server, and a size that suits two CPU nodes."""
+    changes = {
+        "BUCKET": "arplus/readme",
+        "--records 1000000": "--records 1000",
+        "train.py arplus": "train.py arplus --tiny --max-steps 20",
+        "--workers 4": "--workers 2",
+        "--mlflow http://MLFLOW": "--mlflow $MLFLOW_TRACKING_URI",
+    }
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ray job submit")]
+    for job in ("synthesize", "prepare", "train", "evaluate", "chat", "export"):
+        (line,) = (line for line in lines if f"jobs/{job}.py" in line)
+        for before, after in changes.items():
+            line = line.replace(before, after)
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_killed_node_changes_nothing(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    """A worker a node; the second node's raylet is killed with -9, and another node takes its place."""
+    job = Submission(tmp_path / "log", *local_cluster.train_arguments(data, "node"))
+    job.wait_for_steps(20)
+    cluster.kill_raylet("node")
+    cluster.up()
+    seconds = job.wait_for_steps(1)
+    log.warning("the first new step came %.0f s after the new node", seconds)
+    assert job.end() == 0, job.output
+    assert "the workers were started again" in job.output
+    local_cluster.assert_ended_right(cluster, job, data, "node")
+
+
+def test_a_killed_driver_and_the_same_command_again(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    arguments = local_cluster.train_arguments(data, "driver")
+    first = Submission(tmp_path / "first", *arguments)
+    first.wait_for_steps(20)
+    first.driver().kill()
+    assert first.end() != 0
+    second = Submission(tmp_path / "second", *arguments)
+    seconds = second.wait_for_steps(1)
+    log.warning("the first new step came %.0f s after the second submission", seconds)
+    assert second.end() == 0, second.output
+    assert "going on with run driver from step" in second.output
+    local_cluster.assert_ended_right(cluster, second, data, "driver")
+
+
+def test_a_stopped_job_saves_and_the_same_command_goes_on(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    arguments = [*local_cluster.train_arguments(data, "stopped"), "--checkpoint-every", "1000"]
+    first = Submission(tmp_path / "first", *arguments)
+    first.wait_for_steps(15)
+    subprocess.run(["ray", "job", "stop", first.job_id], check=True, timeout=120)
+    first.end()
+    assert "the same command goes on from there" in first.output
+    assert not storage.exists(f"{BUCKET}/runs/stopped/final_metrics.json")
+    assert [run.info.status for run in cluster.runs("stopped")] == ["KILLED"]
+    second = Submission(tmp_path / "second", *arguments)
+    assert second.end() == 0, second.output
+    assert "going on with run stopped from step" in second.output
+    local_cluster.assert_ended_right(cluster, second, data, "stopped")
+
+
+def test_no_secret_is_found_anywhere(cluster: Cluster, data: str) -> None:
+    """In what all the jobs of this module have left: Ray's job list and logs, MLflow's database, the bucket."""
+    token = (cluster.state / "token").read_text()
+    header = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{os.environ['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=header)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        jobs = answer.read()
+    assert "runtime_env" in json.loads(jobs)[0]
+    found = {"the job list": jobs}
+    found |= {uri: storage.read_bytes(uri) for uri in storage.list_files(BUCKET)}
+    for folder in (cluster.state, Path((cluster.state / "ray").read_text().strip())):
+        found |= {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+    for home in ("env", "token", "s3.json"):
+        assert (cluster.state / home).stat().st_mode & 0o077 == 0
+        del found[str(cluster.state / home)]
+    secrets = [token, os.environ["AWS_SECRET_ACCESS_KEY"], PLANTED["MLFLOW_TRACKING_PASSWORD"]]
+    assert {where for where, content in found.items() for secret in secrets if secret.encode() in content} == set()
+    assert len([where for where, content in found.items() if b"--run-name" in content]) > 3, "the search finds logs"

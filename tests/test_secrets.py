@@ -1,0 +1,134 @@
+"""Secrets stay where they are: in the environment. A settings file, a log, a tag would show them to everyone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arplus import cli, storage
+from arplus.config import ChatConfig, EvaluateConfig, ExportConfig, PrepareConfig, SynthesizeConfig, preset
+from arplus.errors import UserError, redacted
+from arplus.tracking import start_run
+
+ROOT = Path(__file__).parent.parent
+SECRET = "hunter2"
+
+JOBS = """
+import runpy, sys
+codes = []
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        codes.append(end.code)
+    if sys.argv[0] == "jobs/prepare.py":
+        from arplus import storage
+        manifest = storage.read_json(sys.argv[-1] + "/manifest.json")
+        manifest["splits"]["valid"]["examples"] += 1
+        storage.write_json(sys.argv[-1] + "/manifest.json", manifest)
+print("exit codes", codes)
+"""
+"""Runs jobs one after another on one cluster; what prepare wrote gets a mistake that is found at a validation."""
+
+
+# --------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    ("default", "flag", "value"),
+    [
+        (preset("arplus"), "--mlflow", f"http://me:{SECRET}@mlflow.example.org"),
+        (preset("arplus"), "--data", f"s3://KEY:{SECRET}@bucket/data"),
+        (preset("arplus"), "--storage", f"s3://KEY:{SECRET}@bucket/runs"),
+        (preset("arplus"), "--init-from", f"s3://KEY:{SECRET}@bucket/runs/first"),
+        (SynthesizeConfig(), "--output", f"s3://KEY:{SECRET}@bucket/raw"),
+        (PrepareConfig(), "--input", f"s3://KEY:{SECRET}@bucket/raw"),
+        (PrepareConfig(), "--evaluation-set", f"random=s3://KEY:{SECRET}@bucket/test"),
+        (EvaluateConfig(), "--checkpoint", f"s3://{SECRET}@bucket/runs"),
+        (ExportConfig(), "--output", f"s3://KEY:{SECRET}@bucket/exported"),
+        (ChatConfig(), "--checkpoint", f"s3://KEY:{SECRET}@bucket/runs"),
+    ],
+)
+def test_an_address_with_credentials_is_refused(default: Any, flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{flag}: must not hold a user or password.*AWS_SECRET_ACCESS_KEY") as caught:
+        cli.parse(default, [flag, value], prog="job", description="")
+    assert SECRET not in str(caught.value)
+
+
+def test_what_only_looks_like_one_is_not() -> None:
+    cli.parse(preset("arplus"), ["--data", "s3://bucket/a@b", "--storage", "runs/me@home"], prog="job", description="")
+    cli.parse(ChatConfig(), ["--checkpoint", "runs/x", "--say", "写信给 me@example.org"], prog="job", description="")
+
+
+@pytest.mark.parametrize("uri", [f"s3://KEY:{SECRET}@bucket/x", f"https://me:{SECRET}@example.org/x"])
+def test_storage_names_no_credentials(uri: str) -> None:
+    with pytest.raises(UserError, match=r"://\*\*\*@") as caught:
+        storage.read_bytes(uri)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_trackers_address_from_the_environment_is_not_shown() -> None:
+    with pytest.raises(UserError, match=r"http://\*\*\*@127\.0\.0\.1:1 ") as caught:
+        start_run(f"http://me:{SECRET}@127.0.0.1:1", "e", "r", tags={}, params={})
+    assert SECRET not in str(caught.value)
+    assert redacted(f"a sqlite:///x and http://me:{SECRET}@host/p@q") == "a sqlite:///x and http://***@host/p@q"
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Ray's temporary folder; a short path, because sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="arplus-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(400)
+def test_planted_secrets_are_found_nowhere(s3_server: Any, tmp_path: Path, ray_folder: Path) -> None:
+    """A run that leaves a checkpoint and then fails, with all on S3, whose secret is one of those planted."""
+    planted = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "p1anted-mlflow-password"}
+    planted |= {"RAY_AUTH_TOKEN": "p1anted-ray-token" * 4, "RAY_TMPDIR": str(ray_folder)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")} | planted
+    home = s3_server.uri("secrets")
+    commands = [
+        f"jobs/synthesize.py --records 300 --output {home}/raw",
+        f"jobs/prepare.py --valid 0.1 --test 0.1 --input {home}/raw --output {home}/data",
+        f"jobs/train.py arplus --tiny --data {home}/data --storage {home}/runs --run-name failing --audit True "
+        f"--mlflow sqlite:///{tmp_path}/mlflow.db --max-steps 2 --checkpoint-every 1 --max-failures 0",
+    ]
+    command = [sys.executable, "-c", JOBS, *commands]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=360
+    )
+    said = done.stdout.decode(errors="replace")
+    assert "exit codes [1]" in said, said
+    assert "Traceback" in said
+    assert "its workers failed" in said
+
+    found = {"output": done.stdout}
+    found |= {uri: storage.read_bytes(uri) for uri in storage.list_files(home)}
+    for folder in (tmp_path, ray_folder):
+        found |= {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
+    secrets = [planted["MLFLOW_TRACKING_PASSWORD"], planted["RAY_AUTH_TOKEN"]]
+    secrets += [s3_server.environment["AWS_SECRET_ACCESS_KEY"]]
+    leaks = {where for where, content in found.items() for secret in secrets if secret.encode() in content}
+    assert leaks == set()
+
+    def names_of(part: str) -> str:
+        return json.dumps([where for where, content in found.items() if part.encode() in content])
+
+    # The search does find what is there: in logs of Ray's processes, in the runs' folders, in MLflow.
+    assert "/logs/" in names_of("out of bounds")
+    assert "runs/failing/checkpoints/step-00000001-attempt-1/config.json" in names_of("plateau_patience")
+    assert "mlflow.db" in names_of("optimizer.plateau_patience")
+    assert "data_card" in names_of("<html")
