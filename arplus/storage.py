@@ -23,7 +23,7 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import ResourceError, UserError
+from arplus.errors import NO_CREDENTIALS, ResourceError, UserError, redacted
 
 AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
 """What decides how S3 is reached, for messages."""
@@ -37,10 +37,12 @@ _REFUSED = re.compile(
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it.
 
-    Raises :class:`UserError` for a scheme that is not supported and for S3 without a bucket.
+    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, and for a URI with keys.
     """
     if urlsplit(uri).scheme == "s3":
         path = uri.partition("://")[2].rstrip("/")
+        if redacted(uri) != uri:
+            raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
         if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
             raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
         # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
@@ -49,7 +51,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return filesystem, path
     if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    raise UserError(f"{uri}: only local paths and s3:// URIs are supported")
+    raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
 
 
 def is_local(uri: str) -> bool:
@@ -70,7 +72,7 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = resolve(uri)
-    with _named(uri):
+    with named(uri):
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
@@ -80,7 +82,7 @@ def list_files(uri: str) -> list[str]:
     Raises :class:`UserError` where there is nothing.
     """
     filesystem, path = resolve(uri)
-    with _named(uri):
+    with named(uri):
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File:
             return [uri]
@@ -93,14 +95,14 @@ def list_files(uri: str) -> list[str]:
 def read_bytes(uri: str) -> bytes:
     """The content of a file. Raises :class:`UserError` where there is none."""
     filesystem, path = resolve(uri)
-    with _named(uri), filesystem.open_input_file(path) as file:
+    with named(uri), filesystem.open_input_file(path) as file:
         return bytes(file.read())
 
 
 def size(uri: str) -> int:
     """Bytes of a file. Raises :class:`UserError` where there is none."""
     filesystem, path = resolve(uri)
-    with _named(uri):
+    with named(uri):
         info = filesystem.get_file_info(path)
         if info.type != fs.FileType.File:
             raise UserError(f"{uri}: no such file")
@@ -110,14 +112,14 @@ def size(uri: str) -> int:
 def read_range(uri: str, start: int, size: int) -> bytes:
     """``size`` bytes of a file from ``start`` on. Raises :class:`UserError` where there is none."""
     filesystem, path = resolve(uri)
-    with _named(uri), filesystem.open_input_file(path) as file:
+    with named(uri), filesystem.open_input_file(path) as file:
         return bytes(file.read_at(size, start))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file whole or not at all, making its folder where needed."""
     filesystem, path = resolve(uri)
-    with _named(uri):
+    with named(uri):
         if isinstance(filesystem, fs.S3FileSystem):
             with filesystem.open_output_stream(path, compression=None) as stream:  # ".gz" is our business
                 stream.write(data)
@@ -155,7 +157,7 @@ def write_json(uri: str, value: Any) -> None:
 def delete(uri: str) -> None:
     """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
     filesystem, path = resolve(uri)
-    with _named(uri):
+    with named(uri):
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.Directory:
             filesystem.delete_dir(path)
@@ -164,8 +166,8 @@ def delete(uri: str) -> None:
 
 
 @contextmanager
-def _named(uri: str) -> Iterator[None]:
-    """Turns a file system's errors into our own, which name ``uri`` and say what to look at."""
+def named(uri: str) -> Iterator[None]:
+    """Turns a file system's errors into our own, which name ``uri`` and say what to look at; see the module."""
     try:
         yield
     except FileNotFoundError:

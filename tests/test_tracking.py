@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,15 @@ from arplus.tracking import (
     Tracker,
     check_reachable,
     client,
+    compare_url,
     default_uri,
+    end_children,
+    end_run,
     open_command,
+    register_model,
     run_url,
     start_run,
+    study_url,
 )
 from arplus.tracking import replay as replay_record
 from arplus.tracking.replay import read_record
@@ -148,6 +154,26 @@ def test_a_run_goes_on_where_it_stopped(store, tmp_path):
     assert points(store, run.run_id, "train/loss") == [(1, 2.0), (2, 1.0)]
 
 
+def test_a_step_that_is_trained_again_has_one_point(store, tmp_path):
+    """After a restart from a checkpoint; also where the first attempt died before it had sent everything."""
+    run = begin(store)
+    record = tmp_path / "r.jsonl"
+    with Tracker(run, record=record) as first:
+        first.log({"train/loss": 3.0}, 1)
+        first.log({"train/loss": 2.0}, 2)
+    second = Tracker(start_run(store, "tests", "x", tags={}, params={}, resume_run_id=run.run_id), record=record)
+    second.log({"train/loss": 2.0, "valid/ppl": 9.0}, 2)
+    second.log({"train/loss": 1.0}, 3)
+    assert second.close("FINISHED") == 0
+    assert points(store, run.run_id, "train/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert points(store, run.run_id, "valid/ppl") == [(2, 9.0)]
+    assert replay_record(record, store) == 0
+    elsewhere = begin(store)
+    record.write_text(record.read_text().replace(run.run_id, elsewhere.run_id))
+    replay_record(record, store)
+    assert points(store, elsewhere.run_id, "train/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
 def test_a_run_that_was_deleted_is_replaced_with_a_warning(store, caplog):
     run = begin(store)
     client.connect(store).delete_run(run.run_id)
@@ -228,6 +254,47 @@ def test_an_experiment_that_another_process_made_meanwhile_is_taken(store, monke
 
 
 # ----------------------------------------------------------------------------------------- a server that is not there
+
+
+@pytest.mark.parametrize("kind", ["store", "server"])
+def test_a_model_is_registered_once_a_run_and_its_alias_moves(kind, request, tmp_path):
+    uri = getattr(request.getfixturevalue(kind), "uri", None) or request.getfixturevalue(kind)
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    versions = []
+    for number in range(2):
+        run = begin(uri)
+        with Tracker(run, record=tmp_path / "r.jsonl") as tracker:
+            tracker.log_file(weights, "checkpoint")
+        versions.append(register_model(run, "checkpoint", f"best of {kind}", "best", {"number": str(number)}))
+        assert register_model(run, "checkpoint", f"best of {kind}", "best", {}) == versions[-1], "no second version"
+    assert versions == ["1", "2"]
+    mlflow = client.connect(uri)
+    found = mlflow.get_model_version_by_alias(f"best of {kind}", "best")
+    assert (str(found.version), found.run_id, found.tags) == ("2", run.run_id, {"number": "1"})
+    copy = mlflow.download_artifacts(found.run_id, "checkpoint/weights.safetensors", str(tmp_path))
+    assert Path(copy).read_bytes() == b"weights"
+
+
+def test_the_children_that_nobody_ends_are_ended(store, tmp_path):
+    parent, other = begin(store), begin(store)
+    children = [begin(store, parent_run_id=parent.run_id) for _ in range(3)]
+    stranger = begin(store, parent_run_id=other.run_id)
+    end_run(children[0], "FINISHED", {"outcome": "stopped early"})
+    assert end_children(parent) == 2
+    mlflow = client.connect(store)
+    assert [mlflow.get_run(run.run_id).info.status for run in children] == ["FINISHED", "KILLED", "KILLED"]
+    assert mlflow.get_run(children[0].run_id).data.tags["outcome"] == "stopped early"
+    assert {mlflow.get_run(run.run_id).info.status for run in (parent, stranger)} == {"RUNNING"}
+    Tracker(stranger, record=tmp_path / "r.jsonl").close("FINISHED")
+
+
+def test_where_runs_are_compared():
+    runs = [Run("http://h:5000", "7", "a"), Run("http://h:5000", "7", "b")]
+    assert study_url(runs[0]) == "http://h:5000/#/experiments/7/runs"
+    assert compare_url(runs) == (
+        "http://h:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
+    )
 
 
 class Refusing:

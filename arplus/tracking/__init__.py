@@ -10,9 +10,9 @@ Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only mod
 (logging) · ``replay``.
 """
 
-from arplus.tracking.client import check_reachable, start_run
+from arplus.tracking.client import check_reachable, end_children, end_run, register_model, start_run
 from arplus.tracking.replay import replay
-from arplus.tracking.run import Run, default_uri, open_command, run_url
+from arplus.tracking.run import Run, compare_url, default_uri, open_command, run_url, study_url
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
@@ -20,9 +20,14 @@ __all__ = [
     "Status",
     "Tracker",
     "check_reachable",
+    "compare_url",
     "default_uri",
+    "end_children",
+    "end_run",
     "open_command",
+    "register_model",
     "replay",
     "run_url",
     "start_run",
+    "study_url",
 ]

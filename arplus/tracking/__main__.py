@@ -5,9 +5,8 @@ import os
 import sys
 
 from arplus import cli
-from arplus.errors import UserError
+from arplus.errors import UserError, redacted
 from arplus.tracking.replay import replay
-from arplus.tracking.run import redacted
 
 
 def main() -> None:
@@ -16,7 +15,7 @@ def main() -> None:
     command = parser.add_subparsers(required=True, metavar="replay").add_parser(
         "replay", help="send what the server missed, from the record of a run"
     )
-    command.add_argument("record", help="JSONL record of a run")
+    command.add_argument("record", help="JSONL record of a run, or a folder of records: a path or s3:// URI")
     command.add_argument("--mlflow", metavar="URI", help="tracking URI; by default MLFLOW_TRACKING_URI")
     arguments = parser.parse_args()
     uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arplus.errors import ResourceError, UserError
-from arplus.tracking.run import Run, absolute_uri, redacted
+from arplus.errors import ResourceError, UserError, redacted
+from arplus.tracking.run import Run, absolute_uri
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +221,57 @@ def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping
     )
 
 
+# ---------------------------------------------------------------------------------------------------------- studies
+
+
+def end_run(run: Run, status: str, tags: Mapping[str, str]) -> None:
+    """Sets the status and tags of a run that another process has logged to."""
+    from mlflow.entities import RunTag
+
+    with explained(run.uri):
+        client = connect(run.uri)
+        client.log_batch(run.run_id, tags=[RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()])
+        client.set_terminated(run.run_id, status)
+
+
+def end_children(parent: Run, status: str = "KILLED") -> int:
+    """Ends the runs of a study that are still RUNNING, and gives their number.
+
+    A process that was killed between making a run and noting its id leaves one that nobody knows.
+    """
+    ended = 0
+    with explained(parent.uri):
+        client = connect(parent.uri)
+        family = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+        while found := client.search_runs([parent.experiment_id], family, max_results=500):
+            for run in found:
+                client.set_terminated(run.info.run_id, status)
+            ended += len(found)
+    return ended
+
+
+def register_model(run: Run, artifact: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
+    """Registers the artifact folder of a run as a version of the model ``name``, and points ``alias`` to it.
+
+    Gives the version. A run that has one already keeps it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with explained(run.uri):
+        client = connect(run.uri)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run.run_id]
+        if not versions:
+            source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
+            versions = [client.create_model_version(name, source, run.run_id, tags=dict(tags))]
+        client.set_registered_model_alias(name, alias, versions[0].version)
+        return str(versions[0].version)
+
+
 # ---------------------------------------------------------------------------------------------------------- sending
 
 
@@ -245,6 +296,18 @@ def send(client: Any, events: list[Event]) -> None:
         client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
     elif "status" in event:
         client.set_terminated(run_id, event["status"], event["timestamp"])
+
+
+def without_repeats(client: Any, events: list[Event], known: dict[str, set[int]]) -> list[Event]:
+    """The metrics of ``events`` at steps that the server had no point of when their name was first met.
+
+    A run that goes on from a checkpoint trains some steps again and computes the same numbers. MLflow keeps every
+    point and deletes none, so a second one would only make the curve jump back. ``known`` (name → steps) is filled.
+    """
+    for event in events:
+        if event["key"] not in known:
+            known[event["key"]] = {m.step for m in client.get_metric_history(event["run_id"], event["key"])}
+    return [event for event in events if event["step"] not in known[event["key"]]]
 
 
 def digest(fingerprint: str) -> str:

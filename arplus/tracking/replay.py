@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arplus.errors import UserError
+from arplus import storage
 from arplus.tracking.client import METRICS_A_REQUEST, Event, connect, digest, explained, send
 from arplus.tracking.run import absolute_uri
 
@@ -14,24 +14,22 @@ logger = logging.getLogger(__name__)
 
 
 def read_record(path: str | Path) -> Iterator[Event]:
-    """The events of a record; lines that are none (a process was killed while writing) are counted in a warning.
+    """The events of a record, or of all records in a folder; ``path`` may be a URI.
 
-    Raises :class:`UserError` where there is no such file.
+    Lines that are none (a process was killed while writing) are counted in a warning. Raises :class:`UserError` where
+    there is nothing.
     """
     broken = 0
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    event = None
-                if isinstance(event, dict) and "run_id" in event and "timestamp" in event:
-                    yield event
-                else:
-                    broken += bool(line.strip())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    for uri in storage.list_files(str(path)):
+        for line in storage.read_bytes(uri).decode(errors="replace").split("\n"):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict) and "run_id" in event and "timestamp" in event:
+                yield event
+            else:
+                broken += bool(line.strip())
     if broken:
         logger.warning("%s: %d broken lines skipped", path, broken)
 
@@ -44,7 +42,7 @@ def replay(path: str | Path, uri: str) -> int:
     uri = absolute_uri(uri)
     client = connect(uri)
     runs: dict[str, list[Event]] = {}
-    for event in read_record(path):
+    for event in sorted(read_record(path), key=lambda event: event["timestamp"]):
         runs.setdefault(event["run_id"], []).append(event)
     with explained(uri):
         return sum(_replay_run(client, run_id, events) for run_id, events in runs.items())
@@ -53,8 +51,11 @@ def replay(path: str | Path, uri: str) -> int:
 def _replay_run(client: Any, run_id: str, events: list[Event]) -> int:
     run = client.get_run(run_id)
     keys = {e["key"] for e in events if "key" in e}
-    points = {(key, m.step, m.timestamp) for key in sorted(keys) for m in client.get_metric_history(run_id, key)}
-    metrics = [e for e in events if "key" in e and (e["key"], e["step"], e["timestamp"]) not in points]
+    there = [(key, m) for key in sorted(keys) for m in client.get_metric_history(run_id, key)]
+    points = {(key, m.step) for key, m in there}
+    # A step that was trained again after a restart is recorded again; one point of it is enough.
+    recorded = {(e["key"], e["step"]): e for e in events if "key" in e}
+    metrics = [e for point, e in recorded.items() if point not in points]
     for start in range(0, len(metrics), METRICS_A_REQUEST):
         send(client, metrics[start : start + METRICS_A_REQUEST])
 
@@ -66,7 +67,7 @@ def _replay_run(client: Any, run_id: str, events: list[Event]) -> int:
     datasets = {digest(e["dataset"]["fingerprint"]): e for e in events if "dataset" in e}
     rest += [e for digest, e in datasets.items() if digest not in digests]
     # A run that went on elsewhere after this record ended it is none of this record's business.
-    latest = max((timestamp for _, _, timestamp in points), default=0)
+    latest = max((m.timestamp for _, m in there), default=0)
     ends = [e for e in events[-1:] if "status" in e and e["timestamp"] >= latest]
     rest += [e for e in ends if run.info.status != e["status"]]
     sent = len(metrics)

@@ -1,15 +1,17 @@
 """What a tracked run is, and the addresses where runs live."""
 
 import contextlib
+import json
 import os
-import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import UserError
+from arplus.errors import UserError, redacted
 
 
 class Run(NamedTuple):
@@ -55,6 +57,18 @@ def run_url(run: Run) -> str:
     return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
+def study_url(run: Run) -> str:
+    """The page that lists the runs of a run's experiment."""
+    return run_url(run).rpartition("/")[0]
+
+
+def compare_url(runs: Sequence[Run]) -> str:
+    """The page on which runs of one experiment are compared."""
+    server = run_url(runs[0]).partition("/#/")[0]
+    ids, experiments = json.dumps([run.run_id for run in runs]), json.dumps([runs[0].experiment_id])
+    return f"{server}/#/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}"
+
+
 def open_command(uri: str) -> str | None:
     """The shell command that serves a sqlite store's pages on this machine; None where a server does already."""
     if uri.startswith("http"):
@@ -63,8 +77,3 @@ def open_command(uri: str) -> str | None:
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
     return f"{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(absolute_uri(uri))}"
-
-
-def redacted(text: str) -> str:
-    """``text`` with the user and password of its URLs masked: they belong in no log."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)

@@ -12,9 +12,21 @@ from collections.abc import Iterator, Mapping
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal, Self
+from uuid import uuid4
 
-from arplus.tracking.client import METRICS_A_REQUEST, TAG_LENGTH, Event, brief, is_final, make_client, send
-from arplus.tracking.run import Run, redacted
+from arplus import storage
+from arplus.errors import UserError, redacted
+from arplus.tracking.client import (
+    METRICS_A_REQUEST,
+    TAG_LENGTH,
+    Event,
+    brief,
+    is_final,
+    make_client,
+    send,
+    without_repeats,
+)
+from arplus.tracking.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +46,15 @@ class Tracker:
     Every call writes to the record, queues and returns. A daemon thread sends; it retries for as long as the server is
     away. Only the queue's bound loses points, and only for the server: they are counted, said once in a warning and
     again by :meth:`close`, and the record has them all. Nothing is sent before the first call, so that attaching to a
-    run (after a worker's restart, say) works while the server is down.
+    run (after a worker's restart, say) works while the server is down. A point of a step that an earlier tracker of
+    the run has sent is left out.
     """
 
-    def __init__(self, run: Run, *, record: str | Path, capacity: int = CAPACITY) -> None:
+    def __init__(self, run: Run, *, record: str | Path, keep: str | None = None, capacity: int = CAPACITY) -> None:
+        """``keep`` is the URI of a folder to which :meth:`close` copies a record that the server lacks a part of."""
         self.run = run
         self.record = Path(record)
+        self._keep = keep
         self.dropped = 0
         """Events that will not reach the server by themselves."""
         self._capacity = capacity
@@ -97,7 +112,7 @@ class Tracker:
                 "MLflow (%s) misses %d logged values; send them with: python -m arplus.tracking replay %s --mlflow %s",
                 redacted(self.run.uri),
                 self.dropped,
-                shlex.quote(str(self.record)),
+                shlex.quote(self._kept()),
                 shlex.quote(redacted(self.run.uri)),
             )
         return self.dropped
@@ -110,6 +125,16 @@ class Tracker:
             self.close("FINISHED")
         else:
             self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _kept(self) -> str:
+        """Where the record can be read when this machine is gone; the local file where there is no such place."""
+        if self._keep is not None:
+            try:
+                storage.write_bytes(storage.join(self._keep, f"{uuid4().hex[:8]}.jsonl"), self.record.read_bytes())
+                return self._keep
+            except (UserError, OSError) as error:
+                logger.warning("the record of logged values is on this machine alone: %s", error)
+        return str(self.record)
 
     def _prepare_record(self) -> None:
         """Ends a line that an earlier process was killed in, so that the next one does not grow onto it."""
@@ -140,12 +165,14 @@ class Tracker:
 
     def _send_all(self) -> None:
         client = None
+        known: dict[str, set[int]] = {}
         while batch := self._next_batch():
             wait, since = 1.0, time.monotonic()
             while True:
                 try:
                     client = client or make_client(self.run.uri)
-                    send(client, batch)
+                    if new := without_repeats(client, batch, known) if "key" in batch[0] else batch:
+                        send(client, new)
                     break
                 except Exception as error:  # whatever a server or a network may do, training goes on
                     with self._changed:
