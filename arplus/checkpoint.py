@@ -55,10 +55,14 @@ class Progress:
     """Optimizer steps done in all: AdamW's update count."""
     examples: int = 0
     """Examples trained on in all; the unit in which steps are tracked."""
+    train_seconds: float = 0.0
+    """Time of these steps, waits for data included, without validations, checkpoints and starts."""
     best_response_ppl: float | None = None
     """Lowest response perplexity on validation so far."""
     validation: dict[str, float] = field(default_factory=dict)
     """Metrics of the newest validation."""
+    unvalidated: bool = False
+    """Whether the run was stopped in a validation: it is due before the next step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,12 +105,12 @@ def kill_a_worker(which: int) -> None:
     workers[which % len(workers)].kill()
 
 
-def start_job(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
-    """``jobs/train.py`` as a process of its own, on this session's cluster."""
+def start_job(config: TrainConfig, *more: str, address: str | None = None) -> subprocess.Popen[str]:
+    """``jobs/train.py`` as a process of its own, on the cluster at an address, by default this session's."""
     file = folder(config).with_suffix(".settings.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(to_dict(config)))
-    address = ray.get_runtime_context().gcs_address
+    address = address or ray.get_runtime_context().gcs_address
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(file), *more],
         cwd=ROOT,

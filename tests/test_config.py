@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from arplus import config as config_module
 from arplus.config import (
+    PAPER_ROWS,
     PRESETS,
     EvaluateConfig,
     ModelConfig,
@@ -77,8 +78,9 @@ def message_of(cls: type, values: dict[str, Any]) -> str:
 
 
 def test_the_presets_are_the_papers_seven_rows() -> None:
-    assert list(PRESETS) == ROWS
-    assert all(PRESETS[name].preset == name for name in ROWS)
+    assert list(PAPER_ROWS) == ROWS
+    assert list(PRESETS) == [*ROWS, "arplus-large"]
+    assert all(row.preset == name for name, row in PRESETS.items())
 
 
 def test_ar_plus_has_the_papers_sizes() -> None:
@@ -144,7 +146,7 @@ def test_special_tokens_take_the_last_nine_ids() -> None:
     assert [token.strip("[]").lower() for token in config_module.SPECIAL_TOKENS] == list(special_ids(20)._fields)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: str) -> None:
     row = preset(name)
     assert checked(row) == row
@@ -157,6 +159,7 @@ def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: st
     assert (small.model.ff_bottleneck is None) == (row.model.ff_bottleneck is None)
     assert (small.model.embedding_size == small.model.d_model) == (row.model.embedding_size == row.model.d_model)
     assert (small.model.unique_layers == 1) == (row.model.unique_layers == 1)
+    assert (small.model.groups == 1) == (row.model.groups == 1)
     assert small.model.d_model < row.model.d_model
 
 
@@ -174,7 +177,7 @@ train_configs = st.builds(
         model=ModelConfig(layers=shape[0] * shape[1], groups=shape[1], d_model=8 * shape[2], heads=shape[3], **model),
         optimizer=optimizer,
         objective=ObjectiveConfig(lambda1=whole["lambda1"]),
-        workers=shares[0],
+        workers=shares[0] if whole["zero"] else f"1:{shares[0]}",
         accumulation=shares[1],
         batch_size=shares[0] * shares[1] * shares[2],
         max_steps=whole["max_steps"],
@@ -285,20 +288,29 @@ def test_all_bad_values_are_named_at_once() -> None:
     assert re.findall(r"--[\w.-]+", message) == ["--batch-size", "--model.heads"]
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "workers", "accumulation", "do"),
-    [(64, 3, 1, "63 or 66 would do"), (64, 5, 2, "60 or 70 would do"), (3, 4, 1, "; 4 would do")],
-)
-def test_a_batch_size_that_does_not_divide_says_which_would(
-    batch_size: int, workers: int, accumulation: int, do: str
-) -> None:
-    values = {"batch_size": batch_size, "workers": workers, "accumulation": accumulation}
-    message = message_of(TrainConfig, values)
-    assert message.startswith("settings.json: --batch-size: ")
-    assert do in message
-    assert f"{workers} × {accumulation}" in message
-    for size in map(int, re.findall(r"\d+", do)):
-        assert from_dict(TrainConfig, values | {"batch_size": size}, source="file").micro_batch_size > 0
+@pytest.mark.parametrize(("workers", "accumulation", "least"), [(4, 1, 4), ("1:4", 1, 4), (2, 3, 6), ("2:3", 2, 6)])
+def test_a_batch_has_an_example_for_every_micro_batch(workers: int | str, accumulation: int, least: int) -> None:
+    values = {"batch_size": least - 1, "workers": workers, "accumulation": accumulation}
+    problem = f"--batch-size: must be at least workers × accumulation = {least // accumulation} × {accumulation} = "
+    assert message_of(TrainConfig, values).startswith(f"settings.json: {problem}{least}")
+    config = from_dict(TrainConfig, values | {"batch_size": least}, source="file")
+    assert config.micro_batch_size(least // accumulation) == 1
+
+
+def test_micro_batches_are_filled_up_to_equal_size() -> None:
+    assert [TrainConfig(batch_size=64).micro_batch_size(workers) for workers in (1, 2, 3, 5)] == [64, 32, 22, 13]
+    assert TrainConfig(batch_size=64, accumulation=3).micro_batch_size(2) == 11
+
+
+@pytest.mark.parametrize(("workers", "sizes"), [(3, [3]), ("1:4", [1, 2, 3, 4]), ("2:2", [2])])
+def test_workers_are_a_number_or_a_range(workers: int | str, sizes: list[int]) -> None:
+    assert list(from_dict(TrainConfig, {"workers": workers}, source="file").world_sizes) == sizes
+
+
+@pytest.mark.parametrize("workers", [0, -2, "4:1", "0:2", "2", "1:", ":2", "1:2:3", "1.5", "all"])
+def test_other_workers_are_refused(workers: int | str) -> None:
+    problem = f"--workers: must be a number N or a range MIN:MAX, at least 1 (got {workers!r})"
+    assert message_of(TrainConfig, {"workers": workers}) == f"settings.json: {problem}"
 
 
 @pytest.mark.parametrize(

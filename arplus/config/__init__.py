@@ -3,8 +3,8 @@
 A configuration is a tree of frozen dataclasses. The command line is made from these types (:mod:`arplus.cli`);
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
-Modules: ``model`` (the network) · ``training`` (a run, and the paper's rows as presets) · ``jobs`` (all other jobs) ·
-``checks`` (plain values and back).
+Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps and
+range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (
@@ -32,9 +32,21 @@ from arplus.config.model import (
     VocabularySizes,
     special_ids,
 )
+from arplus.config.space import Dimension, parse_space
+from arplus.config.studies import (
+    AblateConfig,
+    LrFindConfig,
+    StudyConfig,
+    TuneConfig,
+    run_settings,
+    study_settings,
+)
 from arplus.config.training import (
     AR,
+    PAPER_ROWS,
+    PEAK_TFLOPS,
     PRESETS,
+    EstimateConfig,
     FeedConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -45,29 +57,40 @@ from arplus.config.training import (
 
 __all__ = [
     "AR",
+    "PAPER_ROWS",
+    "PEAK_TFLOPS",
     "PRESETS",
     "RESERVED_SPLITS",
     "SPECIAL_TOKENS",
+    "AblateConfig",
     "ChatConfig",
+    "Dimension",
+    "EstimateConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FeedConfig",
+    "LrFindConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PrepareConfig",
     "Sampling",
     "SpecialIds",
+    "StudyConfig",
     "SynthesizeConfig",
     "TrainConfig",
+    "TuneConfig",
     "VocabularySizes",
     "checked",
     "dotted_names",
     "flag",
     "flat",
     "from_dict",
+    "parse_space",
     "preset",
+    "run_settings",
     "special_ids",
+    "study_settings",
     "tiny",
     "to_dict",
     "unknown_key",

@@ -4,15 +4,19 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from arplus.errors import UserError
+from arplus.errors import NO_CREDENTIALS, UserError, redacted
 
 T = TypeVar("T")
+
+_WITH_CREDENTIALS = re.compile(r"(\w+=)?[a-z][a-z0-9+.-]*://[^/@\s]+@")
+"""Starts a setting that is a URI with a user or password in it, or a name and such a URI."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -36,7 +40,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     else:
         problems = list(_check(config))
     if problems:
-        raise UserError("; ".join(dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)))
+        lines = dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)
+        raise UserError(redacted("; ".join(lines)))
     return config
 
 
@@ -89,10 +94,16 @@ def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, f.name)):
             yield from _check(value, f"{prefix}{f.name}.")
+        elif any(isinstance(part, str) and _WITH_CREDENTIALS.match(part) for part in _parts(value)):
+            yield prefix + f.name, NO_CREDENTIALS
         elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
             yield prefix + f.name, f"must be finite (got {value})"
     if hasattr(config, "check"):
         yield from ((prefix + name, problem) for name, problem in config.check())
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _lower(message: str) -> str:

@@ -1,5 +1,6 @@
-"""One training run, and the presets, which are the paper's rows (Tables 1 and 2)."""
+"""One training run, and the presets: the paper's rows (Tables 1 and 2) and a larger model."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -46,8 +47,28 @@ class FeedConfig:
     """Global batches a window: a window is shuffled, sorted by length and cut into batches of like length."""
     prefetch: Annotated[int, Gt(0)] = 2
     """Windows prepared ahead of the training step."""
+    subset: Annotated[int, Gt(0)] | None = None
+    """Train on this many examples of the training split only: random ones, the same in every run."""
     static_shapes: bool = False
     """Pad every batch to one of a few fixed shapes, for kernels that are compiled a shape."""
+
+
+PEAK_TFLOPS = {"T4": 65, "A10G": 70, "L4": 121, "A100": 312, "H100": 989}
+"""Dense 16-bit tensor peaks of GPUs as their makers give them, in 10¹² operations a second (T4: fp16; H100: SXM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """What ``--dry-run`` takes for granted of machines that it does not see; training itself does not look at it."""
+
+    examples_per_second: Annotated[float, Gt(0)] | None = None
+    """Examples a second of one worker, such as a first run's log line says; by default gpu and utilisation give it."""
+    gpu: Literal["T4", "A10G", "L4", "A100", "H100"] = "L4"
+    """A worker's GPU, for its peak rate."""
+    utilisation: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Share of that peak that training reaches: an assumption, and a careful one for a small model."""
+    price: Annotated[float, Gt(0)] | None = None
+    """Price of a worker an hour, in any currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +76,16 @@ class TrainConfig:
     """One training run."""
 
     preset: str = "arplus"
-    """Row of the paper that this configuration started from; a label."""
+    """Preset that this configuration started from; a label."""
     data: str = ""
     """URI of a prepared data set (the output of jobs/prepare.py)."""
     storage: str = "runs"
     """URI under which every run has a folder of its own."""
     run_name: str = ""
     """Name of the run and of its folder; the preset's name where empty."""
-    workers: Annotated[int, Gt(0)] = 1
-    """Training workers, one GPU each where there are GPUs."""
+    workers: int | str = 1
+    """Training workers, one GPU each where there are GPUs: N, or MIN:MAX for as many of them as the cluster has room
+    for at any time, which may change in mid-run."""
     worker_cpus: Annotated[float, Gt(0)] | None = None
     """CPUs a worker; by default what leaves one whole CPU to the data feed."""
     zero: Annotated[int, Ge(0), Le(3)] = 1
@@ -71,7 +93,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
     batch_size: Annotated[int, Gt(0)] = 64
-    """Examples an optimizer step, over all workers; must divide by workers × accumulation."""
+    """Examples an optimizer step, over all workers. Where it does not divide by workers × accumulation, rows that do
+    not count fill up the micro-batches."""
     accumulation: Annotated[int, Gt(0)] = 1
     """Micro-batches a worker an optimizer step."""
     epochs: Annotated[int, Gt(0)] = 3
@@ -111,22 +134,30 @@ class TrainConfig:
     """The optimizer and its schedule."""
     feed: FeedConfig = field(default_factory=FeedConfig)
     """The batches."""
+    estimate: EstimateConfig = field(default_factory=EstimateConfig)
+    """Hours and cost in ``--dry-run``."""
 
     @property
-    def micro_batch_size(self) -> int:
-        """Examples in one forward pass of one worker."""
-        return self.batch_size // (self.workers * self.accumulation)
+    def world_sizes(self) -> range:
+        """The numbers of workers that the run may have; empty where ``workers`` is not valid."""
+        if isinstance(self.workers, int):
+            return range(self.workers, self.workers + 1)
+        found = re.fullmatch("([0-9]{1,6}):([0-9]{1,6})", self.workers)
+        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
+    def micro_batch_size(self, workers: int) -> int:
+        """Rows in one forward pass of one of ``workers`` workers, those that only fill it up included."""
+        return -(-self.batch_size // (workers * self.accumulation))
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        share = self.workers * self.accumulation
-        if self.batch_size % share:
-            below, above = self.batch_size // share * share, -(-self.batch_size // share) * share
-            sizes = f"{below} or {above} would do" if below else f"{above} would do"
+        if not self.world_sizes or self.world_sizes[0] < 1:
+            yield "workers", f"must be a number N or a range MIN:MAX, at least 1 (got {self.workers!r})"
+        elif self.batch_size < (parts := self.world_sizes[-1] * self.accumulation):
             yield (
                 "batch_size",
-                f"must divide by workers × accumulation = {self.workers} × {self.accumulation}; "
-                f"{sizes} (got {self.batch_size})",
+                f"must be at least workers × accumulation = {self.world_sizes[-1]} × {self.accumulation} = {parts}, "
+                f"an example for each (got {self.batch_size})",
             )
 
 
@@ -150,7 +181,7 @@ def _row(preset: str, model: ModelConfig, lr: float) -> TrainConfig:
     return TrainConfig(preset=preset, model=model, optimizer=OptimizerConfig(lr=lr))
 
 
-PRESETS: dict[str, TrainConfig] = {
+PAPER_ROWS: dict[str, TrainConfig] = {
     row.preset: row
     for row in (
         replace(_row("ar", AR, _LOW_LR), optimizer=OptimizerConfig(lr=_LOW_LR, eps=1e-8)),
@@ -164,9 +195,30 @@ PRESETS: dict[str, TrainConfig] = {
 }
 """The paper's rows by name, with the learning rate that the paper's code used for each (guide: Sizes)."""
 
+LARGE = replace(
+    _row(
+        "arplus-large",
+        ModelConfig(layers=24, groups=2, d_model=1536, embedding_size=512, heads=24, ff_size=6144, ff_bottleneck=512),
+        5e-4,
+    ),
+    batch_size=256,
+)
+"""AR+ at ten times its size, for the full data set: 296 M live parameters, 195 G float operations an example.
+
+All of AR+'s methods, in other measures. Its 31 M parameters are mostly tables: one layer applied six times holds 1.6 M.
+Here 12 unique layers hold 208 M, each applied twice, so that sharing still halves what is stored and sent. The width
+grows to three times AR+'s at the same 64 a head, ff = 4d; the inner width of the feed-forward layer grows more (d/3,
+not d/5), because a layer that is one of 12 need not be so narrow. The learning rate is AR+'s 2e-3 by the 1/d rule of
+Adam (6.7e-4; Yang et al. 2021), rounded down for four times the depth. It was never trained to the end: find the rate
+on a first part of the data before a long run.
+"""
+
+PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {LARGE.preset: LARGE}
+"""Every configuration that has a name: the paper's rows, and a larger one of ours."""
+
 
 def preset(name: str) -> TrainConfig:
-    """The configuration of one of the paper's rows. Raises :class:`UserError` for an unknown name."""
+    """The configuration of that name. Raises :class:`UserError` for an unknown one."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -175,13 +227,13 @@ def preset(name: str) -> TrainConfig:
 def tiny(config: TrainConfig) -> TrainConfig:
     """Shrinks any preset to seconds of training on a CPU; what makes the row the row stays."""
     model = config.model
-    d_model = 128
+    d_model, shared = 128, model.groups > 1
     return replace(
         config,
         model=replace(
             model,
-            layers=2,
-            groups=2 if model.unique_layers == 1 else 1,
+            layers=4 if shared and model.unique_layers > 1 else 2,
+            groups=2 if shared else 1,
             d_model=d_model,
             embedding_size=d_model if model.embedding_size == model.d_model else 64,
             heads=4,

@@ -1,6 +1,6 @@
 """A prepared data set: what its manifest says of it. Written by :mod:`arplus.data.prepare`, read by the feed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arplus import storage
@@ -29,6 +29,7 @@ class Split:
     name: str
     examples: int
     sessions: int
+    """Of the first examples of a split only an estimate, by the examples a session."""
     row_groups: tuple[RowGroup, ...]
 
 
@@ -67,8 +68,11 @@ class Dataset:
         """Sizes of the two vocabularies."""
         return sizes(self.characters, self.persona_words)
 
-    def split(self, name: str) -> Split:
-        """A split by name. Raises :class:`UserError` for an unknown one."""
+    def split(self, name: str, first: int | None = None) -> Split:
+        """A split by name, or its ``first`` examples. Raises :class:`UserError` for an unknown one, or one too small.
+
+        Files are in order of example ids, which are hashes, so the first examples are random ones.
+        """
         splits = self.manifest["splits"]
         if name not in splits:
             raise UserError(f"{self.uri}: no split {name!r}; it has {', '.join(splits)}")
@@ -78,4 +82,20 @@ class Dataset:
             for file in facts["files"]
             for index, rows in enumerate(file["row_groups"])
         )
-        return Split(name, facts["examples"], facts["sessions"], groups)
+        split = Split(name, facts["examples"], facts["sessions"], groups)
+        if first is None:
+            return split
+        if first > split.examples:
+            raise UserError(f"{self.uri}: the split {name} has {split.examples:,} examples, not {first:,}")
+        return _first(split, first)
+
+
+def _first(split: Split, examples: int) -> Split:
+    groups, rest = [], examples
+    for group in split.row_groups:
+        if rest <= 0:
+            break
+        groups.append(replace(group, rows=min(group.rows, rest)))
+        rest -= group.rows
+    sessions = round(split.sessions * examples / split.examples)
+    return Split(split.name, examples, sessions, tuple(groups))

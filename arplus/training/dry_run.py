@@ -4,14 +4,15 @@ import json
 
 import torch
 
-from arplus.config import TrainConfig, VocabularySizes, to_dict
+from arplus.config import PEAK_TFLOPS, TrainConfig, VocabularySizes, to_dict
 from arplus.data.dataset import Dataset
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import forward_backward_flops, live_parameters
+from arplus.training.memory import CONTEXT, activation_bytes, worker_bytes
 
 
 def report(config: TrainConfig) -> str:
-    """The resolved configuration, parameters by component, float operations, steps and memory, as text.
+    """The resolved configuration, parameters by component, float operations, steps, memory, hours and cost, as text.
 
     Without a data set it takes the paper's vocabulary sizes. Raises :class:`UserError` where the data set is none.
     """
@@ -19,31 +20,58 @@ def report(config: TrainConfig) -> str:
     sizes = dataset.sizes if dataset else VocabularySizes()
     with torch.device("meta"):
         parts = live_parameters(ARPlus(config.model, sizes))
-    total = sum(parts.values())
-    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {total:,}"]
+    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
     flops = forward_backward_flops(config.model, sizes)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
-    if dataset:
-        examples = dataset.split("train").examples
-        steps = -(-examples // config.batch_size)
-        run = steps * config.epochs if config.max_steps is None else min(steps * config.epochs, config.max_steps)
-        lines += [f"steps: {run:,} ({steps:,} an epoch of {examples:,} examples)"]
+    lines += ["", *_memory(config, sizes), ""]
+    if dataset is None:
+        return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
+    examples = dataset.split("train").examples
+    epoch = -(-examples // config.batch_size)
+    steps = epoch * config.epochs if config.max_steps is None else min(epoch * config.epochs, config.max_steps)
+    lines += [f"steps: {steps:,} ({epoch:,} an epoch of {examples:,} examples)"]
+    return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
+
+
+def _memory(config: TrainConfig, sizes: VocabularySizes) -> list[str]:
+    """A table of the train state a worker, by ZeRO stage and number of workers, and the activations on top."""
+    state = worker_bytes(config, sizes)
+    workers = config.world_sizes
+    shown = sorted({workers[0], workers[len(workers) // 2], workers[-1]})
+    lines = ["memory a worker at a step's fullest moment, GiB:"]
+    lines += ["  " + f"{'train state, workers:':24}" + "".join(f"{w:>8}" for w in shown)]
+    for stage in range(4):
+        mark = " (this run's)" if stage == config.zero else ""
+        figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
+        lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
+    micro_batches = {w: activation_bytes(config.model, sizes, config.micro_batch_size(w)) for w in shown}
+    lines += [f"  {'activations':24}" + "".join(f"{micro_batches[w] / 2**30:8.2f}" for w in shown)]
+    return [
+        *lines,
+        f"  (activations: {' / '.join(str(config.micro_batch_size(w)) for w in shown)} examples of {CONTEXT} context "
+        "characters, the longest there are, in fp32; about half in bf16; --accumulation divides them)",
+    ]
+
+
+def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
+    """The hours of a run over so many examples, their cost where there is a price, and what both assume."""
+    estimate = config.estimate
+    if estimate.examples_per_second is not None:
+        rate = estimate.examples_per_second
+        assumed = f"{rate:g} examples/s a worker, as given"
     else:
-        lines += ["steps: unknown without --data"]
-    return "\n".join([*lines, f"memory a worker for the train state: {state_bytes(config, total) / 2**20:,.0f} MiB"])
-
-
-def state_bytes(config: TrainConfig, parameters: int) -> float:
-    """Bytes of weights, gradients and moments on one worker, all fp32, as the ZeRO stage partitions them.
-
-    Activations come on top; they grow with the micro-batch.
-    """
-    weights, gradients, moments = 4 * parameters, 4 * parameters, 8 * parameters
-    masters = 4 * parameters if config.zero else 0  # ZeRO's flat fp32 copy
-    share = 1 / config.workers
-    return (
-        weights * (share if config.zero >= 3 else 1)
-        + gradients * (share if config.zero >= 2 else 1)
-        + (moments + masters) * (share if config.zero >= 1 else 1)
-    )
+        peak = PEAK_TFLOPS[estimate.gpu]
+        rate = peak * 1e12 * estimate.utilisation / flops
+        assumed = (
+            f"{rate:,.0f} examples/s a worker: {estimate.utilisation:.0%} of the {peak} TFLOP/s of an {estimate.gpu}, "
+            "a guess; --estimate.examples-per-second takes a measured rate instead"
+        )
+    worker_hours = examples / rate / 3600
+    most, least = worker_hours / config.world_sizes[0], worker_hours / config.world_sizes[-1]
+    span = f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
+    cost = "" if estimate.price is None else f", cost: {worker_hours * estimate.price:,.2f} at {estimate.price:g} each"
+    return [
+        f"hours: {span}, worker-hours: {worker_hours:,.1f}{cost}",
+        f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
+    ]

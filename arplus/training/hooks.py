@@ -20,13 +20,25 @@ from arplus.training import attempt
 from arplus.training.attempt import Attempt, StoppedError, Watch
 from arplus.training.audit import Audit
 from arplus.training.engine import Engine
-from arplus.training.loop import Ask, Hooks, describe
+from arplus.training.loop import Ask, Hooks, describe, memory_bytes
 from arplus.training.saver import Saver, patiently
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """Seconds between two questions whether a node is to be taken away; each one is a barrier of all workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a run that is a part of a study has from it. Such a run says nothing but warnings, and keeps its model."""
+
+    parent_run_id: str
+    """MLflow run of the study."""
+    tags: dict[str, str]
+    """Tags of the run's own MLflow run."""
+    side_by_side: int = 1
+    """Runs that share the machine's cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,8 @@ class Job:
     start: str | None
     """Checkpoint from which the job starts; None for the beginning."""
     progress_bar: bool
+    part: Part | None = None
+    """Of which study the run is a part, if it is of one."""
 
     @property
     def record(self) -> Path:
@@ -48,6 +62,11 @@ class Job:
         if storage.is_local(self.run_uri):
             return Path(storage.resolve(self.run_uri)[1]) / "tracking.jsonl"
         return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
+
+    @property
+    def records(self) -> str | None:
+        """Where a record that MLflow lacks a part of is kept, for a run whose folder is remote."""
+        return None if storage.is_local(self.run_uri) else storage.join(self.run_uri, "tracking")
 
 
 class EndedError(Exception):
@@ -73,7 +92,8 @@ class RunHooks(Hooks):
         self.audit = Audit(job.run_uri, mine.number, dist.get_rank()) if job.config.audit else None
         self.bar = self.tracker = self.saver = self.watch = None
         if dist.get_rank() == 0:
-            self.tracker = tracking.Tracker(job.tracked, record=job.record)
+            self.tracker = tracking.Tracker(job.tracked, record=job.record, keep=job.records)
+            self.tracker.set_tags({"attempts": str(mine.number)})
             self.watch = Watch(job.run_uri, mine)
             self.saver = Saver(
                 job.run_uri,
@@ -126,7 +146,8 @@ class RunHooks(Hooks):
         """Writes the log line and tracks the metrics."""
         if self.tracker is None:
             return
-        log.info(describe(progress, metrics, self.steps))
+        if self.job.part is None:
+            log.info(describe(progress, metrics, self.steps))
         self.tracker.log(metrics, step=progress.examples)
         if self.bar is not None:
             self.bar.update(progress.step - self.bar.n)
@@ -139,16 +160,17 @@ class RunHooks(Hooks):
         if self.improved:
             progress.best_response_ppl = metrics["response_ppl"]
         if self.tracker is not None:
-            log.info(
-                "validation at step %d: response PPL %.3f%s, L_LM %.4f, %d examples",
-                progress.step,
-                metrics["response_ppl"],
-                " (best)" if self.improved else "",
-                metrics["auxiliary_loss"],
-                metrics["examples"],
-            )
+            if self.job.part is None:
+                log.info(
+                    "validation at step %d: response PPL %.3f%s, L_LM %.4f, %d examples",
+                    progress.step,
+                    metrics["response_ppl"],
+                    " (best)" if self.improved else "",
+                    metrics["auxiliary_loss"],
+                    metrics["examples"],
+                )
             self.tracker.log({f"valid/{k}": v for k, v in metrics.items()}, step=progress.examples)
-        ray.train.report({"step": progress.step, "examples": progress.examples, **metrics})
+        ray.train.report({**metrics, "step": progress.step, "examples": progress.examples})
 
     def checkpoint(self, progress: Progress) -> None:
         """Writes the audit and gathers the train state on all workers; rank 0's saver does the rest."""
@@ -184,7 +206,7 @@ class RunHooks(Hooks):
             self.saver.wait()
             if error := self.watch.error or self.saver.error:
                 raise EndedError(error)
-        if progress.step < self.steps:
+        if progress.step < self.steps or progress.unvalidated:
             raise EndedError(StoppedError(f"stopped at step {progress.step}; the same command goes on from there"))
         return {
             "run_name": self.job.config.run_name,
@@ -193,6 +215,8 @@ class RunHooks(Hooks):
             "steps": progress.step,
             "examples": progress.examples,
             "best_response_ppl": progress.best_response_ppl,
+            "train_seconds": progress.train_seconds,
+            "peak_memory_bytes": memory_bytes(),
             "mlflow_run_id": self.job.tracked.run_id,
             **{f"valid/{k}": v for k, v in progress.validation.items()},
         }

@@ -2,15 +2,15 @@
 
 import logging
 import math
-import os
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -22,6 +22,9 @@ from arplus.training.engine import Engine, NonFiniteLossError, StepResult
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ASK_EVERY = 16
+"""Batches of a validation between two questions whether to end."""
 
 
 class Ask(IntFlag):
@@ -40,7 +43,7 @@ class Hooks:
     """What happens around the loop; the run's owner overrides what it needs. Every method is called on all workers."""
 
     def ask(self) -> Ask:
-        """Before a step: what this worker asks for. Only rank 0 may ask for anything."""
+        """Before a step, and in a validation: what this worker asks for. Only rank 0 may ask for anything."""
         return Ask.NOTHING
 
     def on_step(self, progress: Progress, step: Step) -> None:
@@ -71,6 +74,13 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
     Raises :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
     """
     total = total_steps(config, train)
+    if progress.unvalidated:
+        metrics = validate(engine, valid, config, hooks)
+        if metrics is None:
+            return
+        progress.unvalidated = False
+        hooks.on_validation(progress, metrics)
+        hooks.checkpoint(progress)
     meter = Meter(total_steps=total, config=config)
     while progress.step < total:
         last = min(train.steps, progress.epoch_step + total - progress.step)
@@ -84,17 +94,22 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
             progress.step += 1
             progress.epoch_step += 1
             progress.examples = _examples_seen(progress, train)
-            meter.add(result)
+            progress.train_seconds += meter.add(result)
             at_end = progress.step >= total or progress.epoch_step == train.steps
             if progress.step % config.log_every == 0 or at_end:
                 hooks.on_log(progress, meter.take(progress))
+            asked = Ask(result.asked)
             if at_end or _due(config.validate_every, progress.step):
-                hooks.on_validation(progress, validate(engine, valid, config))
+                metrics = None if Ask.END in asked else validate(engine, valid, config, hooks)
+                if metrics is None:
+                    progress.unvalidated = True
+                    asked |= Ask.END
+                else:
+                    hooks.on_validation(progress, metrics)
                 meter.restart()
             if progress.epoch_step == train.steps:
                 progress.epoch += 1
                 progress.epoch_step = 0
-            asked = Ask(result.asked)
             due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
             if at_end or due or hooks.wants_checkpoint(asked):
                 hooks.checkpoint(progress)
@@ -109,14 +124,20 @@ def total_steps(config: TrainConfig, train: Feed) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def validate(engine: Engine, feed: Feed, config: TrainConfig) -> dict[str, float]:
-    """Losses over exactly all examples of a split, summed over the workers: means are a target's, not a batch's."""
+def validate(engine: Engine, feed: Feed, config: TrainConfig, hooks: Hooks) -> dict[str, float] | None:
+    """Losses over exactly all examples of a split, summed over the workers: means are a target's, not a batch's.
+
+    None where rank 0 asks to end meanwhile: whoever stops a job waits seconds, and a validation may take minutes.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    for step in feed.batches(epoch=0):
-        for batch in step.micro_batches:
-            losses = engine.evaluate(batch)
-            count = batch.counted_B.sum().to(engine.device)
-            sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary, losses.count_dialogue, count])
+    with closing(feed.batches(epoch=0)) as steps:
+        for number, step in enumerate(steps):
+            if number % ASK_EVERY == 0 and _asked_to_end(engine, hooks):
+                return None
+            for batch in step.micro_batches:
+                losses = engine.evaluate(batch)
+                count = batch.counted_B.sum().to(engine.device)
+                sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary, losses.count_dialogue, count])
     dist.all_reduce(sums)
     dialogue, auxiliary, targets, examples = sums.tolist()
     assert examples == feed.order.split.examples, "validation must see every example exactly once"
@@ -127,6 +148,13 @@ def validate(engine: Engine, feed: Feed, config: TrainConfig) -> dict[str, float
         "response_ppl": math.exp(min(dialogue / targets, 700.0)),
         "examples": examples,
     }
+
+
+def _asked_to_end(engine: Engine, hooks: Hooks) -> bool:
+    """Whether rank 0 asks to end; all workers ask at the same batch, so that they leave at the same one."""
+    asked = torch.tensor(int(hooks.ask() & Ask.END), device=engine.device)
+    dist.all_reduce(asked)
+    return bool(asked)
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -144,6 +172,7 @@ class Meter:
     results: list[StepResult] = field(default_factory=list)
     waited: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    added: float = field(default_factory=time.monotonic)
 
     def waiting(self, steps: Iterator[T]) -> Iterator[T]:
         """The same steps, with the time spent waiting for each one counted."""
@@ -155,15 +184,17 @@ class Meter:
                 return
             yield step
 
-    def add(self, result: StepResult) -> None:
-        """Counts a step."""
+    def add(self, result: StepResult) -> float:
+        """Counts a step; gives its seconds, the wait for its data included."""
         self.results.append(result)
+        before, self.added = self.added, time.monotonic()
+        return self.added - before
 
     def restart(self) -> None:
         """Forgets the steps and the clock, so that a validation or a save is not counted as training time."""
         self.results.clear()
         self.waited = 0.0
-        self.started = time.monotonic()
+        self.started = self.added = time.monotonic()
 
     def take(self, progress: Progress) -> dict[str, float]:
         """Means and rates since the last call, as MLflow names them, and starts anew."""
@@ -180,17 +211,20 @@ class Meter:
             "perf/examples_per_second": rate * self.config.batch_size,
             "perf/data_wait_share": self.waited / elapsed,
             "perf/memory_gib": memory_bytes() / 2**30,
+            "perf/workers": dist.get_world_size(),
             "perf/eta_seconds": (self.total_steps - progress.step) / rate,
         }
-        self.restart()
+        self.results.clear()
+        self.waited = 0.0
+        self.started = time.monotonic()
         return metrics
 
 
 def memory_bytes() -> int:
-    """Peak memory of this worker: the GPU's where there is one, else the process's resident set."""
+    """Peak memory of this worker so far: the GPU's where there is one, else the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def describe(progress: Progress, metrics: dict[str, float], total_steps: int) -> str:

@@ -1,40 +1,162 @@
-"""Checks before any worker starts, so that what cannot run fails at once with one line that says what to change."""
+"""Checks before any worker starts, so that what cannot run fails at once with one line that says what to change.
+
+The data set's manifest is read, and MLflow is asked for its experiments, by whoever comes next in the driver; here are
+the cluster's resources and its nodes. Nodes that an autoscaler adds later are not seen.
+"""
+
+import json
+import os
+import shutil
+from typing import Any, cast
+from uuid import uuid4
 
 import ray
+import ray.exceptions
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from arplus import storage
 from arplus.config import TrainConfig
-from arplus.errors import ResourceError
+from arplus.data.dataset import Dataset
+from arplus.errors import ResourceError, UserError
+from arplus.training import node
 
 FEED_CPUS = 1
 """Whole logical CPUs that workers must leave to Ray Data; without one its tasks wait for ever (ray#64588)."""
 MIN_WORKER_CPUS = 0.2
 """The smallest share of a CPU that a worker is given by default."""
+NODE_S = 30.0
+"""Seconds that all nodes have for their answers."""
+MIN_SHM = 128 << 20
+"""Bytes of /dev/shm for the windows of the feed, and for what NCCL keeps there; Docker's default is 64 MiB in all."""
+MIN_DISK = 1 << 30
+"""Bytes of a node's disk for Ray's logs and a copy of the weights."""
 
 
 def scaling(config: TrainConfig) -> ScalingConfig:
     """Workers and their resources on the connected cluster: a GPU each where there are any, CPUs as they are left.
 
-    Raises :class:`ResourceError` with the sum shown when the cluster is too small.
+    A cluster with an autoscaler counts as large as it may become. Raises :class:`ResourceError` with the sum shown when
+    it is too small for the fewest workers that the run may have.
     """
     cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 0.0), int(cluster.get("GPU", 0))
-    if gpus and config.workers > gpus:
-        raise ResourceError(f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus}")
-    share = config.worker_cpus or min(1.0, (cpus - FEED_CPUS) / config.workers)
-    if share < MIN_WORKER_CPUS or config.workers * share + FEED_CPUS > cpus + 1e-6:
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = (max(cluster.get(name, 0.0), float(most.get(name, 0))) for name in ("CPU", "GPU"))
+    driver = driver_cpus()
+    fewest, wanted = config.world_sizes[0], config.world_sizes[-1]
+    if gpus and fewest > gpus:
+        raise ResourceError(f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus:g}")
+    free = cpus - FEED_CPUS - driver
+    share = config.worker_cpus or min(1.0, max(free / wanted, min(MIN_WORKER_CPUS, free / fewest)))
+    if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
         share = max(share, MIN_WORKER_CPUS)
-        most = max(int((cpus - FEED_CPUS) / share + 1e-6), 0)
-        total = config.workers * share + FEED_CPUS
+        fit = max(int(free / share + 1e-6), 0)
+        total = fewest * share + FEED_CPUS + driver
         raise ResourceError(
-            f"--workers {config.workers}: {config.workers} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data "
-            f"feed = {total:g} CPUs, and the cluster has {cpus:g}; "
-            + (f"take at most {most} workers or fewer --worker-cpus" if most else "it needs more CPUs")
+            f"--workers {config.workers}: {fewest} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data feed"
+            + (f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else "")
+            + f" = {total:g} CPUs, and the cluster has {cpus:g}; "
+            + (f"take at most {fit} workers or fewer --worker-cpus" if fit else "it needs more CPUs")
         )
-    # Ray keeps resources to four decimals; rounding down leaves the feed its whole CPU.
-    share = int(share * 1e4) / 1e4
-    return ScalingConfig(
-        num_workers=config.workers,
+    # Ray keeps resources to four decimals; rounding down leaves the feed its whole CPU. An elastic run's shares are
+    # added up and divided again (ray.train.v2 ElasticScalingPolicy), which is exact for sixteenths alone.
+    steps = 1e4 if len(config.world_sizes) == 1 else 16
+    share = max(int(share * steps), 1) / steps
+    return cast(Any, ScalingConfig)(  # mypy sees the class of Ray Train v1
+        num_workers=fewest if len(config.world_sizes) == 1 else (fewest, wanted),
         use_gpu=gpus > 0,
         resources_per_worker={"CPU": share} | ({"GPU": 1} if gpus else {}),
     )
+
+
+def driver_cpus() -> float:
+    """CPUs that this job's own driver holds (``ray job submit --entrypoint-num-cpus``)."""
+    from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
+
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job = (settings.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
+    if job is None:
+        return 0.0
+    found = _internal_kv_get(JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job), namespace="job")
+    return float(json.loads(found).get("entrypoint_num_cpus") or 0.0) if found else 0.0
+
+
+def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) -> None:
+    """Asks every node that is there; :mod:`arplus.training.node` says for what. Takes a second or two.
+
+    One object of the data is read and one of the storage is written and deleted, by every node. Raises
+    :class:`UserError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for space that
+    is missing, and for a node that does not answer.
+    """
+    _check_storage(config, checkpoint_bytes)
+    marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
+    storage.write_bytes(marker, b"")
+    try:
+        facts = _ask(dataset.split("train").row_groups[0].file, config.storage, marker)
+    finally:
+        storage.delete(marker)
+    mine = node.versions()
+    for name, said in facts.items():
+        if said.problems:
+            raise UserError(f"node {name}: {'; '.join(said.problems)}")
+        different = [f"{k} {v} there, {mine[k]} here" for k, v in said.versions.items() if v != mine[k]]
+        if different:
+            raise ResourceError(f"node {name}: other versions ({'; '.join(different)}); start all nodes from one image")
+        if said.free_shm < MIN_SHM:
+            raise ResourceError(
+                f"node {name}: {_size(said.free_shm)} free in /dev/shm, and training needs {_size(MIN_SHM)}; start "
+                "Docker with --shm-size, in Kubernetes mount an emptyDir of medium Memory there"
+            )
+        if said.free_disk < MIN_DISK:
+            raise ResourceError(
+                f"node {name}: {_size(said.free_disk)} free for temporary files, and Ray needs {_size(MIN_DISK)}"
+            )
+
+
+def _ask(data_file: str, storage_uri: str, marker: str) -> dict[str, node.Facts]:
+    """What every node says, by its address."""
+    look: Any = ray.remote(num_cpus=0, max_retries=0)(node.look)
+    asked = {}
+    for n in ray.nodes():
+        if n["Alive"]:
+            there = NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
+            name = f"{n['NodeManagerAddress']} ({n['NodeID'][:8]})"
+            asked[look.options(scheduling_strategy=there).remote(data_file, storage_uri, marker, n["NodeID"][:8])] = (
+                name,
+                n["NodeID"],
+            )
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S)
+    facts = {}
+    for ref in ready:
+        try:
+            facts[asked[ref][0]] = ray.get(ref)
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.TaskUnschedulableError):
+            late.append(ref)  # the node has died, or is about to be noticed
+    alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+    for ref in late:
+        name, node_id = asked[ref]
+        if node_id in alive:
+            raise ResourceError(
+                f"node {name}: no answer within {NODE_S:.0f} s; see `ray status`, or take the node away"
+            )
+    return facts
+
+
+def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:
+    """Local storage must have room for the checkpoints that are kept, the best one and one that is being written."""
+    if not storage.is_local(config.storage):
+        return
+    folder = storage.resolve(config.storage)[1]
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free, needed = shutil.disk_usage(folder).free, (config.keep_checkpoints + 2) * checkpoint_bytes
+    if free < needed:
+        raise ResourceError(
+            f"--storage {config.storage}: {_size(free)} free, and {config.keep_checkpoints} + 2 checkpoints of "
+            f"{_size(checkpoint_bytes)} take {_size(needed)}; free some space or lower --keep-checkpoints"
+        )
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import TrainState
-from arplus.config import TrainConfig, flat, from_dict
+from arplus.config import EstimateConfig, TrainConfig, dotted_names, flat, from_dict
 from arplus.data.dataset import Dataset
 from arplus.errors import UserError
 from arplus.training import attempt
@@ -19,6 +19,7 @@ MAY_DIFFER = frozenset(
         *("epochs", "max_steps"),  # a run may be extended
         *("validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"),
         *("resume", "max_failures", "audit"),
+        *(f"estimate.{name}" for name in dotted_names(EstimateConfig)),
     }
 )
 """Settings that may change in mid-run; any other would make it a different run."""

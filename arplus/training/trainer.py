@@ -1,12 +1,14 @@
 """One training run as a Ray Train job: workers, engine, feed, tracking and checkpoints put together."""
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,21 +30,27 @@ from arplus.data.feed import Feed, Order, Place
 from arplus.errors import RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
-from arplus.training import attempt, preflight
+from arplus.training import attempt, elastic, preflight
 from arplus.training.attempt import Attempt, StoppedError, SupersededError
 from arplus.training.engine import Engine, NonFiniteLossError
-from arplus.training.hooks import EndedError, Job, RunHooks
+from arplus.training.hooks import EndedError, Job, Part, RunHooks
 from arplus.training.loop import fit, total_steps
+from arplus.training.memory import checkpoint_bytes
 from arplus.training.resume import find_start
 from arplus.training.saver import patiently
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+C = TypeVar("C", bound=TrainConfig)
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(
+    config: TrainConfig, part: Part | None = None, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> dict[str, Any]:
     """Runs a training job on the connected Ray cluster and returns what ``final_metrics.json`` holds.
+
+    A study says what ``part`` of it the run is, and follows it through Ray Train's ``callbacks``.
 
     Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
     :class:`RunError` for a run that diverged, failed too often, was stopped, or was taken over by another job.
@@ -50,14 +58,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = resolved(config)
     dataset = Dataset.open(config.data)
     scaling = preflight.scaling(config)
+    if part is None:  # a study has asked for all its runs
+        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
     run_uri = storage.join(config.storage, config.run_name)
     start = find_start(config, run_uri, dataset)
     tracked = tracking.start_run(
         config.mlflow or tracking.default_uri(config.storage),
         config.experiment,
         config.run_name,
-        tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()},
+        tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()}
+        | (part.tags if part else {}),
         params=flat(config),
+        parent_run_id=part.parent_run_id if part else None,
         resume_run_id=start.mlflow_run_id,
     )
     storage.write_json(storage.join(run_uri, "config.json"), to_dict(config))
@@ -69,9 +81,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tracked=tracked,
         attempt=attempt.take_over(run_uri, tracked.run_id),
         start=start.checkpoint,
-        progress_bar=sys.stderr.isatty(),
+        progress_bar=part is None and sys.stderr.isatty(),
+        part=part,
     )
-    tracker = tracking.Tracker(tracked, record=job.record)
+    tracker = tracking.Tracker(tracked, record=job.record, keep=job.records)
     tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     if storage.exists(card := storage.join(config.data, "data_card.html")):
@@ -83,11 +96,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
 
     try:
-        with attempt.on_sigterm(stop):
-            outcome = _run_workers(job, scaling)
-        storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome)
+        kept = elastic.feed_cpu_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
+        with attempt.on_sigterm(stop), kept:
+            outcome = _run_workers(job, scaling, callbacks)
+        patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
         tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
-        _log_best(tracker, run_uri, dataset)
+        if part is None:
+            patiently(run_uri, lambda: log_best(tracker, run_uri, dataset))
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -96,11 +111,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         status = None  # the MLflow run is the other job's now
         raise
     finally:
-        tracker.close(status)
+        if tracker.close(status) == 0:
+            shutil.rmtree(_copies(tracker), ignore_errors=True)
     return outcome
 
 
-def _run_workers(job: Job, scaling: ScalingConfig) -> dict[str, Any]:
+def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> dict[str, Any]:
     """Runs the workers to the end of the run, starting them again where one dies; rank 0's final metrics."""
     config = job.config
     filesystem, path = storage.resolve(storage.join(job.run_uri, "ray"))
@@ -115,6 +131,7 @@ def _run_workers(job: Job, scaling: ScalingConfig) -> dict[str, Any]:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -130,7 +147,7 @@ def _run_workers(job: Job, scaling: ScalingConfig) -> dict[str, Any]:
     return outcome
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: C) -> C:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UserError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
@@ -149,13 +166,13 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
 
     def feed(split: str, shuffled: bool) -> Feed:
         order = Order(
-            split=dataset.split(split),
+            split=dataset.split(split, config.feed.subset if split == "train" else None),
             batch_size=config.batch_size,
             window_batches=config.feed.window_batches,
             seed=config.seed,
             shuffled=shuffled,
         )
-        place = Place(rank=rank, workers=config.workers, accumulation=config.accumulation)
+        place = Place(rank=rank, workers=dist.get_world_size(), accumulation=config.accumulation)
         return Feed(order, layout, place, config.feed)
 
     return feed("train", True), feed("valid", False)
@@ -170,13 +187,27 @@ def code_version() -> str:
         return "unknown"
 
 
-def _log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
+def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
     """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
     state = checkpoint.load(run_uri)
     tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
     folder = checkpoint.find(run_uri)
     for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
-        tracker.log_file(storage.resolve(storage.join(folder, name))[1], "checkpoint")
+        tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
+
+
+def _copies(tracker: tracking.Tracker) -> Path:
+    """Where files of a remote run are kept until MLflow has them."""
+    return tracker.record.with_suffix("")
+
+
+def _local(uri: str, folder: Path) -> str:
+    """The path of a file; of one that is not on this machine, that of a copy in ``folder``."""
+    if storage.is_local(uri):
+        return storage.resolve(uri)[1]
+    copy = str(folder / uri.rsplit("/", 1)[1])
+    storage.write_bytes(copy, storage.read_bytes(uri))
+    return copy
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -201,9 +232,10 @@ def _run(job: Job) -> dict[str, Any]:
     context = ray.train.get_context()
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
-        torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
+        sharing = context.get_local_world_size() * (job.part.side_by_side if job.part else 1)
+        torch.set_num_threads(max((os.cpu_count() or 1) // sharing, 1))
     mine, start = _agreed(lambda: patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
-    dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: _load(config, start)))
+    dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: load(config, start)))
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, context.get_world_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
@@ -226,11 +258,12 @@ def _begin(job: Job) -> tuple[Attempt, str | None]:
     start, step = (found[0], found[1].progress.step) if found else (job.start, None)
     if mine.number > job.attempt.number + 1:
         where = "from where the job started" if step is None else f"from step {step}"
-        log.warning("the workers were started again (attempt %d): going on %s", mine.number, where)
+        workers = dist.get_world_size()
+        log.warning("the workers were started again (attempt %d), %d of them: going on %s", mine.number, workers, where)
     return mine, start
 
 
-def _load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, TrainState | None]:
+def load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, TrainState | None]:
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
     dataset = Dataset.open(config.data)
     torch.manual_seed(config.seed)

@@ -1,6 +1,7 @@
 """What the processes of ``test_engine.py`` run: the same training, with and without DeepSpeed."""
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, special_ids, tiny
 from arplus.data.feed import Step
@@ -166,3 +169,53 @@ def train_parts(parts: list[tuple[TrainConfig, int, int]], state: dict | None = 
 def cut_and_whole(configs: list[TrainConfig]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Six steps in two parts and at once, for each configuration."""
     return [(train_parts([(c, 0, 3), (c, 3, 6)]), train_part(c, None, 0, 6)) for c in configs]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, whatever holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def memory(configs: list[TrainConfig], bucket: int) -> list[tuple[int, int]]:
+    """Bytes between two steps and at a step's peak, counted, for each configuration; with buckets of that size.
+
+    One example a worker, so that activations are next to nothing.
+    """
+    from arplus.training import engine
+
+    engine.BUCKET = bucket
+    found = []
+    for c in configs:
+        with LiveBytes() as live:
+            made = engine.Engine(initial_model(c), c, torch.device("cpu"))
+            steps = [Step([part(s.micro_batches[0], 0, 8)], s.targets) for s in engine_steps(c, 0, 3)]
+            for step in steps[:2]:
+                made.train_step(step)
+            live.peak = between = live.now
+            made.train_step(steps[2])
+            found.append((between, live.peak))
+        del made
+    return found

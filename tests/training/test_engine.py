@@ -1,30 +1,12 @@
 """ZeRO stages, accumulation and workers compute what one plain process computes; state fits any of them."""
 
-import uuid
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import engine_worker
 import pytest
 import torch
-import torch.multiprocessing as mp
 from engine_worker import config, curves, cut_and_whole, plain_run, train_parts
 
 STEPS = 30
-
-
-@pytest.fixture
-def spawn(tmp_path: Path) -> Callable[..., Any]:
-    """Runs a task in a fresh process group of ``world`` gloo processes and returns rank 0's result."""
-
-    def run(world: int, task: Callable[..., Any], *arguments: Any) -> Any:
-        name = uuid.uuid4().hex
-        result = tmp_path / f"{name}.pt"
-        mp.spawn(engine_worker.run, (world, tmp_path / name, task, arguments, result), nprocs=world)
-        return torch.load(result)
-
-    return run
 
 
 @pytest.mark.parametrize("name", ["arplus", "ar"])

@@ -1,0 +1,93 @@
+"""What one worker's memory holds at most in a step, computed from the settings: train state and activations.
+
+The train state follows what DeepSpeed 0.19 was seen to hold (``tests/training/test_memory.py`` counts it again). All of
+it is fp32: bf16 is autocast's, and its copies of weights are counted with the activations.
+"""
+
+import torch
+from torch.fx.experimental import _config as data_dependent
+
+from arplus.config import ModelConfig, TrainConfig, VocabularySizes
+from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
+
+BYTES = 4
+BUCKET = 1 << 24
+"""Most elements of a bucket in which ZeRO adds gradients up: 64 MiB, two of them for AR+ and 18 for arplus-large."""
+CONTEXT, RESPONSE, PERSONA_WORDS, PERSONA_CHARACTERS = 112, 17, 16, 40
+"""The longest example that jobs/prepare.py makes by default: seven utterances of 15 characters and [SEP], a response of
+15 between [BOS] and [EOS]; and a long persona."""
+_PERSISTENT = 100_000
+"""DeepSpeed's ``stage3_param_persistence_threshold``: smaller parameters stay whole on every worker."""
+
+
+def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
+    """Bytes of weights, gradients, AdamW's moments and DeepSpeed's buffers on one worker at a step's fullest moment.
+
+    ``sizes`` are the numbers of elements of the parameters, a shared one once. A gradient of a shared layer is complete
+    at the end of the backward pass only, so that stage 2 saves next to nothing over stage 1 here.
+    """
+    n = sum(sizes)
+    part = -(-n // workers)
+    bucket = min(BUCKET, n)
+    if stage == 0:
+        elements = 2 * n + 2 * n + n  # weights, gradients, moments; one flat copy of the gradients to add them up
+    elif stage < 3:
+        elements = n + 3 * part + max(n + bucket, 2 * part)  # masters and moments in parts; gradients
+    else:
+        whole = sum(size for size in sizes if size < _PERSISTENT)
+        # Weights, gradients and moments in parts; what is gathered, with its gradients; a bucket and its two copies.
+        elements = 4 * part + n + whole + 2 * bucket
+    return BYTES * elements
+
+
+def activation_bytes(model: ModelConfig, sizes: VocabularySizes, examples: int) -> int:
+    """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
+
+    Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted.
+    """
+    with torch.device("meta"):
+        network = ARPlus(model, sizes)
+    kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in network.parameters()}
+    weights = len(kept)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with (
+        data_dependent.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        network(_longest(model, examples))
+    return sum(storage.nbytes() for storage in list(kept.values())[weights:])
+
+
+def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes) -> int:
+    """Bytes of a checkpoint, its few small files left out: weights and two moments."""
+    with torch.device("meta"):
+        return 3 * BYTES * sum(p.numel() for p in ARPlus(model, sizes).parameters())
+
+
+def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int, int], int]:
+    """(stage, workers) → bytes of one worker's train state, for every stage and every number of workers of the run."""
+    with torch.device("meta"):
+        elements = [p.numel() for p in ARPlus(config.model, sizes).parameters()]
+    return {(s, w): state_bytes(s, w, elements) for s in range(4) for w in config.world_sizes}
+
+
+def _longest(model: ModelConfig, examples: int) -> Batch:
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.zeros(examples, *shape, dtype=torch.int32, device="meta")
+
+    return Batch(
+        example_id_B=ids(),
+        counted_B=ids().bool(),
+        context_BS=ids(CONTEXT),
+        context_profile_BS=ids(CONTEXT),
+        profiles_BPW=ids(2, PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
+        target_persona_BK=ids(PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
+        response_BT=ids(RESPONSE),
+        infilled_BU=ids(RESPONSE) if model.auxiliary == "infilling" else None,
+    )

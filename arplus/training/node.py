@@ -1,0 +1,70 @@
+"""What one node of the cluster is asked before training: its versions, its space, and whether it reaches the storage.
+
+Ray runs :func:`look` on every node, so that this module imports little.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import NamedTuple
+
+import arplus
+from arplus import storage
+from arplus.errors import RunError, UserError
+
+PACKAGES = ("ray", "torch", "deepspeed")
+
+
+class Facts(NamedTuple):
+    """What a node said."""
+
+    versions: dict[str, str]
+    """Python, the packages that compute together, and a hash of this project's own code."""
+    free_disk: int
+    """Free bytes where temporary files go, which is where Ray keeps its logs and spills objects."""
+    free_shm: int
+    """Free bytes of /dev/shm, where Ray's object store and NCCL live."""
+    problems: list[str]
+    """Why the node cannot read the data or write to the storage; nothing where it can."""
+
+
+def look(data_file: str, storage_uri: str, marker: str, node: str) -> Facts:
+    """Asks this node; ``marker`` is a file that another process has just written, ``data_file`` one of the data set."""
+    problems = []
+    try:
+        storage.size(data_file)
+        storage.read_range(data_file, 0, 4)
+    except (UserError, RunError) as error:
+        problems.append(f"--data: {error}")
+    mine = f"{marker}-{node}"
+    try:
+        storage.write_bytes(mine, b"")
+        storage.delete(mine)
+        if not storage.exists(marker):
+            problems.append(f"--storage {storage_uri}: is another folder here than where the job runs")
+    except (UserError, RunError) as error:
+        problems.append(f"--storage: {error}")
+    shm = Path("/dev/shm")
+    return Facts(
+        versions=versions(),
+        free_disk=shutil.disk_usage(tempfile.gettempdir()).free,
+        free_shm=shutil.disk_usage(shm).free if shm.exists() else 0,
+        problems=problems,
+    )
+
+
+def versions() -> dict[str, str]:
+    """:attr:`Facts.versions` of the node that asks."""
+    return {"python": python_version(), **{name: version(name) for name in PACKAGES}, "arplus": _code()}
+
+
+def _code() -> str:
+    """The version of this package, and a hash of its code: images of one version may hold different commits."""
+    folder = Path(arplus.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return f"{arplus.__version__} ({digest.hexdigest()[:10]})"

@@ -1,0 +1,108 @@
+"""A validation that is cut short is made up for, in the same place, by whoever goes on with the run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from arplus.checkpoint import Progress
+from arplus.config import TrainConfig
+from arplus.data.feed import Feed, Step
+from arplus.model.objective import Losses
+from arplus.training.engine import Engine, StepResult
+from arplus.training.loop import ASK_EVERY, Ask, Hooks, fit
+
+STEPS, VALID = 4, 3 * ASK_EVERY
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path) -> Iterator[None]:
+    """This process as the only worker."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Recorder(Hooks):
+    """Notes what happens; asks to end in the ``end_in``-th validation batch, where it is given one."""
+
+    def __init__(self, events: list[str], end_in: int | None = None) -> None:
+        self.events = events
+        self.end_in = end_in
+        self.validated = 0
+
+    def ask(self) -> Ask:
+        return Ask.END if self.end_in is not None and self.validated >= self.end_in else Ask.NOTHING
+
+    def on_step(self, progress: Progress, step: Step) -> None:
+        self.events.append(f"step {progress.step + 1}")
+
+    def on_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+        assert metrics["examples"] == 2 * VALID
+        self.events.append(f"validated {progress.step}")
+
+    def checkpoint(self, progress: Progress) -> None:
+        self.events.append(f"saved {progress.step} epoch {progress.epoch} step {progress.epoch_step}")
+
+
+def run(progress: Progress, hooks: Recorder) -> None:
+    def feed(steps: int) -> Feed:
+        batch = SimpleNamespace(counted_B=torch.ones(2, dtype=torch.bool))
+
+        def batches(epoch: int, first: int = 0, last: int | None = None) -> Iterator[Step]:
+            for _ in range(first, steps if last is None else last):
+                yield Step([cast(Any, batch)], 2)
+
+        order = SimpleNamespace(batch_size=2, split=SimpleNamespace(examples=2 * steps))
+        return cast(Feed, SimpleNamespace(steps=steps, batches=batches, order=order))
+
+    class Steps:
+        device = torch.device("cpu")
+
+        def train_step(self, step: Step, ask: int) -> StepResult:
+            return StepResult(1.0, 1.0, 1.0, 1.0, 0.1, ask)
+
+        def evaluate(self, batch: Any) -> Losses:
+            hooks.validated += 1
+            return Losses(*(torch.ones(()) for _ in range(4)))
+
+    config = TrainConfig(batch_size=2, epochs=2, validate_every=2)
+    fit(cast(Engine, Steps()), feed(STEPS), feed(VALID), progress, config, hooks)
+
+
+@pytest.fixture
+def undisturbed() -> list[str]:
+    events: list[str] = []
+    run(Progress(fingerprint=""), Recorder(events))
+    assert events[:4] == ["step 1", "step 2", "validated 2", "saved 2 epoch 0 step 2"]
+    assert events[-2:] == ["validated 8", "saved 8 epoch 2 step 0"]
+    return events
+
+
+@pytest.mark.parametrize("validation", [1, 2, 4])
+def test_a_validation_that_is_cut_short_is_made_up_for(undisturbed: list[str], validation: int) -> None:
+    """After two steps, at the end of an epoch, and at the end of the run."""
+    events: list[str] = []
+    progress = Progress(fingerprint="")
+    first = Recorder(events, end_in=VALID * (validation - 1) + 2)
+    run(progress, first)
+    assert first.validated == VALID * (validation - 1) + ASK_EVERY, "it ends at the next question, on all workers"
+    assert progress.unvalidated
+    saved = events.pop()
+    assert saved.startswith(f"saved {progress.step} ")
+    assert events[-1] == f"step {progress.step}"
+    run(progress, Recorder(events))
+    assert not progress.unvalidated
+    assert events == undisturbed
+
+
+def test_who_is_told_to_end_again_leaves_it_due() -> None:
+    events: list[str] = []
+    progress = Progress(fingerprint="", step=2, epoch_step=2, unvalidated=True)
+    run(progress, Recorder(events, end_in=0))
+    assert events == []
+    assert progress.unvalidated
