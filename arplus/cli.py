@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (wi
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
@@ -26,6 +26,7 @@ from arplus.config import (
 from arplus.errors import RunError, UserError
 
 T = TypeVar("T")
+C = TypeVar("C", bound=TrainConfig)
 
 
 def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
@@ -51,18 +52,26 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
     return checked(config)
 
 
-class TrainCommand(NamedTuple):
-    """What the command line of a training job says."""
+class Command(NamedTuple, Generic[C]):
+    """What the command line of a job that trains says."""
 
-    config: TrainConfig
+    config: C
     dry_run: bool
 
 
-def train_command(arguments: Sequence[str], *, prog: str) -> TrainCommand:
+def train_command(arguments: Sequence[str], *, prog: str) -> Command[TrainConfig]:
+    """Reads the command line of a training run; see :func:`preset_command`."""
+    return preset_command(arguments, lambda run: run, prog=prog, description="Trains one of the paper's rows.")
+
+
+def preset_command(
+    arguments: Sequence[str], widen: Callable[[TrainConfig], C], *, prog: str, description: str
+) -> Command[C]:
     """Reads ``PRESET [--tiny] [--config FILE] [--dry-run] [settings by dotted name]``.
 
-    Later ones win: the preset, ``--tiny``, the file, the settings. A file that a run wrote (``config.json``) names
-    its preset, so PRESET can then be left out. Raises :class:`UserError` as :func:`parse` does.
+    ``widen`` makes the job's settings, with its own defaults, of the preset's. Later ones win: the preset, ``--tiny``,
+    the file, the settings. A file that a run wrote (``config.json``) names its preset, so PRESET can then be left out.
+    Raises :class:`UserError` as :func:`parse` does.
     """
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
@@ -76,19 +85,19 @@ def train_command(arguments: Sequence[str], *, prog: str) -> TrainCommand:
     name = name or values.get("preset")
     if name is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
-    default = preset(name or "arplus")
-    default = tiny(default) if shrink else default
+    row = preset(name or "arplus")
+    default = widen(tiny(row) if shrink else row)
     if values:
-        default = from_dict(TrainConfig, _merged(to_dict(default), values), source=str(file))
+        default = from_dict(type(default), _merged(to_dict(default), values), source=str(file))
     description = (
-        f"Trains one of the paper's rows. PRESET is one of {', '.join(PRESETS)}. --tiny shrinks it to seconds of "
-        f"training, --config FILE reads settings from a JSON file such as a run's config.json, --dry-run prints what "
-        f"would be trained and starts nothing. The defaults below are those of {default.preset}."
+        f"{description} PRESET is one of {', '.join(PRESETS)}. --tiny shrinks it to seconds of training, --config FILE "
+        f"reads settings from a JSON file such as a run's config.json, --dry-run prints what would be done and starts "
+        f"nothing. The defaults below are those of {default.preset}."
     )
     config = parse(default, rest, prog=f"{prog} PRESET", description=description)
     if config.preset != default.preset:
         raise UserError(f"--preset: only names what PRESET chose; write {prog} {config.preset} …")
-    return TrainCommand(config, dry_run)
+    return Command(config, dry_run)
 
 
 def _take_switch(arguments: list[str], name: str) -> bool:

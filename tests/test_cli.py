@@ -190,8 +190,8 @@ def test_problems_of_a_file_name_the_file(file: Any) -> None:
     assert message_of("ar", "--config", path).startswith(f"{path}: unknown key 'optimizer.lrr'")
     path = file({"optimizer": {"lr": -1}})
     assert message_of("ar", "--config", path).startswith(f"{path}: --optimizer.lr: ")
-    path = file({"workers": 3})
-    assert message_of("ar", "--config", path).startswith(f"{path}: --batch-size: must divide by workers")
+    path = file({"workers": 65})
+    assert message_of("ar", "--config", path).startswith(f"{path}: --batch-size: must be at least workers")
 
 
 def test_an_unknown_flag_of_train_lists_the_valid_ones() -> None:
@@ -253,7 +253,7 @@ def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
 
 
 def test_a_users_error_ends_the_job_with_2_and_one_line() -> None:
-    ended = job("arplus", "--dry-run", "--workers", "3")
+    ended = job("arplus", "--dry-run", "--workers", "1:65")
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith("error: command line: --batch-size: ")

@@ -1,0 +1,279 @@
+"""An ablation from beginning to end: rows × training sizes × seeds, evaluated, as the paper's tables.
+
+A run of the study is one row at one size with one seed. With tuned rates the first seed's runs at all rates come
+first; the best of them is that seed's result, and its rate that of the other seeds.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arplus import storage, tracking
+from arplus.config import (
+    PRESETS,
+    AblateConfig,
+    EvaluateConfig,
+    TrainConfig,
+    VocabularySizes,
+    run_settings,
+    tiny,
+    to_dict,
+)
+from arplus.data.dataset import Dataset, Split
+from arplus.evaluation.evaluate import evaluate, track
+from arplus.model.arplus import ARPlus
+from arplus.model.cost import live_parameters
+from arplus.study import execute, report, results
+from arplus.study.publish import publish_best
+from arplus.study.record import Study, Trial, named
+from arplus.study.room import Room, find_room
+from arplus.study.tune import budgeted
+from arplus.training.attempt import StoppedError
+
+log = logging.getLogger(__name__)
+
+LOWEST_RATE, HIGHEST_RATE = 1.5e-4, 1e-2
+"""Between them lie the rates that are tried; the lowest is the floor of the paper's schedule."""
+TABLE_S = 60.0
+"""Seconds between two progress lines at least, unless a run has ended."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row at one size with one seed and, with tuned rates, at one of them."""
+
+    preset: str
+    sessions: int
+    examples: int
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.preset}-{self.sessions}-seed-{self.seed}-lr-{self.lr:.2e}"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What sets the run apart."""
+        return {
+            "preset": self.preset,
+            "feed.subset": self.examples,
+            "seed": self.seed,
+            "optimizer.lr": self.lr,
+        }
+
+
+def ablate(config: AblateConfig) -> dict[str, Any]:
+    """Runs an ablation on the connected Ray cluster, or what is left of it, and returns what ``result.json`` holds.
+
+    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
+    :class:`RunError` for a study that was stopped or of which no run came to a result.
+    """
+    config = named(config, "ablate")
+    dataset = Dataset.open(config.data)
+    sizes = _sizes(config, dataset)
+    room = find_room(config, len(config.rows) * len(sizes) * config.seeds)
+    study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
+    tracker = tracking.Tracker(study.tracked, record=study.record)
+    tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
+    tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "ablation")
+    status: tracking.Status = "FAILED"
+    try:
+        if config.lr == "tuned":
+            _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)])
+        _run(config, study, room, [row for size in sizes for row in _rows(config, size, study)])
+        execute.check_outcome(study)
+        _evaluate(config, study, dataset, sizes)
+        result = _conclude(config, study, tracker, dataset)
+        status = "FINISHED"
+    except (KeyboardInterrupt, StoppedError):
+        status = "KILLED"
+        raise
+    finally:
+        execute.end_runs(study)
+        tracker.close(status)
+    return result
+
+
+def plan(config: AblateConfig) -> str:
+    """What an ablation would run, as text, computed without starting anything."""
+    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
+    tried = config.rates - 1 if config.lr == "tuned" else 0
+    runs = len(config.rows) * len(config.sizes) * (config.seeds + tried)
+    of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if tried else "")
+    lines.append(f"{runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
+    if config.data:
+        for size in _sizes(config, Dataset.open(config.data)):
+            budget = config.examples or config.epochs * size.examples
+            lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
+    return "\n".join(lines)
+
+
+def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
+    """The training sets, smallest first. Raises :class:`UserError` for more sessions than there are."""
+    whole = dataset.split("train")
+    found = []
+    for sessions in config.sizes:
+        # Rows are in no session's order, so N sessions are as many examples as N sessions have on average.
+        first = None if sessions is None else max(round(sessions * whole.examples / max(whole.sessions, 1)), 1)
+        found.append(dataset.split("train", first))
+    return sorted(found, key=lambda split: split.examples)
+
+
+def _rate_rows(config: AblateConfig, size: Split) -> list[Row]:
+    """The first seed's runs of every row at all rates."""
+    step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
+    rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
+    return [Row(preset, size.sessions, size.examples, config.seed, lr) for preset in config.rows for lr in rates]
+
+
+def _rows(config: AblateConfig, size: Split, study: Study) -> list[Row]:
+    """The runs of every row with all seeds, at the rate that the row is to have."""
+    found = []
+    for preset in config.rows:
+        if config.lr == "tuned":
+            tried = [row for row in _rate_rows(config, size) if row.preset == preset]
+            scores = {row.lr: score for row in tried if (score := _score(study, row)) is not None}
+            if not scores:
+                log.warning("%s with %d sessions: no rate came to a result", preset, size.sessions)
+                continue
+            lr = min(scores, key=lambda rate: scores[rate])
+        else:
+            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.optimizer.lr
+        found += [Row(preset, size.sessions, size.examples, config.seed + i, lr) for i in range(config.seeds)]
+    return found
+
+
+def _score(study: Study, row: Row) -> float | None:
+    trial = study.trials.get(row.name)
+    return trial.score if trial is not None and trial.outcome == "finished" else None
+
+
+def settings(config: AblateConfig, row: Row) -> TrainConfig:
+    """The settings of a run."""
+    own = tiny(PRESETS[row.preset]) if config.tiny else PRESETS[row.preset]
+    run = replace(
+        run_settings(config),
+        preset=row.preset,
+        model=own.model,
+        optimizer=replace(config.optimizer, lr=row.lr, eps=own.optimizer.eps),
+        seed=row.seed,
+        feed=replace(config.feed, subset=row.examples),
+    )
+    return budgeted(run, config.examples or config.epochs * row.examples, config.validations, row.examples)
+
+
+class _Rows(execute.Source):
+    """Rows that have no run yet, in order."""
+
+    def __init__(self, config: AblateConfig, study: Study, rows: list[Row]) -> None:
+        self.config = config
+        self.study = study
+        self.left = [row for row in rows if row.name not in study.trials]
+        self.rows = len(rows)
+        self.shown_at = -math.inf
+        self.ended = -1
+
+    def next(self) -> Trial | None:
+        """The record of the next row's run."""
+        if not self.left:
+            return None
+        row = self.left.pop(0)
+        run = replace(settings(self.config, row), run_name=row.name, storage=f"{self.study.uri}/runs")
+        return self.study.add(row.name, row.values, run)
+
+    def tell(self, trial: Trial) -> None:
+        """Nothing to learn."""
+
+    def show(self) -> None:
+        """Logs how far the study is where a run has ended, or some time after the last line."""
+        ended = [t for t in self.study.trials.values() if t.outcome != "running"]
+        if len(ended) == self.ended and time.monotonic() - self.shown_at < TABLE_S:
+            return
+        self.ended, self.shown_at = len(ended), time.monotonic()
+        running = [f"{t.name} {_progress(t)}" for t in self.study.trials.values() if t.outcome == "running"]
+        left = f", {len(self.left)} to come" if self.left else ""
+        log.info("%d runs have ended%s; now %s", len(ended), left, "; ".join(running) or "none")
+
+
+def _progress(trial: Trial) -> str:
+    return f"PPL {trial.results[-1]['response_ppl']:.2f}" if trial.results else "begins"
+
+
+def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row]) -> None:
+    source = _Rows(config, study, rows)
+    pending = [trial for trial in study.trials.values() if not trial.ended]
+    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(pending), room.side_by_side)
+    if source.left or pending:
+        execute.execute(study, source, room, max_failures=config.max_failures, show=source.show)
+
+
+def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[Split]) -> None:
+    """Evaluates what has not been evaluated yet: the best checkpoint of every run that the tables have."""
+    wanted = {row.name: row for size in sizes for row in _rows(config, size, study)}
+    for trial in study.trials.values():
+        if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
+            continue
+        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data)
+        found = evaluate(asked)
+        track(found, asked)
+        trial.final["evaluation"] = found["splits"]
+        trial.final["sessions"] = wanted[trial.name].sessions
+        trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
+        study.save(trial)
+        log.info("%s: test response PPL %.3f", trial.name, found["splits"]["test"]["honest"]["response_ppl"])
+
+
+def _parameters(run: TrainConfig, sizes: VocabularySizes) -> int:
+    with torch.device("meta"):
+        return sum(live_parameters(ARPlus(run.model, sizes)).values())
+
+
+def _conclude(config: AblateConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+    """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
+    rows = results.rows(study.trials.values())
+    study_url, compare_url = tracking.study_url(study.tracked), tracking.compare_url(list(_tracked(study)))
+    version = publish_best(study, dataset)
+    unfinished = {t.name: t.problem for t in study.trials.values() if t.outcome in ("failed", "diverged")}
+    result = {
+        "study": study.name,
+        "rows": results.as_json(rows),
+        "model": version,
+        "runs_url": study_url,
+        "compare_url": compare_url,
+        "unfinished": unfinished,
+    }
+    page = report.page(config, rows, study_url=study_url, compare_url=compare_url, unfinished=unfinished)
+    storage.write_json(storage.join(study.uri, "result.json"), result)
+    storage.write_bytes(storage.join(study.uri, "report.html"), page.encode())
+    text = report.text(rows)
+    tracker.log_text("report.html", page)
+    tracker.log_text("tables.txt", text)
+    tracker.log_text("result.json", json.dumps(result, ensure_ascii=False, indent=2))
+    largest = max((key.sessions for key in rows), default=0)
+    for key, cells in rows.items():
+        if key.sessions == largest and "response_ppl" in cells:
+            tracker.log({f"response_ppl/{key.preset}": cells["response_ppl"].mean}, step=largest)
+    return result | {"report": storage.join(study.uri, "report.html"), "text": text}
+
+
+def _tracked(study: Study) -> Iterator[tracking.Run]:
+    for trial in study.trials.values():
+        if "evaluation" in trial.final and (run := study.tracked_run(trial)) is not None:
+            yield run
+
+
+def shown(result: Mapping[str, Any]) -> str:
+    """What the job prints at its end."""
+    lines = [result["text"], "", f"report: {result['report']}"]
+    if result["unfinished"]:
+        lines.append(f"without a result: {', '.join(result['unfinished'])}")
+    return "\n".join([*lines, f"runs: {result['runs_url']}", f"compare: {result['compare_url']}"])

@@ -1,0 +1,276 @@
+"""All runs of a study through Ray Tune: what is unfinished first, then what its source says, side by side."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
+from uuid import uuid4
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from arplus import storage, tracking
+from arplus.errors import RunError, UserError
+from arplus.study.record import OBJECTIVE, Study, Trial
+from arplus.study.room import Room
+from arplus.study.trial import RESOURCES, Run
+from arplus.training import attempt
+from arplus.training.attempt import StoppedError, SupersededError
+
+log = logging.getLogger(__name__)
+
+IN_A_ROW = 3
+"""Failed runs, none in between, after which a study ends: what they fail of is not theirs."""
+
+
+class Source(Protocol):
+    """Where a study's runs come from."""
+
+    def next(self) -> Trial | None:
+        """The record of a new run, made with :meth:`Study.add`; None where there is none any more."""
+        ...
+
+    def tell(self, trial: Trial) -> None:
+        """Says that a run ended."""
+        ...
+
+
+def execute(
+    study: Study,
+    source: Source,
+    room: Room,
+    *,
+    scheduler: TrialScheduler | None = None,
+    max_failures: int,
+    show: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs all that is unfinished or failed in ``study`` and all that ``source`` gives, and keeps the records.
+
+    ``show`` is called whenever a record has changed. A trial's own process that dies is started again, from the run's
+    newest checkpoint, ``max_failures`` times; whatever else ends a run is in its record, and the others go on.
+    Raises :class:`StoppedError` where this process was told to end, with every run saved; ``on_stop`` is called as soon
+    as it is. Raises :class:`RunError` where :data:`IN_A_ROW` runs failed, none in between.
+    """
+    adapter = _Adapter(study, source, room, show)
+    _set_environment()
+    filesystem, path = storage.resolve(storage.join(study.uri, "ray"))
+    tuner = tune.Tuner(
+        tune.with_resources(Run, RESOURCES),
+        tune_config=tune.TuneConfig(
+            search_alg=adapter,
+            scheduler=scheduler,
+            num_samples=-1,  # until the searcher ends
+            max_concurrent_trials=room.side_by_side,
+            trial_dirname_creator=lambda trial: adapter.name_of(trial.trial_id),
+            trial_name_creator=lambda trial: adapter.name_of(trial.trial_id),
+        ),
+        run_config=cast(Any, tune.RunConfig)(
+            name=f"job-{uuid4().hex[:8]}",  # of no later use; see arplus.study.record
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs save themselves
+            verbose=0,
+        ),
+    )
+
+    def stop() -> None:
+        on_stop()
+        adapter.stop()
+
+    with attempt.on_sigterm(stop), _quiet():
+        tuner.fit()
+    storage.delete(storage.join(study.uri, "ray"))
+    if len(adapter.failures) >= IN_A_ROW:
+        raise RunError(
+            f"study {study.name}: {IN_A_ROW} runs in a row failed, the last one so: {adapter.failures[-1]}; "
+            "the same command tries them again"
+        )
+    if adapter.stopping or adapter.live:
+        raise StoppedError(f"study {study.name}: stopped; the same command goes on with it")
+
+
+def asha(budget: int, validations: int, reduction: float, known: Iterable[Trial] = ()) -> ASHAScheduler | None:
+    """ASHA over the examples trained on, which knows the validations of the ``known`` trials.
+
+    The first rung is the first validation; each further one is ``reduction`` times as far. None where there is but one
+    validation, at the end.
+    """
+    if validations < 2:
+        return None
+    scheduler = ASHAScheduler(
+        time_attr="examples",
+        metric=OBJECTIVE,
+        mode="min",
+        # A little early: an epoch whose last batch is short must not move a rung to the next validation.
+        grace_period=cast(Any, 0.9 * budget / validations),
+        max_t=cast(Any, budget * (validations - 1) / validations),
+        reduction_factor=reduction,
+        stop_last_trials=False,  # the run ends by itself, with its last checkpoint and final metrics
+    )
+    for trial in known:
+        past = cast(Any, SimpleNamespace(trial_id=trial.name))
+        scheduler.on_trial_add(cast(Any, None), past)
+        for result in trial.results:
+            scheduler.on_trial_result(cast(Any, None), past, result)
+    return scheduler
+
+
+class _Adapter(Searcher):
+    """The study as Ray Tune's searcher, which learns of all that happens before Tune acts on it."""
+
+    def __init__(self, study: Study, source: Source, room: Room, show: Callable[[], None]) -> None:
+        super().__init__()
+        self.study = study
+        self.source = source
+        self.room = room
+        self.show = show
+        self.again = [trial for trial in study.trials.values() if not trial.ended]
+        self.live: dict[str, Trial] = {}
+        """Records of the trials that run, by Tune's id."""
+        self.names: dict[str, str] = {}
+        self.stopping = False
+        self.failures: list[str] = []
+        """Why the last runs failed; empty once one has not."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next run, written down before it starts."""
+        trial = None
+        if not self.stopping and len(self.failures) < IN_A_ROW:
+            trial = self.again.pop(0) if self.again else self.source.next()
+        if trial is None:
+            return Searcher.FINISHED
+        trial.outcome, trial.problem = "running", ""
+        self.study.save(trial)
+        self.live[trial_id], self.names[trial_id] = trial, trial.name
+        self.show()
+        return {
+            "record": self.study.record_uri(trial.name),
+            "study": self.study.name,
+            "parent_run_id": self.study.tracked.run_id,
+            **self.room._asdict(),
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Notes a validation."""
+        self._note(self.live[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Notes how a run ended; Tune ends its process after this."""
+        trial = self.live.pop(trial_id)
+        self.study.tracked_run(trial)
+        if error or result is None:
+            trial.outcome, trial.problem = "failed", "its process ended again and again; the log says why"
+        else:
+            told = result.get("outcome", "running")
+            if told == "running" and self.stopping:  # the run was saved and goes on another time
+                self.study.save(trial)
+                return
+            # A run that Tune ends in mid-way is one that ASHA has stopped.
+            trial.outcome = "stopped" if told == "running" else told
+            trial.problem = result.get("problem", "")
+            trial.final = {k.removeprefix("final/"): v for k, v in result.items() if k.startswith("final/")}
+        self.failures = [*self.failures, trial.problem] if trial.outcome == "failed" else []
+        if trial.outcome in ("diverged", "failed"):
+            log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
+        self._note(trial, result or {})
+        self.source.tell(trial)
+
+    def name_of(self, trial_id: str) -> str:
+        """The run's name."""
+        return self.names.get(trial_id, trial_id)
+
+    def stop(self) -> None:
+        """Has every run save and end; starts no further one."""
+        self.stopping = True
+        while self.live:
+            for trial in list(self.live.values()):
+                run = self.study.run_uri(trial.name)
+                try:
+                    self.study.check_owner()
+                    if (owner := attempt.read(run)) is not None and not owner.stop:
+                        attempt.request_stop(run, owner)
+                except (UserError, RunError, OSError) as error:  # another job's now, or the storage is away
+                    log.debug("%s", error)
+            time.sleep(0.5)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records say all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing; see :meth:`save`."""
+
+    def __reduce__(self) -> Any:
+        return Searcher, ()  # Tune pickles itself, to be restored from; nobody does
+
+    def _note(self, trial: Trial, result: dict[str, Any]) -> None:
+        known = trial.results[-1]["examples"] if trial.results else 0
+        if trial.outcome != "diverged" and result.get("examples", 0) > known and "response_ppl" in result:
+            trial.results.append({key: result[key] for key in ("examples", "response_ppl", OBJECTIVE)})
+        self.study.save(trial)
+        self.show()
+
+
+@contextmanager
+def conducted(study: Study) -> Iterator[tracking.Tracker]:
+    """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
+    tracker = tracking.Tracker(study.tracked, record=study.record)
+    status: tracking.Status | None = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (KeyboardInterrupt, StoppedError):
+        status = "KILLED"
+        raise
+    except SupersededError:
+        status = None  # all runs are the other job's now
+        raise
+    finally:
+        if status is not None:
+            end_runs(study)
+        tracker.close(status)
+
+
+def end_runs(study: Study) -> None:
+    """Ends the MLflow runs that nobody would end any more, and tags those that came to nothing with the reason."""
+    try:
+        for trial in study.trials.values():
+            run = study.tracked_run(trial)
+            if run is not None and trial.outcome in ("diverged", "failed"):
+                tracking.end_run(run, "FAILED", {"outcome": f"{trial.outcome}: {trial.problem}"})
+        tracking.end_children(study.tracked)
+    except UserError as error:  # whatever brought the study to its end is to be heard, not this
+        log.warning("runs may be left RUNNING, until the same command is given again: %s", error)
+
+
+def check_outcome(study: Study) -> None:
+    """Raises :class:`RunError` where no run of the study came to a result."""
+    if study.best is None:
+        problems = [f"{t.name}: {t.problem}" for t in study.trials.values() if t.problem]
+        raise RunError(f"study {study.name}: no run came to a result ({'; '.join(problems[:3]) or 'there was none'})")
+
+
+def _set_environment() -> None:
+    """Ray Tune's own files and loggers off; they have settings in the environment alone."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "600")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner and end ignore verbose=0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors of Ray Tune, whose commentary is about its own files and about restoring from them."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

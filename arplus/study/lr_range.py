@@ -1,0 +1,254 @@
+"""Smith's learning-rate range test on the real training path: feed, engine and workers are those of a run.
+
+The rate grows by the same factor at every step, from far too low to far too high (Smith 2017, "Cyclical Learning
+Rates", section 3.3). The response's loss L_D first stands still, then falls, then rises: between the last two lie the
+rates that are worth a sweep.
+"""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from numpy.typing import NDArray
+from ray.train import LoggingConfig, RunConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from arplus import cluster, storage, tracking
+from arplus.config import LrFindConfig, flat
+from arplus.data.dataset import Dataset
+from arplus.errors import RunError, UserError
+from arplus.training import preflight
+from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.loop import seed_dropout
+from arplus.training.trainer import code_version, feeds, load, resolved
+
+log = logging.getLogger(__name__)
+
+FILE = "lr_range.json"
+"""The result in the test's folder: the curve, the suggestion, and the bounds that a sweep takes."""
+_SMOOTHED_SHARE = 0.1
+"""Part of the steps that one point of the smoothed curve is the mean of."""
+_BEGUN = 0.1
+"""Part of the whole fall of the loss after which learning has begun: the lower bound."""
+
+
+def find(config: LrFindConfig) -> dict[str, Any]:
+    """Runs the range test on the connected Ray cluster and returns what ``lr_range.json`` holds.
+
+    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small and
+    :class:`RunError` where the loss never fell or the workers died.
+    """
+    config = named(config)
+    dataset = Dataset.open(config.data)
+    scaling = preflight.scaling(config)
+    preflight.check_nodes(config, dataset, 0)  # it writes no checkpoint
+    uri = storage.join(config.storage, config.run_name)
+    if config.resume == "never" and storage.exists(storage.join(uri, FILE)):
+        raise UserError(f"--resume never: {uri} exists; take another --run-name, or --resume auto to make it anew")
+    if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
+        raise UserError(f"--run-name {config.run_name}: {uri} is a run or a study; take another name")
+    assert config.mlflow is not None
+    tracked = tracking.start_run(
+        config.mlflow,
+        config.experiment,
+        config.run_name,
+        tags={
+            "kind": "lr range test",
+            "preset": config.preset,
+            "fingerprint": dataset.fingerprint,
+            "git_commit": code_version(),
+        },
+        params=flat(config),
+    )
+    folder = storage.resolve(uri)[1] if storage.is_local(uri) else f"{tempfile.gettempdir()}/arplus/{tracked.run_id}"
+    with tracking.Tracker(tracked, record=Path(folder) / "tracking.jsonl") as tracker:
+        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+        points = _run(config, scaling, uri)
+        for number, point in enumerate(points):
+            tracker.log({f"lr_range/{key}": value for key, value in point.items()}, step=number)
+        result: dict[str, Any] = {
+            "preset": config.preset,
+            "fingerprint": dataset.fingerprint,
+            "mlflow_url": tracking.run_url(tracked),
+            "lr": analyse([p["lr"] for p in points], [p["dialogue_loss"] for p in points]),
+            "points": points,
+        }
+        files = {
+            FILE: json.dumps(result, indent=2) + "\n",
+            "lr_range.csv": as_csv(points),
+            "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
+        }
+        for name, text in files.items():
+            storage.write_bytes(storage.join(uri, name), text.encode())
+            tracker.log_text(name, text)
+        tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
+    return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
+
+
+def named(config: LrFindConfig) -> LrFindConfig:
+    """The settings with every name and path filled in."""
+    config = resolved(replace(config, run_name=config.run_name or f"lr-{config.preset}"))
+    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))
+
+
+def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, float]:
+    """The lowest and the highest rate of a range test's file.
+
+    Raises :class:`UserError` for a file of another preset or none at all, and warns where the data was other.
+    """
+    found = storage.read_json(uri)
+    try:
+        low, high = float(found["lr"]["low"]), float(found["lr"]["high"])
+    except (KeyError, TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low < high < math.inf:
+        raise UserError(f"--lr-bounds {uri}: is no range test's {FILE}; make one with jobs/lr_find.py")
+    if found.get("preset") != preset:
+        raise UserError(f"--lr-bounds {uri}: is of preset {found.get('preset')!r}, not {preset!r}")
+    if fingerprint is not None and found.get("fingerprint") != fingerprint:
+        log.warning("--lr-bounds %s: the range test was made on other data", uri)
+    return low, high
+
+
+def analyse(rates: list[float], losses: list[float]) -> dict[str, float]:
+    """The bounds and the suggestion of a curve.
+
+    ``low`` is where the smoothed loss has done a tenth of its fall, ``high`` where it is lowest, ``suggestion`` where,
+    between the two, it falls steepest along log(rate). Raises :class:`RunError` where it never falls.
+    """
+    smooth = smoothed(losses)
+    lowest = int(smooth.argmin())
+    fall = smooth[0] - smooth[lowest]
+    begun = int(np.argmax(smooth <= smooth[0] - _BEGUN * fall))
+    if fall <= 0 or lowest - begun < 2:
+        raise RunError(
+            f"the loss never fell: it was {smooth[0]:.3f} at the rate {rates[0]:.1e} and {smooth[-1]:.3f} at "
+            f"{rates[-1]:.1e}; take more --steps, or another range with --lr-from and --lr-to"
+        )
+    slope = np.gradient(smooth, np.log(rates))
+    steepest = begun + int(slope[begun : lowest + 1].argmin())
+    return {"low": rates[begun], "high": rates[lowest], "suggestion": rates[steepest]}
+
+
+def smoothed(losses: list[float]) -> NDArray[np.float64]:
+    """Means over a window that is centred, so that nothing is shifted, and cut at the ends."""
+    half = max(round(_SMOOTHED_SHARE * len(losses) / 2), 1)
+    return np.array([np.mean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))])
+
+
+def as_csv(points: list[dict[str, float]]) -> str:
+    """The curve as comma-separated values."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(points[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    return out.getvalue()
+
+
+def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> str:
+    """The curve with its bounds and suggestion, as SVG."""
+    from matplotlib.figure import Figure  # seconds, once a machine
+
+    rates, losses = [p["lr"] for p in points], [p["dialogue_loss"] for p in points]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, ".", markersize=3, color="#bbb", label="a step")
+    axes.plot(rates, smoothed(losses), color="#246", label="smoothed")
+    axes.axvspan(lr["low"], lr["high"], color="#2a6", alpha=0.12, label=f"bounds {lr['low']:.1e} … {lr['high']:.1e}")
+    axes.axvline(lr["suggestion"], color="#c52", label=f"steepest fall {lr['suggestion']:.1e}")
+    top = max(losses[: len(losses) // 2])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="L_D (nats a target)", title=title)
+    axes.set_ylim(min(losses) - 0.1, top + 0.5 * (top - min(losses)) + 0.1)
+    axes.legend(frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()
+
+
+def _run(config: LrFindConfig, scaling: ray.train.ScalingConfig, uri: str) -> list[dict[str, float]]:
+    filesystem, path = storage.resolve(storage.join(uri, "ray"))
+    trainer: Any = TorchTrainer(
+        cast(Any, _worker),  # its annotation forbids the return value that it documents
+        train_loop_config={"config": config},
+        scaling_config=scaling,
+        run_config=cast(Any, RunConfig)(
+            name=f"job-{uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        outcome = trainer.fit().return_value
+    except TrainingFailedError as error:
+        log.error("%s", error)
+        raise RunError(
+            "the range test's workers failed (the failure is above); it is short, so start it again"
+        ) from error
+    finally:
+        storage.delete(storage.join(uri, "ray"))
+    if isinstance(outcome, Exception):
+        raise outcome
+    return cast(list[dict[str, float]], outcome)
+
+
+def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    cluster.quiet()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    config: LrFindConfig = arguments["config"]
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
+    try:
+        dataset, model, _ = load(config, None)
+    except UserError as error:
+        return error
+    feed, _ = feeds(config, dataset, dataset.sizes, context.get_world_rank())
+    return curve(Engine(model, config, device), feed.batches, feed.steps, config)
+
+
+def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
+    """The curve: rate and losses a step, to the last step, to a loss that is not finite, or to one that is too high.
+
+    ``batches(epoch, first, last)`` gives this worker's part of ``steps`` steps an epoch; all workers see the same
+    losses and so end at the same step.
+    """
+    factor = (config.lr_to / config.lr_from) ** (1 / (config.steps - 1))
+    points: list[dict[str, float]] = []
+    mean, lowest = 0.0, math.inf
+    for epoch in itertools.count():
+        for step in batches(epoch, 0, min(steps, config.steps - len(points))):
+            rate = config.lr_from * factor ** len(points)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            seed_dropout(config.seed, len(points))
+            try:
+                result = engine.train_step(step)
+            except NonFiniteLossError:
+                return points
+            points.append(
+                {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
+            )
+            mean = 0.9 * mean + 0.1 * result.dialogue
+            smooth = mean / (1 - 0.9 ** len(points))
+            lowest = min(lowest, smooth)
+            if smooth > config.give_up * lowest or len(points) == config.steps:
+                return points
+    raise AssertionError("itertools.count ends")

@@ -1,0 +1,182 @@
+"""A study on storage, which is all that it needs to go on after its driver died.
+
+A study's folder holds::
+
+    study.json              its kind, settings, data fingerprint, MLflow run, and the job that it belongs to
+    trials/NAME.json        one record a run, written before the run starts
+    runs/NAME/              the run's own folder (:mod:`arplus.checkpoint`)
+
+Nothing of Ray Tune's own state is read again: it is pickled code, up to ten seconds old, and knows nothing of runs that
+were begun since.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from uuid import uuid4
+
+from arplus import storage, tracking
+from arplus.config import StudyConfig, TrainConfig, flat, from_dict, to_dict
+from arplus.errors import UserError
+from arplus.training import attempt, resume
+from arplus.training.attempt import SupersededError
+from arplus.training.trainer import code_version, resolved
+
+C = TypeVar("C", bound=StudyConfig)
+Outcome = Literal["running", "finished", "stopped", "diverged", "failed"]
+"""``running`` is all that has not ended, so also what a killed driver left; ``stopped`` ended early, by ASHA."""
+OBJECTIVE = "best_response_ppl"
+"""What runs are compared by: their lowest response perplexity on validation. Never the total loss, whose scale moves
+with λ1."""
+MAY_DIFFER = (resume.MAY_DIFFER - {"epochs", "max_steps", "validate_every"}) | {"trials", "concurrency"}
+"""Settings that may change when a study goes on."""
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """The record of one run of a study."""
+
+    name: str
+    """Name of the run, unique within the study."""
+    values: dict[str, Any]
+    """What sets it apart from the study's other runs, by dotted name."""
+    config: dict[str, Any]
+    """Its settings."""
+    outcome: Outcome = "running"
+    problem: str = ""
+    """Why it diverged or failed."""
+    results: list[dict[str, float]] = field(default_factory=list)
+    """One entry a validation: ``examples``, ``response_ppl`` and the lowest so far."""
+    final: dict[str, Any] = field(default_factory=dict)
+    """What a finished run leaves in ``final_metrics.json``."""
+    mlflow_run_id: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it need not be run again. What failed is tried again when the study goes on."""
+        return self.outcome in ("finished", "stopped", "diverged")
+
+    @property
+    def score(self) -> float | None:
+        """Its lowest response perplexity; None where it has none, or diverged."""
+        return self.results[-1][OBJECTIVE] if self.results and self.outcome != "diverged" else None
+
+    @property
+    def settings(self) -> TrainConfig:
+        """Its settings, checked."""
+        return from_dict(TrainConfig, self.config, source=self.name)
+
+
+@dataclass(kw_only=True)
+class Study:
+    """A study that this process runs."""
+
+    uri: str
+    name: str
+    tracked: tracking.Run
+    """The study's own MLflow run, parent of its runs'."""
+    trials: dict[str, Trial]
+    """All records, by name, in the order in which they were made."""
+    owner: str
+    """This job, as ``study.json`` names it until another one goes on with the study."""
+
+    @classmethod
+    def begin(cls, config: StudyConfig, *, kind: str, fingerprint: str) -> "Study":
+        """Begins the study of ``config``, whose names are filled in, or goes on with it.
+
+        Raises :class:`UserError` where the name is taken: by a run, by a study of other settings (which are listed) or
+        other data, or by any study where --resume is never.
+        """
+        uri = storage.join(config.storage, config.run_name)
+        file = storage.join(uri, "study.json")
+        before = _compatible(file, config, kind, fingerprint) if storage.exists(file) else None
+        if before is None and storage.exists(storage.join(uri, "config.json")):
+            raise UserError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
+        tracked = tracking.start_run(
+            config.mlflow or tracking.default_uri(config.storage),
+            config.experiment,
+            config.run_name,
+            tags={"kind": kind, "preset": config.preset, "fingerprint": fingerprint, "git_commit": code_version()},
+            params=flat(config),
+            resume_run_id=before["mlflow_run_id"] if before else None,
+        )
+        study = cls(uri=uri, name=config.run_name, tracked=tracked, trials={}, owner=uuid4().hex)
+        facts = {"kind": kind, "fingerprint": fingerprint, "mlflow_run_id": tracked.run_id, "owner": study.owner}
+        storage.write_json(file, facts | {"config": to_dict(config)})
+        if storage.exists(storage.join(uri, "trials")):
+            for record in storage.list_files(storage.join(uri, "trials")):
+                if record.endswith(".json"):  # a killed process may have left a file half-written
+                    trial = Trial(**storage.read_json(record))
+                    study.trials[trial.name] = trial
+        return study
+
+    @property
+    def record(self) -> Path:
+        """The local record of what is tracked on the study itself."""
+        if storage.is_local(self.uri):
+            return Path(storage.resolve(self.uri)[1]) / "tracking.jsonl"
+        return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
+
+    @property
+    def best(self) -> Trial | None:
+        """The run with the lowest response perplexity among those that finished or were stopped early."""
+        scored = [t for t in self.trials.values() if t.outcome in ("finished", "stopped") and t.score is not None]
+        return min(scored, key=lambda t: t.score or 0.0, default=None)
+
+    def add(self, name: str, values: dict[str, Any], config: TrainConfig) -> Trial:
+        """Makes the record of a new run, which is durable before anything starts."""
+        trial = Trial(name=name, values=values, config=to_dict(config))
+        self.trials[name] = trial
+        self.save(trial)
+        return trial
+
+    def save(self, trial: Trial) -> None:
+        """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
+        self.check_owner()
+        storage.write_json(self.record_uri(trial.name), asdict(trial))
+
+    def check_owner(self) -> None:
+        """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
+        if storage.read_json(storage.join(self.uri, "study.json"))["owner"] != self.owner:
+            raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
+
+    def record_uri(self, name: str) -> str:
+        """Where a record is."""
+        return storage.join(self.uri, "trials", f"{name}.json")
+
+    def run_uri(self, name: str) -> str:
+        """A run's folder."""
+        return storage.join(self.uri, "runs", name)
+
+    def tracked_run(self, trial: Trial) -> tracking.Run | None:
+        """A run's MLflow run; None where it has not got as far."""
+        if trial.mlflow_run_id is None and (owner := attempt.read(self.run_uri(trial.name))) is not None:
+            trial.mlflow_run_id = owner.mlflow_run_id
+        return self.tracked._replace(run_id=trial.mlflow_run_id) if trial.mlflow_run_id else None
+
+
+def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> dict[str, Any]:
+    """What ``study.json`` holds, where ``config`` may go on with it."""
+    other = "take another --run-name"
+    before: dict[str, Any] = storage.read_json(file)
+    if config.resume == "never":
+        raise UserError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
+    if before["kind"] != kind:
+        raise UserError(f"--run-name {config.run_name}: {file} is of a study of kind {before['kind']}; {other}")
+    if before["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{file}: this study is on data of fingerprint {before['fingerprint']}, and {config.data} has "
+            f"{fingerprint}; {other}"
+        )
+    theirs = from_dict(type(config), before["config"], source=file)
+    if different := resume.differences(theirs, config, MAY_DIFFER):
+        raise UserError(f"{file}: this study has other settings ({'; '.join(different)}); {other}")
+    return before
+
+
+def named(config: C, kind: str) -> C:
+    """The settings of a study of this kind with every name and path filled in."""
+    name = config.run_name or f"{kind}-{config.preset}"
+    config = resolved(replace(config, run_name=name, experiment=config.experiment or name))
+    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))

@@ -1,0 +1,66 @@
+"""How many runs of a study fit on the cluster side by side."""
+
+from typing import NamedTuple
+
+import ray
+
+from arplus.config import StudyConfig
+from arplus.errors import ResourceError
+from arplus.training.preflight import FEED_CPUS, MIN_WORKER_CPUS, driver_cpus
+
+
+class Room(NamedTuple):
+    """What a study's runs share."""
+
+    side_by_side: int
+    worker_cpus: float
+    """CPUs a worker of each of them."""
+
+
+def find_room(config: StudyConfig, runs: int) -> Room:
+    """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
+    cluster = ray.cluster_resources()
+    return fit(config, runs, cluster.get("CPU", 0.0), int(cluster.get("GPU", 0)), driver_cpus())
+
+
+def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, driver: float = 0.0) -> Room:
+    """As many runs as there are GPUs for, a GPU a worker; without GPUs, as many as have a whole CPU a worker, or one.
+
+    One whole CPU is left to all runs' data feeds together: their tasks wait for each other and end. ``driver`` is what
+    the job's own driver holds. Raises :class:`ResourceError` with the sum shown where not even one run fits, or not the
+    ``--concurrency`` asked for.
+    """
+    workers, taken = config.world_sizes[-1], FEED_CPUS + driver
+
+    def share(n: int) -> float:
+        return config.worker_cpus or min(1.0, (cpus - taken) / (n * workers))
+
+    def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
+        enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6
+        return enough and (not gpus or n * workers <= gpus)
+
+    wanted = config.concurrency or 1
+    if not fits(wanted):
+        raise ResourceError(_refusal(config, wanted, max(share(wanted), MIN_WORKER_CPUS), cpus, gpus, driver))
+    if config.concurrency is None:
+        least = MIN_WORKER_CPUS if gpus or config.worker_cpus else 1.0
+        while wanted < runs and fits(wanted + 1, least):
+            wanted += 1
+    # Ray keeps resources to four decimals.
+    return Room(wanted, int(share(wanted) * 1e4) / 1e4)
+
+
+def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:
+    workers = config.world_sizes[-1]
+    flags = f"--workers {config.workers}" + (f" --concurrency {runs}" if config.concurrency else "")
+    if gpus and runs * workers > gpus:
+        return (
+            f"{flags}: {runs} run(s) side by side × {workers} workers × 1 GPU = {runs * workers} GPUs, and the cluster "
+            f"has {gpus}; lower --workers or --concurrency"
+        )
+    total = runs * workers * share + FEED_CPUS + driver
+    driven = f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else ""
+    return (
+        f"{flags}: {runs} run(s) side by side × {workers} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data feed"
+        f"{driven} = {total:g} CPUs, and the cluster has {cpus:g}; lower --workers, --concurrency or --worker-cpus"
+    )

@@ -1,0 +1,264 @@
+"""A sweep from beginning to end: its trials, its table, and what it leaves on storage and in MLflow."""
+
+import csv
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from arplus import storage, tracking
+from arplus.config import (
+    Dimension,
+    TrainConfig,
+    TuneConfig,
+    from_dict,
+    parse_space,
+    run_settings,
+    to_dict,
+)
+from arplus.data.dataset import Dataset
+from arplus.study import execute, lr_range
+from arplus.study.publish import publish_best
+from arplus.study.record import OBJECTIVE, Study, Trial, named
+from arplus.study.room import find_room
+from arplus.study.search import make_search
+from arplus.training import preflight
+from arplus.training.memory import checkpoint_bytes
+
+log = logging.getLogger(__name__)
+
+TABLE_S = 20.0
+"""Seconds between two tables at least, unless a trial has ended."""
+
+
+def sweep(config: TuneConfig) -> dict[str, Any]:
+    """Runs a sweep on the connected Ray cluster, or what is left of it, and returns what ``result.json`` holds.
+
+    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
+    :class:`RunError` for a sweep that was stopped or in which no trial came to a result.
+    """
+    config = named(config, "tune")
+    dataset = Dataset.open(config.data)
+    dimensions = space(config, dataset)
+    examples = dataset.split("train", config.feed.subset).examples
+    budget = config.examples or config.epochs * examples
+    room = find_room(config, config.trials)
+    preflight.check_nodes(config, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
+    study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
+    with execute.conducted(study) as tracker:
+        tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
+        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "tuning")
+        source = _Trials(config, study, dimensions, budget, examples, tracker)
+        log.info(
+            "sweep %s: %d trials of %s examples, %d side by side; %s",
+            study.name,
+            config.trials,
+            f"{budget:,}",
+            room.side_by_side,
+            ", ".join(d.text for d in dimensions),
+        )
+        known = [trial for trial in study.trials.values() if trial.ended and trial.score is not None]
+        asha = execute.asha(budget, config.validations, config.reduction, known)
+        execute.execute(
+            study,
+            source,
+            room,
+            scheduler=asha if config.scheduler == "asha" else None,
+            max_failures=config.max_failures,
+            show=source.show,
+            on_stop=lambda: tracker.mark("KILLED"),
+        )
+        execute.check_outcome(study)
+        return _conclude(config, study, tracker, dataset)
+
+
+def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]:
+    """The dimensions of a sweep, each end of which is possible for the run; the rate's from ``--lr-bounds`` if given.
+
+    Raises :class:`UserError` naming the flag.
+    """
+    dimensions = parse_space(config.space)
+    if config.lr_bounds is not None:
+        bounds = lr_range.read_bounds(config.lr_bounds, config.preset, dataset.fingerprint if dataset else None)
+        rate = Dimension("optimizer.lr", "loguniform", bounds)
+        dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
+    for dimension in dimensions:
+        ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
+        for value in ends:
+            with_values(run_settings(config), {dimension.name: value}, source=f"--space {dimension.text}")
+    return dimensions
+
+
+def plan(config: TuneConfig) -> str:
+    """What a sweep would try, as text, computed without starting anything."""
+    dataset = Dataset.open(config.data) if config.data else None
+    dimensions = space(config, dataset)
+    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
+    lines += [f"  {dimension.text}" for dimension in dimensions]
+    lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
+    if dataset is None:
+        return "\n".join([*lines, "examples a trial: unknown without --data"])
+    examples = dataset.split("train", config.feed.subset).examples
+    budget = config.examples or config.epochs * examples
+    run = budgeted(run_settings(config), budget, config.validations, examples)
+    lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
+    return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
+
+
+def with_values(run: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
+    """A run's settings with others by dotted name. Raises :class:`UserError` naming ``source`` for what cannot be."""
+    plain = to_dict(run)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        section = plain
+        for key in path:
+            section = section[key]
+        section[last] = value
+    return from_dict(TrainConfig, plain, source=source)
+
+
+def budgeted(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
+    """A run of at least ``budget`` examples out of ``examples`` an epoch, with evenly spread validations."""
+    epochs, rest = divmod(budget, examples)
+    steps = epochs * math.ceil(examples / run.batch_size) + math.ceil(rest / run.batch_size)
+    return replace(
+        run,
+        epochs=epochs + (rest > 0),
+        max_steps=steps,
+        validate_every=max(math.ceil(steps / validations), 1),
+    )
+
+
+class _Trials(execute.Source):
+    """The trials of a sweep, and what is said of them."""
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        study: Study,
+        dimensions: list[Dimension],
+        budget: int,
+        examples: int,
+        tracker: tracking.Tracker,
+    ) -> None:
+        self.config = config
+        self.study = study
+        self.budget = budget
+        self.examples = examples
+        self.tracker = tracker
+        self.numbers = {name: number for number, name in enumerate(study.trials, 1)}
+        known = {number: study.trials[name] for name, number in self.numbers.items()}
+        self.search = make_search(config, dimensions, known)
+        self.shown_at = -math.inf
+        self.ended = 0
+
+    def next(self) -> Trial | None:
+        """The next trial, up to ``--trials`` of them."""
+        number = len(self.numbers) + 1
+        values = self.search.choose(number) if number <= self.config.trials else None
+        if values is None:
+            return None
+        name = f"trial-{number:04d}"
+        self.numbers[name] = number
+        run = with_values(run_settings(self.config), values, source=f"--space: {name} ({_shown(values)})")
+        run = budgeted(run, self.budget, self.config.validations, self.examples)
+        return self.study.add(name, values, replace(run, run_name=name, storage=f"{self.study.uri}/runs"))
+
+    def tell(self, trial: Trial) -> None:
+        """Lets the search learn, and tracks the best so far."""
+        self.search.learn(self.numbers[trial.name], trial)
+        if self.study.best is not None and self.study.best.score is not None:
+            ended = sum(t.ended for t in self.study.trials.values())
+            self.tracker.log({"best/response_ppl": self.study.best.score}, step=ended)
+
+    def show(self) -> None:
+        """Logs the table where a trial has ended, or some time after the last one."""
+        ended = sum(t.outcome != "running" for t in self.study.trials.values())
+        if ended == self.ended and time.monotonic() - self.shown_at < TABLE_S:
+            return
+        self.ended, self.shown_at = ended, time.monotonic()
+        log.info("%d of %d trials have ended\n%s", ended, self.config.trials, table(self.study, self.budget))
+
+
+def table(study: Study, budget: int, rows: int = 20) -> str:
+    """The trials, best first, each with its values, how far it is, and its response perplexity."""
+    trials = sorted(study.trials.values(), key=lambda t: (math.inf if t.score is None else t.score, t.name))
+    names = list(dict.fromkeys(name for t in trials for name in t.values))
+    head = ["trial", *(name.rpartition(".")[2] for name in names), "examples", "response PPL", "outcome"]
+    lines = [head]
+    for trial in trials[:rows]:
+        examples = int(trial.results[-1]["examples"]) if trial.results else 0
+        score = "" if trial.score is None else f"{trial.score:.3f}"
+        values = [_value(trial.values.get(name)) for name in names]
+        lines.append([trial.name, *values, f"{examples:,} ({examples / budget:.0%})", score, trial.outcome])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *([f"… {len(trials) - rows} more"] if len(trials) > rows else [])])
+
+
+def as_csv(study: Study) -> str:
+    """All trials as a table of comma-separated values."""
+    names = list(dict.fromkeys(name for t in study.trials.values() for name in t.values))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", *names, "examples", OBJECTIVE, "outcome", "mlflow_run_id"])
+    for t in study.trials.values():
+        examples = t.results[-1]["examples"] if t.results else 0
+        score = "" if t.score is None else t.score
+        writer.writerow([t.name, *(t.values.get(n, "") for n in names), examples, score, t.outcome, t.mlflow_run_id])
+    return out.getvalue()
+
+
+def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+    """Writes the best settings and all figures, tracks them on the parent, and registers the best model."""
+    best = study.best
+    assert best is not None
+    assert best.score is not None
+    run = study.tracked_run(best)
+    assert run is not None
+    settings = with_values(run_settings(config), best.values, source="the best trial")
+    settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
+    file = storage.join(study.uri, "best_config.json")
+    storage.write_json(file, to_dict(settings))
+    model = publish_best(study, dataset)
+    compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]
+    runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
+    for trial in study.trials.values():
+        study.save(trial)
+    result = {
+        "study": study.name,
+        "best": best.name,
+        "values": best.values,
+        "response_ppl": best.score,
+        "config": file,
+        "model": model,
+        "serve": tracking.open_command(study.tracked.uri),
+        "runs_url": tracking.study_url(study.tracked),
+        "compare_url": tracking.compare_url(runs),
+        "trials": [asdict(trial) | {"config": None} for trial in study.trials.values()],
+    }
+    storage.write_json(storage.join(study.uri, "result.json"), result)
+    storage.write_bytes(storage.join(study.uri, "trials.csv"), as_csv(study).encode())
+    figures = {key: value for key, value in best.final.items() if isinstance(value, int | float)}
+    ended = sum(trial.ended for trial in study.trials.values())
+    tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
+    tracker.log_text("best_config.json", json.dumps(to_dict(settings), ensure_ascii=False, indent=2))
+    tracker.log_text("trials.csv", as_csv(study))
+    tracker.log_text("result.json", json.dumps(result, ensure_ascii=False, indent=2))
+    tracker.set_tags(
+        {"best": best.name, "best.run": run.run_id} | {f"best.{k}": _value(v) for k, v in best.values.items()}
+    )
+    return result
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_value(value)}" for name, value in values.items())
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

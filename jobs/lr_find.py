@@ -1,0 +1,35 @@
+"""Smith's learning-rate range test: ``python jobs/lr_find.py PRESET --data URI [--tiny] [settings]``."""
+
+import json
+import sys
+
+from arplus import cli, cluster
+from arplus.config import LrFindConfig, study_settings, to_dict
+
+PROG = "jobs/lr_find.py"
+
+
+def main() -> None:
+    """Reads the command line, runs the test, and says which rates are worth a sweep."""
+    command = cli.preset_command(
+        sys.argv[1:],
+        lambda run: study_settings(LrFindConfig, run),
+        prog=PROG,
+        description="Finds the learning rates at which a model learns, by training it at one that grows step by step.",
+    )
+    if command.dry_run:
+        print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
+        return
+    from arplus.study import lr_range  # seconds of imports that --dry-run does without
+
+    cluster.connect()
+    result = lr_range.find(command.config)
+    lr = result["lr"]
+    print(f"learning rate: {lr['suggestion']:.2e}, where the loss falls steepest after {len(result['points'])} steps")
+    print(f"bounds for a sweep: {lr['low']:.2e} … {lr['high']:.2e}")
+    print(f"curve: {result['plot']}\nMLflow: {result['mlflow_url']}")
+    print(f"search between them: jobs/tune.py {result['preset']} --lr-bounds {result['file']} …")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,36 @@
+"""Searches settings for a training run: ``python jobs/tune.py PRESET --data URI --trials N [--tiny] [settings]``."""
+
+import sys
+
+from arplus import cli, cluster
+from arplus.config import TuneConfig, study_settings
+
+PROG = "jobs/tune.py"
+
+
+def main() -> None:
+    """Reads the command line and searches; with ``--dry-run`` prints what would be tried and starts nothing."""
+    command = cli.preset_command(
+        sys.argv[1:],
+        lambda run: study_settings(TuneConfig, run),
+        prog=PROG,
+        description="Searches the best settings of a training run by its response perplexity on validation.",
+    )
+    from arplus.study import tune  # seconds of imports that --help does without
+
+    if command.dry_run:
+        print(tune.plan(command.config))
+        return
+    cluster.connect()
+    result = tune.sweep(command.config)
+    print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")
+    print("\n".join(f"  --{name} {value}" for name, value in result["values"].items()))
+    print(f"train with it: jobs/train.py --config {result['config']}")
+    print(f"its model: {result['model']}")
+    if result["serve"]:
+        print(f"see the runs with: {result['serve']}")
+    print(f"runs: {result['runs_url']}\ncompare: {result['compare_url']}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

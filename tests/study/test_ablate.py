@@ -1,0 +1,92 @@
+"""What an ablation will run: rows, sizes, seeds and rates, and the settings of each run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prepared import write_dataset
+
+from arplus.config import PAPER_ROWS, AblateConfig, checked, preset, tiny
+from arplus.data.dataset import Dataset
+from arplus.errors import UserError
+from arplus.study import ablate
+from arplus.study.ablate import Row
+from arplus.study.record import Study, Trial
+from arplus.tracking import Run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[100, 60], [40]], "valid": [[10]], "test": [[9]]})
+
+
+def study(**trials: Trial) -> Study:
+    return Study(uri="", name="s", tracked=Run("", "", ""), trials=trials)
+
+
+def done(row: Row, ppl: float) -> Trial:
+    results = [{"examples": 1.0, "best_response_ppl": ppl}]
+    return Trial(name=row.name, values=row.values, config={}, outcome="finished", results=results)
+
+
+def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
+    config = AblateConfig(rows=("arplus", "ar"), seeds=2, sessions="all,30", seed=5)
+    sizes = ablate._sizes(config, dataset)
+    whole = dataset.split("train")
+    assert [size.examples for size in sizes] == [round(30 * 200 / whole.sessions), 200]
+    rows = [row for size in sizes for row in ablate._rows(config, size, study())]
+    assert len(rows) == len({row.name for row in rows}) == 8
+    assert {row.seed for row in rows} == {5, 6}
+    assert {(row.preset, row.lr) for row in rows} == {("arplus", 2e-3), ("ar", 1.5e-4)}, "the paper's rates"
+    common = ablate._rows(replace(config, lr="common", optimizer=replace(config.optimizer, lr=7e-4)), sizes[0], study())
+    assert {row.lr for row in common} == {7e-4}
+
+
+def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
+    config = AblateConfig(rows=("arplus", "ar"), seeds=3, lr="tuned", rates=4)
+    size = dataset.split("train")
+    tried = ablate._rate_rows(config, size)
+    assert [row.lr for row in tried[:4]] == pytest.approx([1.5e-4, 6.08e-4, 2.47e-3, 1e-2], rel=1e-2)
+    assert {row.seed for row in tried} == {config.seed}
+    scores = {row.name: done(row, 30 + abs(row.lr - tried[2].lr)) for row in tried if row.preset == "arplus"}
+    found = ablate._rows(config, size, study(**scores))
+    assert [(row.preset, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
+    assert found[0] == tried[2], "the first seed's run is not made again"
+
+
+def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:
+    run = tiny(preset("arplus"))
+    config = AblateConfig(tiny=True, model=run.model, batch_size=8, optimizer=run.optimizer, epochs=3)
+    for name, row in PAPER_ROWS.items():
+        found = ablate.settings(config, Row(name, 10, 40, 1, 3e-4))
+        assert found.model == tiny(row).model
+        assert (found.optimizer.lr, found.optimizer.eps) == (3e-4, row.optimizer.eps)
+        assert (found.seed, found.batch_size, found.feed.subset) == (1, 8, 40)
+        assert (found.epochs, found.max_steps) == (3, 15)
+    assert ablate.settings(replace(config, examples=60), Row("ar", 10, 40, 1, 3e-4)).max_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sessions": "10k"}, "--sessions: must be different numbers, or all"),
+        ({"sessions": "10,10"}, "--sessions: must be different numbers"),
+        ({"rows": ("arplus", "no-bert")}, "--rows: names no preset"),
+        ({"rows": ("ar", "ar")}, "--rows: must be different"),
+        ({"model": preset("ar").model}, "takes no --model settings"),
+    ],
+)
+def test_wrong_settings_are_named(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        checked(replace(AblateConfig(), **changes))  # type: ignore[arg-type]
+
+
+def test_more_sessions_than_there_are(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="the split train has 200 examples, not"):
+        ablate._sizes(AblateConfig(sessions="1000000"), dataset)
+
+
+def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:
+    text = ablate.plan(AblateConfig(data=dataset.uri, lr="tuned", rates=4, seeds=3, sessions="20,all"))
+    assert f"{7 * 2 * 6} runs: 7 rows × 2 sizes × 3 seeds and 4 rates for the first" in text
+    assert "200 examples, 600 a run" in text

@@ -1,0 +1,93 @@
+"""What a sweep varies: the syntax, its errors, and what follows from it."""
+
+import math
+
+import pytest
+
+from arplus.config import Dimension, TuneConfig, checked, from_dict, parse_space, preset, study_settings, tiny, to_dict
+from arplus.errors import UserError
+
+
+def by_name(*items: str) -> dict[str, Dimension]:
+    return {dimension.name: dimension for dimension in parse_space(items)}
+
+
+def sweep(**changes: object) -> TuneConfig:
+    plain = to_dict(study_settings(TuneConfig, tiny(preset("arplus")))) | changes
+    return from_dict(TuneConfig, plain, source="test")
+
+
+def test_every_sweep_varies_the_rate_and_lambda_unless_told_otherwise() -> None:
+    assert by_name() == {
+        "optimizer.lr": Dimension("optimizer.lr", "loguniform", (1.5e-4, 1e-2)),
+        "objective.lambda1": Dimension("objective.lambda1", "uniform", (0, 1)),
+    }
+    other = by_name("objective.lambda1=fixed", "optimizer.lr = loguniform(1e-5, 1e-3)", "model.dropout=uniform(0,0.3)")
+    assert list(other) == ["optimizer.lr", "model.dropout"]
+    assert other["optimizer.lr"].values == (1e-5, 1e-3)
+
+
+def test_all_forms_are_read() -> None:
+    found = by_name(
+        "model.memory-hops=int(0,3)", "batch_size=choice(16,32)", "model.ff_bottleneck=choice(None,32)",
+        "model.auxiliary=choice(infilling,lm)", "model.rezero=choice(True,False)",
+    )  # fmt: skip
+    assert found["model.memory_hops"] == Dimension("model.memory_hops", "int", (0, 3))
+    assert found["batch_size"].values == (16, 32)
+    assert found["model.ff_bottleneck"].values == (None, 32)
+    assert found["model.auxiliary"].values == ("infilling", "lm")
+    assert found["model.rezero"].values == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("item", "problem"),
+    [
+        ("model.dropot=uniform(0,1)", r"unknown key 'model.dropot' \(did you mean 'model.dropout'\?\)"),
+        ("model.dropout", "must be NAME=uniform"),
+        ("model.dropout=normal(0,1)", "must be NAME=uniform"),
+        ("model.dropout=uniform(0.3)", r"needs two numbers, uniform\(LOW,HIGH\)"),
+        ("model.dropout=uniform(a,b)", "needs two numbers"),
+        ("model.dropout=uniform(0.3,0.1)", "LOW must be below HIGH"),
+        ("optimizer.lr=loguniform(0,1)", "LOW must be above 0"),
+        ("model.memory_hops=int(0.5,2)", "needs two whole numbers"),
+        ("batch_size=choice()", "needs choices"),
+        ("batch_size=choice(8,8)", "needs choices that differ"),
+        ("run_name=choice(a,b)", "unknown key"),
+        ("epochs=int(1,3)", "unknown key"),
+    ],
+)
+def test_a_mistake_names_the_flag_and_the_item(item: str, problem: str) -> None:
+    with pytest.raises(UserError, match=rf"^test: --space: .*{problem}"):
+        sweep(space=[item])
+
+
+def test_nothing_to_vary_is_refused() -> None:
+    with pytest.raises(UserError, match="leaves nothing"):
+        sweep(space=["optimizer.lr=fixed", "objective.lambda1=fixed"])
+
+
+def test_values_along_a_range() -> None:
+    lr = Dimension("optimizer.lr", "loguniform", (1e-4, 1e-2))
+    assert lr.at(0.5) == pytest.approx(1e-3)
+    assert (lr.at(0), lr.at(1)) == (1e-4, 1e-2), "to the bit"
+    assert lr.grid(3) == [1e-4, pytest.approx(1e-3), 1e-2]
+    assert Dimension("model.memory_hops", "int", (1, 3)).grid(5) == [1, 2, 3], "none twice"
+    assert Dimension("batch_size", "choice", (8, 16)).grid(5) == [8, 16]
+    assert [Dimension("batch_size", "choice", (8, 16)).at(s) for s in (0, 0.49, 0.5, 1)] == [8, 8, 16, 16]
+    assert lr.holds(1e-4)
+    assert not lr.holds(2e-2)
+    assert not lr.holds(math.nan)
+
+
+def test_a_grid_that_is_larger_than_the_sweep_is_refused_with_the_sum() -> None:
+    with pytest.raises(UserError, match=r"--trials: the grid has 4 × 4 = 16 points; raise --trials .* \(got 10\)"):
+        sweep(search="grid", trials=10)
+    assert checked(sweep(search="grid", trials=16)).trials == 16
+
+
+def test_what_a_study_cannot_have_is_refused() -> None:
+    for flag, value in (("max_steps", 5), ("validate_every", 5), ("resume", "s3://bucket/run")):
+        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: "):
+            sweep(**{flag: value})
+    with pytest.raises(UserError, match=r"--lr-bounds: .*leave one out"):
+        sweep(lr_bounds="file", space=["optimizer.lr=uniform(1,2)"])

@@ -1,0 +1,190 @@
+"""A real small sweep: Ray Tune over Ray Train, ASHA, MLflow, and the files that it leaves."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mlflow.tracking import MlflowClient
+from prepared import write_dataset
+
+from arplus import cli, tracking
+from arplus.config import TuneConfig, preset, study_settings, tiny, to_dict
+from arplus.errors import ResourceError, UserError
+from arplus.study import execute, tune
+from arplus.study.record import Study, named
+from arplus.training.attempt import SupersededError
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[150]], "valid": [[20]]}).uri
+
+
+def settings(data: str, storage: Path, **changes: Any) -> TuneConfig:
+    """A grid of two points, the second of which learns nothing."""
+    run = tiny(preset("arplus"))
+    model = replace(run.model, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=16)
+    config: TuneConfig = study_settings(TuneConfig, replace(run, model=model))
+    config = replace(
+        config,
+        data=data,
+        storage=str(storage),
+        run_name="sweep",
+        batch_size=8,
+        trials=2,
+        search="grid",
+        space=("optimizer.lr=choice(0.01,0.000001)", "objective.lambda1=fixed"),
+        examples=222,
+        validations=4,
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneConfig, dict[str, Any]]:
+    config = settings(data, tmp_path_factory.mktemp("storage"))
+    return config, tune.sweep(config)
+
+
+def folder(config: TuneConfig) -> Path:
+    return Path(config.storage) / config.run_name
+
+
+def test_the_better_trial_wins_and_the_other_is_stopped_early(finished: tuple) -> None:
+    _, result = finished
+    assert result["best"] == "trial-0001"
+    assert result["values"] == {"optimizer.lr": 0.01}
+    good, bad = result["trials"]
+    assert (good["outcome"], bad["outcome"]) == ("finished", "stopped")
+    assert good["final"]["examples"] == 222
+    assert good["results"][-1]["examples"] == 222
+    assert [r["examples"] for r in bad["results"]] == [56], "the first of four validations: 7 of 28 steps"
+    assert (
+        result["response_ppl"] == good["final"]["best_response_ppl"] == min(r["response_ppl"] for r in good["results"])
+    )
+
+
+def test_resources_are_given_back_after_a_trial_was_stopped(finished: tuple) -> None:
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    assert set(states) <= {"REMOVED"}
+
+
+def test_the_best_settings_are_a_file_that_train_takes(finished: tuple) -> None:
+    config, result = finished
+    run = cli.train_command(["--config", result["config"]], prog="jobs/train.py").config
+    assert run.optimizer.lr == 0.01
+    assert (run.epochs, run.max_steps, run.validate_every) == (config.epochs, None, None), "a whole run, not a trial"
+    assert (run.storage, run.run_name, run.data) == (config.storage, "sweep-best", config.data)
+    assert run.model == config.model
+
+
+def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None:
+    config, result = finished
+    client = MlflowClient(tracking.default_uri(config.storage))
+    experiment = client.get_experiment_by_name("sweep")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["sweep", "trial-0001", "trial-0002"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs.pop("sweep")
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
+    assert all(run.data.tags["attempts"] == "1" for run in runs.values())
+    assert runs["trial-0002"].data.tags["outcome"].startswith("stopped early after 56 examples")
+    assert runs["trial-0001"].inputs.dataset_inputs[0].dataset.digest == "test"
+    assert parent.inputs.dataset_inputs[0].dataset.digest == "test"
+    assert parent.data.metrics["best/response_ppl"] == pytest.approx(result["response_ppl"])
+    assert parent.data.tags["best"] == "trial-0001"
+    assert parent.data.tags["best.optimizer.lr"] == "0.01"
+    artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
+    assert {"best_config.json", "trials.csv", "result.json", "study.json"} <= artifacts
+    version = client.get_model_version_by_alias("sweep", "best")
+    assert version.run_id == runs["trial-0001"].info.run_id
+    assert {a.path for a in client.list_artifacts(version.run_id, "checkpoint")} >= {"checkpoint/weights.safetensors"}
+    assert result["runs_url"].endswith(f"#/experiments/{experiment.experiment_id}/runs")
+    assert all(run.info.run_id in result["compare_url"] for run in runs.values())
+
+
+def test_the_same_command_again_repeats_nothing(finished: tuple) -> None:
+    config, result = finished
+    attempts = [(folder(config) / "runs" / t["name"] / "attempt.json").read_text() for t in result["trials"]]
+    again = tune.sweep(config)
+    assert again == result
+    client = MlflowClient(tracking.default_uri(config.storage))
+    assert len(client.search_model_versions("name = 'sweep'")) == 1
+    assert [(folder(config) / "runs" / t["name"] / "attempt.json").read_text() for t in again["trials"]] == attempts
+
+
+def test_a_sweep_of_other_settings_or_a_taken_name_is_refused(finished: tuple, data: str, tmp_path: Path) -> None:
+    config, _ = finished
+    with pytest.raises(UserError, match=r"other settings \(examples: 222 there, 223 here\); take another --run-name"):
+        tune.sweep(replace(config, examples=223))
+    with pytest.raises(UserError, match=r"--resume never: .*study.json exists"):
+        tune.sweep(replace(config, resume="never"))
+    other = write_dataset(tmp_path / "data", {"train": [[40]], "valid": [[5]]}, fingerprint="another")
+    with pytest.raises(UserError, match=r"on data of fingerprint test, and .* has another"):
+        tune.sweep(replace(config, data=other.uri))
+    with pytest.raises(UserError, match=r"--run-name trial-0001: .* is a training run"):
+        tune.sweep(replace(config, storage=str(folder(config) / "runs"), run_name="trial-0001"))
+
+
+def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, search="random")
+    with pytest.raises(UserError, match=r"^--space model.dropout=uniform\(0,1\): --model.dropout: .* less than 1"):
+        tune.sweep(replace(config, space=("model.dropout=uniform(0,1)",)))
+    with pytest.raises(UserError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
+        tune.sweep(replace(config, space=("model.heads=choice(2,3)",)))
+    with pytest.raises(ResourceError, match="9 workers"):
+        tune.sweep(replace(config, workers=9, batch_size=9))
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_bounds_of_a_range_test_are_taken_if_they_are_of_this_model(data: str, tmp_path: Path) -> None:
+    file = tmp_path / "lr_range.json"
+    file.write_text(json.dumps({"preset": "arplus", "fingerprint": "test", "lr": {"low": 1e-4, "high": 3e-2}}))
+    config = settings(data, tmp_path, lr_bounds=str(file), space=())
+    assert [d.text for d in tune.space(config)] == [
+        "optimizer.lr=loguniform(0.0001,0.03)",
+        "objective.lambda1=uniform(0,1)",
+    ]
+    with pytest.raises(UserError, match=r"^--lr-bounds .*: is of preset 'arplus', not 'ar'"):
+        tune.space(replace(config, preset="ar"))
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"^--lr-bounds .*: is no range test's lr_range.json"):
+        tune.space(config)
+
+
+def test_a_plan_says_what_would_be_tried(data: str, tmp_path: Path) -> None:
+    config = settings(data, tmp_path)
+    plan = tune.plan(config)
+    assert "optimizer.lr=choice(0.01,1e-06)" in plan
+    assert "examples a trial: 222 of 150 an epoch (28 steps)" in plan
+    assert json.loads(plan.split("\n\n")[0]) == json.loads(json.dumps(to_dict(config)))
+
+
+def test_a_study_that_another_job_took_over_is_left_alone(finished: tuple) -> None:
+    """Two jobs of one name, as a scheduler's retry makes them while the first one still runs."""
+    config, result = finished
+    first = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
+    second = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
+    trial = first.trials["trial-0001"]
+    second.save(second.trials["trial-0001"])
+    trial.outcome = "failed"
+    client = MlflowClient(tracking.default_uri(config.storage))
+    with pytest.raises(SupersededError, match="another job has taken this study over"), execute.conducted(first):
+        first.save(trial)
+    assert json.loads((folder(config) / "trials" / "trial-0001.json").read_text())["outcome"] == "finished"
+    assert client.get_run(first.tracked.run_id).info.status == "RUNNING", "it is the other job's"
+    with execute.conducted(second):
+        pass
+    assert client.get_run(first.tracked.run_id).info.status == "FINISHED"
+    assert second.best is not None
+    assert second.best.name == result["best"]
