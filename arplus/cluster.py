@@ -2,10 +2,12 @@
 
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 
 import ray
+from ray._raylet import Config
 
 log = logging.getLogger(__name__)
 
@@ -13,9 +15,8 @@ log = logging.getLogger(__name__)
 def connect(cpus: int | None = None) -> None:
     """Joins the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), else starts one on this machine.
 
-    A cluster of our own has ``cpus`` logical CPUs (the machine's by default) and ends with this process. It is
-    private to this job, so it needs no token (Ray 2.60 asks for one by default); one that others run keeps its own
-    choice. Nothing happens where this process is connected already.
+    A cluster of our own has ``cpus`` logical CPUs (the machine's by default) and ends with this process. Its token,
+    too, is this process's own. Nothing happens where this process is connected already.
     """
     quiet()
     if ray.is_initialized():
@@ -33,7 +34,10 @@ def _start(cpus: int | None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_GCS_SERVER_PORT": str(port)}
+    # Ray on Linux listens on all interfaces, and runs what anyone sends there who has the token.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_GCS_SERVER_PORT": str(port)}
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    Config.initialize("")  # reads the variables again, as Ray itself does after such a change
     ray.init(
         address="local",
         num_cpus=cpus,

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -299,3 +300,19 @@ def test_a_job_that_is_stopped_has_time_to_save():
 
 def test_drivers_stay_on_the_head():
     assert not [key for key in load("RayJob")["spec"] if key.startswith("entrypoint") and key != "entrypoint"]
+
+
+def test_a_job_takes_the_code_along_and_no_secret(tmp_path):
+    from ray._private.runtime_env.packaging import create_package
+
+    source = tmp_path / "source"
+    for name in (".cache/cluster/env", ".cache/cluster/token", ".venv/bin/python", "runs/x/config.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("x")
+    for name in ("arplus/cli.py", "jobs/train.py"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_text("x")
+    shutil.copy(ROOT / ".rayignore", source)
+    create_package(str(source), tmp_path / "package.zip", include_gitignore=True)
+    sent = [name for name in zipfile.ZipFile(tmp_path / "package.zip").namelist() if not name.endswith("/")]
+    assert sorted(sent) == [".rayignore", "arplus/cli.py", "jobs/train.py"]
