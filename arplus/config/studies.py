@@ -125,8 +125,8 @@ class AblateConfig(StudyConfig):
 
     tiny: bool = False
     """Shrink every row; what --tiny says."""
-    rows: tuple[str, ...] = tuple(PAPER_ROWS)
-    """The presets to train (repeatable); by default all of the paper's rows."""
+    row: tuple[str, ...] = ()
+    """A preset to train (repeatable); by default all of the paper's rows."""
     seeds: Annotated[int, Gt(0)] = 3
     """Runs of each row, with the seeds --seed, --seed + 1, …"""
     sessions: str = "all"
@@ -136,6 +136,11 @@ class AblateConfig(StudyConfig):
     rates, the one at which the first seed reaches the lowest response perplexity on validation."""
     rates: Annotated[int, Ge(2)] = 4
     """With --lr tuned: rates tried for each row and size, evenly spaced in log from 1.5e-4 to 1e-2."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The presets to train."""
+        return self.row or tuple(PAPER_ROWS)
 
     @property
     def sizes(self) -> list[int | None]:
@@ -150,9 +155,9 @@ class AblateConfig(StudyConfig):
         if not self.sizes or len(set(self.sizes)) < len(self.sizes):
             yield "sessions", f"must be different numbers, or all, with commas between (got {self.sessions!r})"
         if unknown := [row for row in self.rows if row not in PRESETS]:
-            yield "rows", f"names no preset of {', '.join(PRESETS)} (got {unknown[0]!r})"
-        elif not self.rows or len(set(self.rows)) < len(self.rows):
-            yield "rows", "must be different presets, at least one"
+            yield "row", f"names no preset of {', '.join(PRESETS)} (got {unknown[0]!r})"
+        elif len(set(self.rows)) < len(self.rows):
+            yield "row", "names a preset twice"
         base = PRESETS["arplus"].model
         if self.model != (tiny(PRESETS["arplus"]).model if self.tiny else base):
             yield "model", "is what the rows differ in; an ablation takes no --model settings"

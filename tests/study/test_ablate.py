@@ -30,7 +30,7 @@ def done(row: Row, ppl: float) -> Trial:
 
 
 def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
-    config = AblateConfig(rows=("arplus", "ar"), seeds=2, sessions="all,30", seed=5)
+    config = AblateConfig(row=("arplus", "ar"), seeds=2, sessions="all,30", seed=5)
     sizes = ablate._sizes(config, dataset)
     whole = dataset.split("train")
     assert [size.examples for size in sizes] == [round(30 * 200 / whole.sessions), 200]
@@ -43,7 +43,7 @@ def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
 
 
 def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
-    config = AblateConfig(rows=("arplus", "ar"), seeds=3, lr="tuned", rates=4)
+    config = AblateConfig(row=("arplus", "ar"), seeds=3, lr="tuned", rates=4)
     size = dataset.split("train")
     tried = ablate._rate_rows(config, size)
     assert [row.lr for row in tried[:4]] == pytest.approx([1.5e-4, 6.08e-4, 2.47e-3, 1e-2], rel=1e-2)
@@ -71,8 +71,8 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
     [
         ({"sessions": "10k"}, "--sessions: must be different numbers, or all"),
         ({"sessions": "10,10"}, "--sessions: must be different numbers"),
-        ({"rows": ("arplus", "no-bert")}, "--rows: names no preset"),
-        ({"rows": ("ar", "ar")}, "--rows: must be different"),
+        ({"row": ("arplus", "no-bert")}, "--row: names no preset"),
+        ({"row": ("ar", "ar")}, "--row: names a preset twice"),
         ({"model": preset("ar").model}, "takes no --model settings"),
     ],
 )
