@@ -168,6 +168,16 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def test_nothing_from_storage_is_unpickled():
+    """Checkpoints are plain files; evaluation's tallies travel in Ray's memory alone, and torch reads only weights."""
+    lines = {f: f.read_text(encoding="utf-8").splitlines() for f in (ROOT / "arplus").rglob("*.py")}
+    unpickles = re.compile(
+        r"pickle\.loads?\(|Unpickler|(?<!safetensors\.)torch\.load\((?!.*weights_only=True)|allow_pickle|load_checkpoint\("
+    )
+    found = {str(f.relative_to(ROOT)) for f, texts in lines.items() for text in texts if unpickles.search(text)}
+    assert found == {"arplus/evaluation/evaluate.py"}
+
+
 def test_every_package_is_listed():
     import tomllib
 

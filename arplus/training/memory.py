@@ -36,8 +36,8 @@ def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
         elements = n + 3 * part + max(n + bucket, 2 * part)  # masters and moments in parts; gradients
     else:
         whole = sum(size for size in sizes if size < _PERSISTENT)
-        # Weights, gradients and moments in parts; what is gathered, with its gradients; a bucket and its two copies.
-        elements = 4 * part + n + whole + 2 * bucket
+        # Weights, gradients and moments in parts; gradients not yet added up; what is gathered; a bucket, two copies.
+        elements = 4 * part + n + whole + min(2 * bucket, n) + 3 * bucket
     return BYTES * elements
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from platform import python_version
 from typing import NamedTuple
 
-import arplus
-from arplus import storage
+from arplus import __version__, storage
 from arplus.errors import RunError, UserError
 
 PACKAGES = ("ray", "torch", "deepspeed")
@@ -63,8 +62,8 @@ def versions() -> dict[str, str]:
 
 def _code() -> str:
     """The version of this package, and a hash of its code: images of one version may hold different commits."""
-    folder = Path(arplus.__file__).parent
+    folder = Path(storage.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return f"{arplus.__version__} ({digest.hexdigest()[:10]})"
+    return f"{__version__} ({digest.hexdigest()[:10]})"

@@ -65,6 +65,8 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     share = max(int(share * steps), 1) / steps
     return cast(Any, ScalingConfig)(  # mypy sees the class of Ray Train v1
         num_workers=fewest if len(config.world_sizes) == 1 else (fewest, wanted),
+        # Just after the loss of a node the policy may count it still, and leave the feed no CPU: it counts again then.
+        elastic_resize_monitor_interval_s=30.0,
         use_gpu=gpus > 0,
         resources_per_worker={"CPU": share} | ({"GPU": 1} if gpus else {}),
     )

@@ -27,16 +27,17 @@ from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
 from arplus.data.collate import Layout
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
-from arplus.errors import RunError, UserError
+from arplus.errors import ResourceError, RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
+from arplus.tracking.run import absolute_uri
 from arplus.training import attempt, elastic, preflight
 from arplus.training.attempt import Attempt, StoppedError, SupersededError
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError, Job, Part, RunHooks
 from arplus.training.loop import fit, total_steps
 from arplus.training.memory import checkpoint_bytes
-from arplus.training.resume import find_start
+from arplus.training.resume import Start, find_start
 from arplus.training.saver import patiently
 
 log = logging.getLogger(__name__)
@@ -62,16 +63,7 @@ def train(
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
     run_uri = storage.join(config.storage, config.run_name)
     start = find_start(config, run_uri, dataset)
-    tracked = tracking.start_run(
-        config.mlflow or tracking.default_uri(config.storage),
-        config.experiment,
-        config.run_name,
-        tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()}
-        | (part.tags if part else {}),
-        params=flat(config),
-        parent_run_id=part.parent_run_id if part else None,
-        resume_run_id=start.mlflow_run_id,
-    )
+    tracked = _tracked(config, dataset, start, part)
     storage.write_json(storage.join(run_uri, "config.json"), to_dict(config))
     if start.checkpoint is None:
         storage.delete(storage.join(run_uri, "audit"))  # of attempts that came to nothing
@@ -114,6 +106,30 @@ def train(
         if tracker.close(status) == 0:
             shutil.rmtree(_copies(tracker), ignore_errors=True)
     return outcome
+
+
+def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | None) -> tracking.Run:
+    """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer.
+
+    A run that goes on, perhaps by night and by itself, does not wait for its server: what is not sent is recorded.
+    """
+    uri = config.mlflow or tracking.default_uri(config.storage)
+    try:
+        return tracking.start_run(
+            uri,
+            config.experiment,
+            config.run_name,
+            tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()}
+            | (part.tags if part else {}),
+            params=flat(config),
+            parent_run_id=part.parent_run_id if part else None,
+            resume_run_id=start.mlflow_run_id,
+        )
+    except ResourceError as error:
+        if start.mlflow_run_id is None:
+            raise
+        log.warning("going on without MLflow until it answers: %s", error)
+        return tracking.Run(absolute_uri(uri), "", start.mlflow_run_id)
 
 
 def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from prepared import write_dataset
 
 from arplus import checkpoint, tracking
 from arplus.config import TrainConfig, preset, tiny
+from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.training.engine import NonFiniteLossError
-from arplus.training.trainer import train
+from arplus.training.resume import Start
+from arplus.training.trainer import _tracked, train
 
 EXAMPLES, VALID = 83, 21
 
@@ -103,6 +105,21 @@ def test_a_non_finite_loss_stops_the_run_and_names_what_happened(data: str, tmp_
 def test_more_workers_than_can_be_fed_are_refused_with_the_sum(data: str, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"8 workers × 0.2 CPUs \+ 1 CPU for the data feed = 2.6 CPUs.*at most 5"):
         train(settings(data, tmp_path, workers=8))
+
+
+def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
+    with pytest.raises(ResourceError, match=r"http://127\.0\.0\.1:9"):
+        _tracked(config, dataset, Start(None, None), None)
+    assert _tracked(config, dataset, Start(None, "abc"), None).run_id == "abc"
+    assert caplog.messages[-1].startswith("going on without MLflow until it answers: ")
+
+
+def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None:
+    """Each job has a folder of its own there, and what Ray Train reads again at a restart is JSON."""
+    config, _ = finished
+    left = [p for p in (Path(config.storage) / "two" / "ray").rglob("*") if p.is_file()]
+    assert {p.suffix for p in left if p.stat().st_size} <= {".json"}
 
 
 def test_weights_of_another_vocabulary_are_refused(finished: tuple, data: str, tmp_path: Path) -> None:
