@@ -72,7 +72,7 @@ def test_activations_grow_with_the_micro_batch_and_state_does_not() -> None:
 
 
 def test_every_stage_and_every_number_of_workers_is_estimated() -> None:
-    run = replace(preset("arplus"), workers="2:4")
+    run = replace(preset("arplus-large"), workers="2:4")
     found = worker_bytes(run, VocabularySizes())
     assert found.keys() == {(stage, workers) for stage in range(4) for workers in (2, 3, 4)}
     assert found[1, 4] < found[1, 2] < found[0, 2] + found[1, 2]
