@@ -19,7 +19,7 @@ help:
 	@echo "make check   lint, format, types, spelling"
 	@echo "make soak    the long proofs"
 	@echo "make setup   only set up $(VENV)"
-	@echo "make benchmark-deps   what jobs/benchmark.py compares with: datasets, duckdb, polars"
+	@echo "make benchmark-deps   what jobs/benchmark.py compares with: datasets, duckdb, polars, transformers"
 	@echo "make clean   remove $(VENV), the demo's output and caches"
 
 setup: $(VENV)/.installed

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import ray
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,14 @@ import sys
 from typing import Any
 
 from arplus import cli, cluster
-from arplus.benchmark import data, faults, generate, machine, prepare, report, train
+from arplus.benchmark import data, faults, generate, machine, prepare, report, scale, train
 from arplus.errors import UserError
 
 PROG = "jobs/benchmark.py"
 SUBJECTS: dict[str, tuple[Any, Any]] = {
     "train": (train.TrainBenchmark(), train.measure),
     "generate": (generate.GenerateBenchmark(), generate.measure),
+    "scale": (scale.ScaleBenchmark(), scale.measure),
     "data": (data.DataBenchmark(), data.measure),
     "prepare": (prepare.PrepareBenchmark(), prepare.measure),
     "faults": (faults.FaultsBenchmark(), faults.measure),

@@ -62,10 +62,10 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     ours, plain, gflops = [], [], []
     for i in range(config.rounds):
         gflops.append(matmul_gflops())
-        ours.append(timed(lambda: [generate(model, batch, sampling) for batch in mine]) / len(mine))
+        ours.append(timed(lambda batch: generate(model, batch, sampling), mine) / len(mine))
         if config.compare:
             batch = theirs[i % len(theirs)]
-            plain.append(timed(lambda batch=batch: paper_replies(paper, batch, sampling, bos)))
+            plain.append(timed(lambda batch: paper_replies(paper, batch, sampling, bos), [batch]))
     ratio = median(p / o for p, o in zip(plain, ours, strict=True)) if config.compare else None
     replies_per_second = config.batch_size / median(ours)
     return Result(

@@ -9,14 +9,14 @@ import functools
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
@@ -27,6 +27,8 @@ from arplus.config import FeedConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmark(Output):
@@ -36,8 +38,8 @@ class TrainBenchmark(Output):
     """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
-    zero: Literal[0, 1, 2, 3] = TrainConfig.zero
-    """DeepSpeed ZeRO stage of our engine."""
+    zero: Annotated[int, Ge(0), Le(3)] = 0
+    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples a batch."""
     window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
@@ -120,16 +122,17 @@ def _times(
         times["matmul"].append(matmul_gflops())
         for side, take in taken.items():
             steps = mine if side == "ours" else [theirs[i % len(theirs)]]
-            times[side].append(timed(lambda take=take, steps=steps: [take(step) for step in steps]) / len(steps))
+            times[side].append(timed(take, steps) / len(steps))
     return times
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds that a call takes, with what it leaves running on the GPU."""
+def timed(function: Callable[[T], object], items: Iterable[T]) -> float:
+    """Seconds that calls with all the items take, with what they leave running on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    for item in items:
+        function(item)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

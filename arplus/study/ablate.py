@@ -35,7 +35,8 @@ from arplus.study.publish import publish_best
 from arplus.study.record import Study, Trial, named
 from arplus.study.room import Room, find_room
 from arplus.study.tune import budgeted
-from arplus.training.attempt import StoppedError
+from arplus.training import preflight
+from arplus.training.memory import checkpoint_bytes
 
 log = logging.getLogger(__name__)
 
@@ -81,26 +82,18 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = Dataset.open(config.data)
     sizes = _sizes(config, dataset)
     room = find_room(config, len(config.rows) * len(sizes) * config.seeds)
+    runs = len(config.rows) * len(sizes) * (config.seeds + (config.rates - 1 if config.lr == "tuned" else 0))
+    preflight.check_nodes(config, dataset, runs * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
-    tracker = tracking.Tracker(study.tracked, record=study.record)
-    tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
-    tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "ablation")
-    status: tracking.Status = "FAILED"
-    try:
+    with execute.conducted(study) as tracker:
+        tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
+        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "ablation")
         if config.lr == "tuned":
-            _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)])
-        _run(config, study, room, [row for size in sizes for row in _rows(config, size, study)])
+            _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
+        _run(config, study, room, [row for size in sizes for row in _rows(config, size, study)], tracker)
         execute.check_outcome(study)
         _evaluate(config, study, dataset, sizes)
-        result = _conclude(config, study, tracker, dataset)
-        status = "FINISHED"
-    except (KeyboardInterrupt, StoppedError):
-        status = "KILLED"
-        raise
-    finally:
-        execute.end_runs(study)
-        tracker.close(status)
-    return result
+        return _conclude(study, config, tracker, dataset)
 
 
 def plan(config: AblateConfig) -> str:
@@ -208,12 +201,19 @@ def _progress(trial: Trial) -> str:
     return f"PPL {trial.results[-1]['response_ppl']:.2f}" if trial.results else "begins"
 
 
-def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row]) -> None:
+def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row], tracker: tracking.Tracker) -> None:
     source = _Rows(config, study, rows)
     pending = [trial for trial in study.trials.values() if not trial.ended]
     log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(pending), room.side_by_side)
     if source.left or pending:
-        execute.execute(study, source, room, max_failures=config.max_failures, show=source.show)
+        execute.execute(
+            study,
+            source,
+            room,
+            max_failures=config.max_failures,
+            show=source.show,
+            on_stop=lambda: tracker.mark("KILLED"),
+        )
 
 
 def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[Split]) -> None:
@@ -237,7 +237,7 @@ def _parameters(run: TrainConfig, sizes: VocabularySizes) -> int:
         return sum(live_parameters(ARPlus(run.model, sizes)).values())
 
 
-def _conclude(config: AblateConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+def _conclude(study: Study, config: AblateConfig, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
     """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
     rows = results.rows(study.trials.values())
     study_url, compare_url = tracking.study_url(study.tracked), tracking.compare_url(list(_tracked(study)))

@@ -10,10 +10,7 @@ ALIAS = "best"
 
 
 def publish_best(study: Study, dataset: Dataset) -> str:
-    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI.
-
-    Tags the study with the best run and what sets it apart.
-    """
+    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI."""
     best = study.best
     assert best is not None
     assert best.score is not None

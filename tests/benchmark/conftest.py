@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 
@@ -12,3 +13,11 @@ def process_group() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -53,7 +53,7 @@ def test_the_sorted_batches_stand_for_all(pool: Pool) -> None:
 
     ids = torch.cat([step.micro_batches[0].example_id_B for step in every])
     assert sorted(ids.tolist()) == list(range(64 * 32))
-    assert slots(some) == pytest.approx(slots(every), rel=0.03)
+    assert slots(some) == pytest.approx(slots(every), rel=0.05)
     assert pool.padding(every) < 0.2 < pool.padding(pool.random(8))
 
 

@@ -1,10 +1,26 @@
 """What a sweep varies: the syntax, its errors, and what follows from it."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from arplus.config import Dimension, TuneConfig, checked, from_dict, parse_space, preset, study_settings, tiny, to_dict
+from arplus import cli
+from arplus.config import (
+    Dimension,
+    TrainConfig,
+    TuneConfig,
+    checked,
+    from_dict,
+    parse_space,
+    preset,
+    run_settings,
+    study_settings,
+    tiny,
+    to_dict,
+)
 from arplus.errors import UserError
 
 
@@ -91,3 +107,33 @@ def test_what_a_study_cannot_have_is_refused() -> None:
             sweep(**{flag: value})
     with pytest.raises(UserError, match=r"--lr-bounds: .*leave one out"):
         sweep(lr_bounds="file", space=["optimizer.lr=uniform(1,2)"])
+
+
+def command(*arguments: str) -> TuneConfig:
+    read = cli.preset_command(
+        arguments, lambda run: study_settings(TuneConfig, run), prog="jobs/tune.py", description="Searches."
+    )
+    return read.config
+
+
+def test_the_command_line_is_that_of_a_run_and_a_few_flags_more(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"preset": "ar", "epochs": 7, "trials": 3}))
+    config = command(
+        "ar", "--tiny", "--config", str(file), "--trials", "5", "--space", "batch_size=choice(8,16)",
+        "--space", "model.dropout=uniform(0,0.3)", "--optimizer.lr", "1e-3",
+    )  # fmt: skip
+    assert (config.preset, config.epochs, config.trials, config.optimizer.lr) == ("ar", 7, 5, 1e-3)
+    assert config.model == tiny(preset("ar")).model
+    assert config.space == ("batch_size=choice(8,16)", "model.dropout=uniform(0,0.3)")
+    assert (config.run_name, config.experiment) == ("", ""), "a study's own defaults"
+    with pytest.raises(UserError, match=r"^command line: --space: model.dropot=uniform\(0,1\): unknown key"):
+        command("ar", "--space", "model.dropot=uniform(0,1)")
+    with pytest.raises(UserError, match=r"unknown key 'trails' \(did you mean 'trials'"):
+        command("ar", "--trails", "3")
+
+
+def test_the_settings_of_a_run_within_a_study_are_a_run(tmp_path: Path) -> None:
+    run = run_settings(command("arplus", "--tiny", "--epochs", "9", "--trials", "2"))
+    assert type(run) is TrainConfig
+    assert run == replace(tiny(preset("arplus")), epochs=9, experiment="")

@@ -1,0 +1,206 @@
+"""Scaling: one and two workers measured, and a small model that predicts examples a second up to 64 GPUs.
+
+A step of W workers of b examples each takes
+
+    fixed + b · example                  measured with one worker at two batch sizes
+    + bytes(stage, W) / bandwidth        gradients and weights that a worker sends; on this machine the bandwidth is
+    + calls(stage) · latency             measured with the same processes, on GPUs it is assumed
+    max(…, W · b / feed)                 never less than the feed needs to make the batches
+    + checkpoint / steps between         seconds in which training waits for a checkpoint
+
+Nothing is overlapped, as in our engine. The prediction for two workers stands beside what two workers were seen to do.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+from annotated_types import Ge, Gt, Le
+
+from arplus.benchmark import sides
+from arplus.benchmark.pool import Pool, random_examples
+from arplus.benchmark.report import Output, Result, rate
+from arplus.config import TrainConfig, VocabularySizes
+from arplus.model.arplus import ARPlus
+
+WORKERS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of GPUs that are predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleBenchmark(Output):
+    """Measures one and two workers on this machine and predicts more of them, on GPUs."""
+
+    zero: Annotated[int, Ge(0), Le(3)] = TrainConfig.zero
+    """DeepSpeed ZeRO stage."""
+    batch_size: Annotated[int, Gt(1)] = 32
+    """Examples a worker and step in what is measured."""
+    steps: Annotated[int, Gt(0)] = 4
+    """Steps that a median is taken of, after one that is not counted."""
+    gpu_examples_per_second: Annotated[float, Gt(0)] = 60_000
+    """One GPU's rate in what is predicted; take the figure of jobs/benchmark.py train on that GPU."""
+    gpu_batch_size: Annotated[int, Gt(0)] = 1024
+    """Examples a GPU and step."""
+    gpus_per_node: Annotated[int, Gt(0)] = 8
+    """GPUs that share a machine."""
+    node_bandwidth_gb: Annotated[float, Gt(0)] = 300
+    """GB/s that a GPU sends to others of its machine (NVLink)."""
+    network_bandwidth_gb: Annotated[float, Gt(0)] = 40
+    """GB/s that a GPU sends to other machines."""
+    latency_us: Annotated[float, Ge(0)] = 30
+    """Microseconds of one collective call on GPUs."""
+    feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
+    """Examples a second of the feed of one worker; take the figure of jobs/benchmark.py data."""
+    checkpoint_seconds: Annotated[float, Ge(0)] = 5
+    """Seconds in which training waits for one checkpoint."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model of a step is made of; seconds and bytes a second."""
+
+    fixed: float
+    """A worker's step apart from its examples: optimizer, engine."""
+    example: float
+    bandwidth: float
+    """Bytes a second that a worker sends while all do."""
+    latency: float
+    """Of one collective call."""
+    feed: float = float("inf")
+    """Examples a second that the feed of one worker makes."""
+    checkpoint: float = 0.0
+    """Share of the time in which training waits for checkpoints."""
+
+
+def bytes_sent(stage: int, workers: int, parameters: int) -> float:
+    """Bytes that one worker sends in a step, fp32, ring collectives.
+
+    Stage 0: an all-reduce of the gradients, which is a reduce-scatter and an all-gather of (W - 1) / W each. Stages 1
+    and 2: a reduce-scatter of the gradients and an all-gather of the new weights. Stage 3: the weights are gathered
+    in the forward and in the backward pass.
+    """
+    once = 4 * parameters * (workers - 1) / workers
+    return once * (3 if stage == 3 else 2)
+
+
+def step_seconds(costs: Costs, stage: int, workers: int, batch_size: int, parameters: int) -> float:
+    """Seconds that a step takes; see the module's docstring."""
+    sent = bytes_sent(stage, workers, parameters) / costs.bandwidth
+    calls = 0 if workers == 1 else (30 if stage == 3 else 3) * costs.latency
+    work = costs.fixed + batch_size * costs.example + sent + calls
+    return max(work, batch_size / costs.feed) / (1 - costs.checkpoint)
+
+
+def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
+    """Measures in processes of their own; ``run`` replaces AR+ at its real size (tests do)."""
+    run = replace(run or sides.run_config("fp32", config.zero, config.batch_size), zero=config.zero)
+    b = config.batch_size
+    with torch.device("meta"):
+        n = sum(p.numel() for p in ARPlus(run.model, VocabularySizes()).parameters())
+    half, one = (_workers(1, run, size, config.steps) for size in (b // 2, b))
+    two = _workers(2, run, b, config.steps)
+    example = max((one["step"] - half["step"]) / (b - b // 2), 0.0)
+    here = Costs(one["step"] - b * example, example, _bandwidth(two["reduce"], n), two["latency"])
+    predicted, seen = ({w: w * b / s for w, s in seconds.items()} for seconds in (
+        {w: step_seconds(here, run.zero, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
+    ))  # fmt: skip
+    gpus = {w: _on_gpus(config, run, w, n) for w in WORKERS}
+    return Result(
+        figures={
+            "examples_per_second_1": seen[1],
+            "examples_per_second_2": seen[2],
+            "predicted_2": predicted[2],
+            "prediction_error_2": predicted[2] / seen[2] - 1,
+            **{f"predicted_gpus_{w}": value for w, value in gpus.items()},
+        },
+        table=[
+            ("measured here", f"{run.precision}, ZeRO {run.zero}, {b} examples a worker, one thread each, gloo"),
+            ("1 worker", f"{seen[1]:.3g} examples/s"),
+            ("2 workers", f"{seen[2]:.3g} examples/s, predicted {predicted[2]:.3g} ({predicted[2] / seen[2]:.0%})"),
+            ("the model here", f"{here.fixed:.3g} s + {example:.3g} s an example, {here.bandwidth / 1e9:.2g} GB/s"),
+            ("predicted for GPUs", "nothing of it is measured; it assumes"),
+            ("  one GPU", f"{rate(config.gpu_examples_per_second)} examples/s at {config.gpu_batch_size} a step"),
+            ("  sent", f"{bytes_sent(run.zero, 64, n) / 1e6:.0f} MB a step by each of 64, nothing overlapped"),
+            ("  links", f"{config.node_bandwidth_gb:g} GB/s in a machine of {config.gpus_per_node}, "
+                        f"{config.network_bandwidth_gb:g} GB/s a GPU beyond it, {config.latency_us:g} µs a call"),
+            ("  feed", f"{rate(config.feed_examples_per_second)} examples/s a worker"),
+            ("  checkpoints", f"{config.checkpoint_seconds:g} s every {run.checkpoint_minutes or 10:g} minutes"),
+            *((f"  {w} GPUs", f"{rate(value)} examples/s, {value / w / gpus[1]:.0%} of {w} times one")
+              for w, value in gpus.items()),
+        ],
+    )  # fmt: skip
+
+
+def _on_gpus(config: ScaleBenchmark, run: TrainConfig, workers: int, parameters: int) -> float:
+    """Predicted examples/s of ``workers`` GPUs; the slowest link that they need counts."""
+    one_machine = workers <= config.gpus_per_node
+    seconds = 60 * (run.checkpoint_minutes or 10)
+    costs = Costs(
+        fixed=0.0,
+        example=1 / config.gpu_examples_per_second,
+        bandwidth=1e9 * (config.node_bandwidth_gb if one_machine else config.network_bandwidth_gb),
+        latency=config.latency_us * 1e-6,
+        feed=config.feed_examples_per_second,
+        checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
+    )
+    return workers * config.gpu_batch_size / step_seconds(costs, run.zero, workers, config.gpu_batch_size, parameters)
+
+
+def _bandwidth(seconds: float, parameters: int) -> float:
+    """Bytes a second that each of two workers sends while all gradients are reduced in ``seconds``."""
+    return bytes_sent(0, 2, parameters) / seconds
+
+
+def _workers(workers: int, run: TrainConfig, batch_size: int, steps: int) -> dict[str, float]:
+    """Seconds of a step, and of two workers' collectives, in fresh processes of one thread each."""
+    run = replace(run, workers=workers, batch_size=workers * batch_size)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        result = context.SimpleQueue()
+        arguments = [(rank, workers, folder, run, batch_size, steps, result) for rank in range(workers)]
+        processes = [context.Process(target=_worker, args=a, daemon=True) for a in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
+        found: dict[str, float] = result.get()
+    return found
+
+
+def _worker(rank: int, workers: int, folder: str, run: TrainConfig, batch_size: int, steps: int, result: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
+    sizes = VocabularySizes()
+    # The same examples for every worker: the model has no word for one that waits for another.
+    pool = Pool(random_examples(64 * batch_size, sizes), run.model, sizes, batch_size)
+    (step,) = pool.sorted(1)
+    take = sides.engine_step(run, sizes)
+    step = step._replace(targets=workers * step.targets)
+    found = {"step": median(_seconds(lambda: take(step), steps)), "reduce": 0.0, "latency": 0.0}
+    if workers > 1:
+        n = sum(p.numel() for p in ARPlus(run.model, sizes).parameters())
+        gradients, one = torch.zeros(n), torch.zeros(1)
+        found["reduce"] = median(_seconds(lambda: dist.all_reduce(gradients), steps))
+        found["latency"] = median(_seconds(lambda: dist.all_reduce(one), 20))
+    if rank == 0:
+        result.put(found)
+    dist.destroy_process_group()
+
+
+def _seconds(function: Callable[[], object], times: int) -> Iterator[float]:
+    function()
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        yield time.perf_counter() - start

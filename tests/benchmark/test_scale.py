@@ -1,0 +1,37 @@
+"""The scale benchmark: its arithmetic by hand, and two real workers."""
+
+from dataclasses import replace
+
+import pytest
+from test_speed import TINY
+
+from arplus.benchmark import scale, sides
+from arplus.benchmark.scale import Costs, bytes_sent, step_seconds
+
+
+def test_bytes_by_stage() -> None:
+    assert [bytes_sent(stage, 1, 1000) for stage in range(4)] == [0, 0, 0, 0]
+    assert [bytes_sent(stage, 2, 1000) for stage in range(4)] == [4000, 4000, 4000, 6000]
+    assert bytes_sent(1, 64, 1000) == pytest.approx(2 * 4000 * 63 / 64)
+
+
+def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
+    costs = Costs(fixed=1.0, example=0.5, bandwidth=1000.0, latency=0.1)
+    assert step_seconds(costs, 1, 1, 4, 1000) == pytest.approx(3.0)
+    assert step_seconds(costs, 1, 2, 4, 1000) == pytest.approx(3.0 + 4.0 + 0.3)
+    assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(40.0)
+    assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
+
+
+def test_two_workers_are_measured_and_more_predicted() -> None:
+    run = replace(sides.run_config("fp32", 1, 4), model=TINY)
+    result = scale.measure(scale.ScaleBenchmark(batch_size=4, steps=2), run)
+    found = result.figures
+    assert found["examples_per_second_1"] > 0
+    assert found["examples_per_second_2"] > 0
+    assert found["prediction_error_2"] == pytest.approx(found["predicted_2"] / found["examples_per_second_2"] - 1)
+    gpus = [found[f"predicted_gpus_{w}"] for w in scale.WORKERS]
+    assert gpus == sorted(gpus)
+    assert gpus[0] == pytest.approx(60_000, rel=0.01)
+    assert all(value <= w * gpus[0] for w, value in zip(scale.WORKERS, gpus, strict=True))
+    assert any("nothing of it is measured" in text for _, text in result.table)
