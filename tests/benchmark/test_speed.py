@@ -72,7 +72,7 @@ def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["examples_per_second"] > 0
     assert found["examples_per_second_least"] <= found["examples_per_second"]
     assert 0.1 < found["ratio_plain"] < 10, "there is nothing to save at this size"
-    assert found["peak_memory_bytes"] > 100 << 20
+    assert 100 << 20 < found["peak_memory_bytes"] < 3 << 30
     assert found["peak_memory_ratio_plain"] > 0.5, "both hold torch at least"
     if not torch.cuda.is_available():
         assert found["mfu"] is None
