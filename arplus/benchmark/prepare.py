@@ -4,7 +4,6 @@ Beside it, duckdb and polars drop the repeated lines of the same files and do no
 """
 
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
 from arplus.config import PrepareConfig, SynthesizeConfig
 from arplus.data.prepare import prepare
 from arplus.data.synthesize import synthesize
+from arplus.process import peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,4 +146,4 @@ def _timed(function: Callable[[list[str]], tuple[int, int]], files: list[str]) -
     start = time.perf_counter()
     lines, distinct = function(files)
     seconds = time.perf_counter() - start
-    return Deduplicated(lines, distinct, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+    return Deduplicated(lines, distinct, seconds, peak_memory_bytes())

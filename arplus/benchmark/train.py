@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, TypeVar
 
@@ -26,6 +25,7 @@ from arplus.benchmark.sides import Side
 from arplus.config import FeedConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
+from arplus.process import peak_memory_bytes
 
 T = TypeVar("T")
 
@@ -151,9 +151,7 @@ def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step
         take(step)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not getrusage: its peak begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+    return peak_memory_bytes()
 
 
 def _seconds(times: list[float], batch_size: int) -> str:

@@ -95,7 +95,7 @@ class Engine:
             config=deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in parameters)),
             dist_init_required=False,
         )[0]
-        # Stage 0 would flatten and copy all gradients to reduce them over one worker: 3 % of a step on the CPU.
+        # Stage 0 would flatten and copy all gradients to reduce them over one worker, for nothing.
         self.engine.enable_backward_allreduce = self.stage > 0 or dist.get_world_size() > 1
         self.module: nn.Module = self.engine.module
         self.schedule = ReduceLROnPlateau(

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
 from arplus.data.feed import Feed, Step
+from arplus.process import peak_memory_bytes
 from arplus.training.engine import Engine, NonFiniteLossError, StepResult
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def memory_bytes() -> int:
     """Peak memory of this worker so far: the GPU's where there is one, else the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return peak_memory_bytes()
 
 
 def describe(progress: Progress, metrics: dict[str, float], total_steps: int) -> str:
