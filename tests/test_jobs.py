@@ -39,10 +39,10 @@ def record(i: int) -> str:
     [
         ("jobs/train.py arpluss --dry-run", "unknown preset 'arpluss'; the presets are ar, arplus,"),
         ("jobs/train.py arplus --dry-run --objective.lambda1 -1", "--objective.lambda1: .*greater than or equal to 0"),
-        ("jobs/train.py arplus --dry-run --workers 0", "--workers: .*greater than 0"),
+        ("jobs/train.py arplus --dry-run --workers 0", "--workers: must be a number N or a range MIN:MAX, at least 1"),
         ("jobs/train.py arplus --dry-run --learning-rate 1", "unknown key 'learning-rate'.*optimizer.lr"),
         ("jobs/train.py arplus --dry-run --data nowhere", "nowhere: not a prepared data set"),
-        ("jobs/train.py arplus --dry-run --batch-size 65 --workers 2", "--batch-size: must divide .* 64 or 66"),
+        ("jobs/train.py arplus --dry-run --batch-size 3 --workers 2:4", "--batch-size: must be at least .* = 4"),
         ("jobs/chat.py --checkpoint nowhere --say 你好", "nowhere: no complete checkpoint there"),
         ("jobs/evaluate.py --data nowhere", "--checkpoint: is required"),
     ],
