@@ -1,7 +1,9 @@
 """Runs that are killed, stopped, taken over and resumed, on a real Ray: they end as if nothing had happened."""
 
 import random
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import faults
@@ -60,15 +62,15 @@ def progress_of(config: TrainConfig) -> Progress:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
-def test_a_killed_worker_changes_nothing(
-    data: str, storage: Path, undisturbed: dict[str, torch.Tensor], seed: int
-) -> None:
+def test_three_kills_change_nothing(data: str, storage: Path, undisturbed: dict[str, torch.Tensor], seed: int) -> None:
     chance = random.Random(seed)
-    step, which = chance.randrange(1, STEPS - 5), chance.randrange(2)
     config = faults.settings(data, storage, run_name=f"killed-{seed}")
-    with faults.disturbed(lambda: faults.kill_a_worker(which), lambda: faults.steps_logged(config) >= step):
+    with ExitStack() as kills:
+        for step in chance.sample(range(1 + chance.randrange(10), STEPS - 5, 10), 3):
+            act = partial(faults.kill_a_worker, chance.randrange(2))
+            kills.enter_context(faults.disturbed(act, lambda step=step: faults.steps_logged(config) >= step))
         final = train(config)
-    assert faults.attempts(config) == 2
+    assert faults.attempts(config) == 4
     assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
     assert "valid/response_ppl" in final
     weights = faults.newest_weights(config)
