@@ -23,7 +23,9 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
     assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
 
 
+@pytest.mark.soak
 def test_two_workers_are_measured_and_more_predicted() -> None:
+    """Half a minute."""
     run = replace(sides.run_config("fp32", 1, 4), model=TINY)
     result = scale.measure(scale.ScaleBenchmark(batch_size=4, steps=2), run)
     found = result.figures
