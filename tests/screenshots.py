@@ -55,7 +55,7 @@ def main() -> None:
             path = url.partition("/#/")[2]
             _picture(f"http://127.0.0.1:{port}/#/{path}", output / f"{name}.png", "1400,800")
         if (study / "report.html").exists():
-            _picture((study / "report.html").as_uri(), output / "report.png", "1100,1150")
+            _picture((study / "report.html").as_uri(), output / "report.png", "1200,1150")
     finally:
         server.terminate()
         server.wait(30)
