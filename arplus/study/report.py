@@ -25,7 +25,8 @@ h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2em } h3 { font-size
 table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left } tr.base { background: var(--soft) }
-.wide table { font-size: .93em } td small { opacity: .7 } .worse { color: var(--bad) } .better { color: var(--good) } .theirs { opacity: .75 }
+.wide table { font-size: .93em } td small { opacity: .7 }
+.worse { color: var(--bad) } .better { color: var(--good) } .theirs { opacity: .75 }
 figure { margin: 1em 0 } svg { max-width: 100%; height: auto } .wide { overflow-x: auto }
 """
 

@@ -109,9 +109,12 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
         where = f"--node-ip-address={HOST}"
         stack.enter_context(started("--head", where, f"--port={port}", "--dashboard-port=0"))
         wait_for(lambda: answers(port), seconds=120)
-        names = ("first", "second")
-        each = [f"--address={address}", where]
-        yield [Node(n, address, stack.enter_context(started(*each, f"--node-name={n}"))) for n in names]
+        found: list[Node] = []
+        for name in ("first", "second"):  # one after the other: two at once may choose the same port
+            process = stack.enter_context(started(f"--address={address}", where, f"--node-name={name}"))
+            found.append(Node(name, address, process))
+            wait_for(lambda: len(found[0].cluster()) == 1 + len(found), seconds=120)
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,8 @@ def wait_for(happened: Callable[[], bool], seconds: float = 240) -> None:
 
 def settings(data: str, storage: Path, **changes: object) -> TrainConfig:
     """Seven examples a step: an odd one for two workers."""
-    return faults.settings(data, storage, workers="1:2", batch_size=7, epochs=EPOCHS, worker_cpus=1.0, **changes)
+    changes = {"epochs": EPOCHS} | changes
+    return faults.settings(data, storage, workers="1:2", batch_size=7, worker_cpus=1.0, **changes)
 
 
 def start(config: TrainConfig, nodes: list[Node]) -> tuple[subprocess.Popen[str], Node]:
@@ -152,10 +156,10 @@ def worker_counts(config: TrainConfig) -> list[int]:
 def assert_ended_right(config: TrainConfig, job: subprocess.Popen[str]) -> str:
     said, _ = job.communicate(timeout=600)
     assert job.returncode == 0, said
-    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), EPOCHS) == []
+    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), config.epochs) == []
     found = checkpoint.newest(str(faults.folder(config)))
     assert found is not None
-    assert found[1].progress.step == EPOCHS * -(-EXAMPLES // config.batch_size)
+    assert found[1].progress.step == config.epochs * -(-EXAMPLES // config.batch_size)
     return said
 
 
@@ -177,7 +181,7 @@ def test_a_node_that_is_lost_for_good_leaves_a_run_of_fewer_workers(
 
 def test_a_node_that_says_it_goes_away_is_saved_from_at_once(data: str, nodes: list[Node], tmp_path: Path) -> None:
     """Nothing else would make a checkpoint before the epoch's end."""
-    config = settings(data, tmp_path, run_name="drained", checkpoint_every=None)
+    config = settings(data, tmp_path, run_name="drained", checkpoint_every=None, epochs=24)
     job, node = start(config, nodes)
     assert checkpoint.list_complete(str(faults.folder(config))) == []
     node.drain(seconds=40)
