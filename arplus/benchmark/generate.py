@@ -1,6 +1,5 @@
 """Replies: a whole batch in one tensor program with cached keys and values, against the paper's loop, interleaved."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated
@@ -11,37 +10,24 @@ from annotated_types import Gt
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops
 from arplus.benchmark.paper import PaperARPlus, paper_replies
-from arplus.benchmark.pool import Pool, examples_of, random_examples
-from arplus.benchmark.report import Output, Result, rate
+from arplus.benchmark.pool import PoolBenchmark
+from arplus.benchmark.report import Result, rate
 from arplus.benchmark.train import timed
-from arplus.config import FeedConfig, ModelConfig, Sampling, VocabularySizes, special_ids
+from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
 from arplus.model.generate import generate
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateBenchmark(Output):
+class GenerateBenchmark(PoolBenchmark):
     """Measures replies of AR+ at its real size with random weights, all of the same length."""
 
-    data: str | None = None
-    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
     characters: Annotated[int, Gt(0)] = Sampling.max_characters
     """Characters of every reply."""
-    batch_size: Annotated[int, Gt(0)] = 64
-    """Examples a batch."""
-    window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
-    """Batches of the window that is sorted by length."""
-    batches: Annotated[int, Gt(0)] = 8
-    """How many of them, evenly spaced, are timed in every round."""
     rounds: Annotated[int, Gt(0)] = 3
     """Rounds that the medians are taken of, after one batch of ours that is not counted."""
     compare: bool = True
     """Whether the paper's loop is measured too, which takes most of the time."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if self.batches > self.window_batches:
-            yield "batches", f"must be at most window_batches = {self.window_batches} (got {self.batches})"
 
 
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
@@ -49,9 +35,7 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     network, sizes, device = model_config or ModelConfig(), VocabularySizes(), sides.device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
-    examples = config.window_batches * config.batch_size
-    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
-    pool = Pool(table, network, sizes, config.batch_size)
+    pool = config.pool(network, sizes)
     mine = [step.micro_batches[0].to(device) for step in pool.sorted(config.batches)]
     theirs = [step.micro_batches[0].to(device) for step in pool.random(min(config.rounds, config.window_batches))]
     torch.manual_seed(0)

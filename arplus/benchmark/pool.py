@@ -4,14 +4,19 @@ Ours are cut from a window of the feed: sorted by length, a few of them evenly s
 in cost. The other side's are random ones, as a plain ``DataLoader`` with ``shuffle=True`` would make them.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+from annotated_types import Gt
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.config import ModelConfig, VocabularySizes, special_ids
+from arplus.benchmark.report import Output
+from arplus.config import FeedConfig, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.examples import SCHEMA
@@ -66,6 +71,31 @@ def examples_of(uri: str, n: int) -> pa.Table:
     split = Dataset.open(storage.absolute(uri)).split("train")
     order = Order(split=split, batch_size=n, window_batches=1, seed=0, shuffled=True)
     return order.read(0, 0, SCHEMA.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolBenchmark(Output):
+    """What the benchmarks that take batches of a pool have in common."""
+
+    data: str | None = None
+    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
+    batch_size: Annotated[int, Gt(0)] = 64
+    """Examples a batch."""
+    window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
+    """Batches of the window that is sorted by length; see jobs/train.py."""
+    batches: Annotated[int, Gt(0)] = 8
+    """How many of them, evenly spaced, are timed in every round."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if self.batches > self.window_batches:
+            yield "batches", f"must be at most window_batches = {self.window_batches} (got {self.batches})"
+
+    def pool(self, model: ModelConfig, sizes: VocabularySizes) -> "Pool":
+        """The window's examples for a model."""
+        examples = self.window_batches * self.batch_size
+        table = examples_of(self.data, examples) if self.data else random_examples(examples, sizes)
+        return Pool(table, model, sizes, self.batch_size)
 
 
 class Pool:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
@@ -19,10 +19,10 @@ from annotated_types import Ge, Gt, Le
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
-from arplus.benchmark.pool import Pool, examples_of, random_examples, real_lengths
-from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
+from arplus.benchmark.pool import PoolBenchmark, real_lengths
+from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
-from arplus.config import FeedConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.config import TrainConfig, VocabularySizes, special_ids
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
@@ -31,39 +31,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBenchmark(Output):
+class TrainBenchmark(PoolBenchmark):
     """Measures the train step of AR+ at its real size."""
 
-    data: str | None = None
-    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
     zero: Annotated[int, Ge(0), Le(3)] = 0
     """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
-    batch_size: Annotated[int, Gt(0)] = 64
-    """Examples a batch."""
-    window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
-    """Batches of the window that is sorted by length; see jobs/train.py."""
-    batches: Annotated[int, Gt(0)] = 8
-    """How many of them, evenly spaced, are timed in every round."""
     rounds: Annotated[int, Gt(0)] = 3
     """Rounds that the medians are taken of, after one step of each side that is not counted."""
     compare: bool = True
     """Whether the other sides are measured too, which takes most of the time."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if self.batches > self.window_batches:
-            yield "batches", f"must be at most window_batches = {self.window_batches} (got {self.batches})"
 
 
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
     run = run or sides.run_config(config.precision, config.zero, config.batch_size)
     sizes = VocabularySizes()
-    examples = config.window_batches * config.batch_size
-    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
-    pool = Pool(table, run.model, sizes, config.batch_size)
+    pool = config.pool(run.model, sizes)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
     taken = {"ours": sides.train_step("ours", run, sizes)}
     if config.compare:

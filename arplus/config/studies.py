@@ -149,6 +149,12 @@ class AblateConfig(StudyConfig):
         valid = all(name == "all" or (name.isdecimal() and int(name) > 0) for name in names)
         return [None if name == "all" else int(name) for name in names] if valid else []
 
+    @property
+    def runs(self) -> int:
+        """Runs in all; with tuned rates the first seed's have one for each rate."""
+        tried = self.rates - 1 if self.lr == "tuned" else 0
+        return len(self.rows) * len(self.sizes) * (self.seeds + tried)
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
         yield from super().check()

@@ -82,8 +82,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = Dataset.open(config.data)
     sizes = _sizes(config, dataset)
     room = find_room(config, len(config.rows) * len(sizes) * config.seeds)
-    runs = len(config.rows) * len(sizes) * (config.seeds + (config.rates - 1 if config.lr == "tuned" else 0))
-    preflight.check_nodes(config, dataset, runs * checkpoint_bytes(config.model, dataset.sizes))
+    preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.conducted(study) as tracker:
         tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
@@ -99,10 +98,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 def plan(config: AblateConfig) -> str:
     """What an ablation would run, as text, computed without starting anything."""
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
-    tried = config.rates - 1 if config.lr == "tuned" else 0
-    runs = len(config.rows) * len(config.sizes) * (config.seeds + tried)
-    of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if tried else "")
-    lines.append(f"{runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
+    of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
+    lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
     if config.data:
         for size in _sizes(config, Dataset.open(config.data)):
             budget = config.examples or config.epochs * size.examples
