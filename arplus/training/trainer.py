@@ -88,7 +88,7 @@ def train(
         tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
 
     try:
-        kept = elastic.feed_cpu_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
+        kept = elastic.room_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_sigterm(stop), kept:
             outcome = _run_workers(job, scaling, callbacks)
         patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))

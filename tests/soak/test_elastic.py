@@ -1,4 +1,4 @@
-"""Runs on machines that come and go: a node is lost for good, or announces that it will be. About 8 minutes."""
+"""Runs on machines that come and go: a node is lost and replaced, or announces that it will be. About 8 minutes."""
 
 import logging
 import re
@@ -97,23 +97,35 @@ def started(*arguments: str) -> Iterator[psutil.Process]:
                 one.kill()
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A head of one CPU, and nodes."""
+
+    address: str
+    nodes: list[Node]
+    stack: ExitStack
+
+    def add(self, name: str) -> None:
+        """Starts a node and waits until the head knows it."""
+        command = f"--address={self.address}", f"--node-ip-address={HOST}", f"--node-name={name}"
+        node = Node(name, self.address, self.stack.enter_context(started(*command)))
+        self.nodes.append(node)
+        wait_for(lambda: any(info.node_name == name for info in node.cluster()), seconds=120)
+
+
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
-    """A head and two nodes of one CPU each: room for two workers and the data feed. Gives the two."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head and two nodes of one CPU each: room for two workers and the data feed."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = f"{HOST}:{port}"
     with ExitStack() as stack:
-        where = f"--node-ip-address={HOST}"
-        stack.enter_context(started("--head", where, f"--port={port}", "--dashboard-port=0"))
+        stack.enter_context(started("--head", f"--node-ip-address={HOST}", f"--port={port}", "--dashboard-port=0"))
         wait_for(lambda: answers(port), seconds=120)
-        found: list[Node] = []
+        found = Cluster(f"{HOST}:{port}", [], stack)
         for name in ("first", "second"):  # one after the other: two at once may choose the same port
-            process = stack.enter_context(started(f"--address={address}", where, f"--node-name={name}"))
-            found.append(Node(name, address, process))
-            wait_for(lambda: len(found[0].cluster()) == 1 + len(found), seconds=120)
+            found.add(name)
         yield found
 
 
@@ -135,12 +147,11 @@ def settings(data: str, storage: Path, **changes: object) -> TrainConfig:
     return faults.settings(data, storage, workers="1:2", batch_size=7, worker_cpus=1.0, **changes)
 
 
-def start(config: TrainConfig, nodes: list[Node]) -> tuple[subprocess.Popen[str], Node]:
+def start(config: TrainConfig, cluster: Cluster) -> tuple[subprocess.Popen[str], Node]:
     """Starts a job that gets two workers; the job, and a node that has one of them."""
-    wait_for(lambda: len(nodes[0].cluster()) == 3)
-    job = faults.start_job(config, address=nodes[0].address)
+    job = faults.start_job(config, address=cluster.address)
     faults.wait_for_steps(config, 10, job)
-    return job, next(node for node in nodes if node.has_worker())
+    return job, next(node for node in cluster.nodes if node.has_worker())
 
 
 def worker_counts(config: TrainConfig) -> list[int]:
@@ -163,29 +174,32 @@ def assert_ended_right(config: TrainConfig, job: subprocess.Popen[str]) -> str:
     return said
 
 
-def test_a_node_that_is_lost_for_good_leaves_a_run_of_fewer_workers(
-    data: str, nodes: list[Node], tmp_path: Path
+def test_a_run_shrinks_with_a_node_that_is_lost_and_grows_with_its_replacement(
+    data: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    config = settings(data, tmp_path, run_name="lost", checkpoint_every=50)
-    job, node = start(config, nodes)
+    config = settings(data, tmp_path, run_name="lost", checkpoint_every=50, epochs=12)
+    job, node = start(config, cluster)
     before = faults.steps_logged(config)
     node.kill()
     begun = time.monotonic()
     wait_for(lambda: faults.attempts(config) > 1)
     faults.wait_for_steps(config, before + 30, job)
     log.warning("training again %.0f s after the loss", time.monotonic() - begun)
+    assert worker_counts(config) == [2, 1]
+    cluster.add("third")
     said = assert_ended_right(config, job)
     assert "1 of them: going on from" in said
-    assert worker_counts(config) == [2, 1]
+    assert worker_counts(config) == [2, 1, 2]
 
 
-def test_a_node_that_says_it_goes_away_is_saved_from_at_once(data: str, nodes: list[Node], tmp_path: Path) -> None:
-    """Nothing else would make a checkpoint before the epoch's end."""
-    config = settings(data, tmp_path, run_name="drained", checkpoint_every=None, epochs=24)
-    job, node = start(config, nodes)
+def test_a_node_that_says_it_goes_away_is_saved_from_at_once(data: str, cluster: Cluster, tmp_path: Path) -> None:
+    """Nothing else would make a checkpoint before the epoch's end, and the node stays: nothing new starts there."""
+    config = settings(data, tmp_path, run_name="drained", checkpoint_every=None, epochs=10)
+    job, node = start(config, cluster)
     assert checkpoint.list_complete(str(faults.folder(config))) == []
     node.drain(seconds=40)
     wait_for(lambda: bool(checkpoint.list_complete(str(faults.folder(config)))), seconds=40)
     said = assert_ended_right(config, job)
     assert re.search(r"nodes \w+ are to be taken away: saving now", said)
     assert "going on from step" in said
+    assert worker_counts(config) == [2, 1]
