@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,8 +84,6 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.conducted(study) as tracker:
-        tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
-        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "ablation")
         if config.lr == "tuned":
             _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
         _run(config, study, room, [row for size in sizes for row in _rows(config, size, study)], tracker)

@@ -1,10 +1,12 @@
 """All runs of a study through Ray Tune: what is unfinished first, then what its source says, side by side."""
 
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 from uuid import uuid4
@@ -14,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from arplus import storage, tracking
+from arplus.config import to_dict
 from arplus.errors import RunError, UserError
 from arplus.study.record import OBJECTIVE, Study, Trial
 from arplus.study.room import Room
@@ -220,6 +223,8 @@ class _Adapter(Searcher):
 def conducted(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
     tracker = tracking.Tracker(study.tracked, record=study.record)
+    tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
+    tracker.log_dataset(Path(study.config.data).name, study.fingerprint, study.config.data, study.kind)
     status: tracking.Status | None = "FAILED"
     try:
         yield tracker

@@ -11,28 +11,21 @@ import itertools
 import json
 import logging
 import math
-import os
-import sys
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import numpy as np
-import ray.train
-import ray.train.torch
-import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
-from ray.train import LoggingConfig, RunConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import ScalingConfig, TrainingFailedError
 
-from arplus import cluster, storage, tracking
+from arplus import storage, tracking
 from arplus.config import LrFindConfig, flat
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UserError
-from arplus.training import preflight
+from arplus.training import preflight, workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.loop import seed_dropout
 from arplus.training.trainer import code_version, feeds, load, resolved
@@ -180,21 +173,9 @@ def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> st
     return text.getvalue()
 
 
-def _run(config: LrFindConfig, scaling: ray.train.ScalingConfig, uri: str) -> list[dict[str, float]]:
-    filesystem, path = storage.resolve(storage.join(uri, "ray"))
-    trainer: Any = TorchTrainer(
-        cast(Any, _worker),  # its annotation forbids the return value that it documents
-        train_loop_config={"config": config},
-        scaling_config=scaling,
-        run_config=cast(Any, RunConfig)(
-            name=f"job-{uuid4().hex[:8]}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
+def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[str, float]]:
     try:
-        outcome = trainer.fit().return_value
+        outcome = workers.run(_worker, {"config": config}, scaling, uri)
     except TrainingFailedError as error:
         log.error("%s", error)
         raise RunError(
@@ -208,19 +189,13 @@ def _run(config: LrFindConfig, scaling: ray.train.ScalingConfig, uri: str) -> li
 
 
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    cluster.quiet()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config: LrFindConfig = arguments["config"]
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max((os.cpu_count() or 1) // context.get_local_world_size(), 1))
+    device = workers.set_up()
     try:
         dataset, model, _ = load(config, None)
     except UserError as error:
         return error
-    feed, _ = feeds(config, dataset, dataset.sizes, context.get_world_rank())
+    feed, _ = feeds(config, dataset, dataset.sizes, dist.get_rank())
     return curve(Engine(model, config, device), feed.batches, feed.steps, config)
 
 

@@ -74,6 +74,10 @@ class Study:
 
     uri: str
     name: str
+    kind: str
+    config: StudyConfig
+    fingerprint: str
+    """Of the data."""
     tracked: tracking.Run
     """The study's own MLflow run, parent of its runs'."""
     trials: dict[str, Trial]
@@ -101,7 +105,16 @@ class Study:
             params=flat(config),
             resume_run_id=before["mlflow_run_id"] if before else None,
         )
-        study = cls(uri=uri, name=config.run_name, tracked=tracked, trials={}, owner=uuid4().hex)
+        study = cls(
+            uri=uri,
+            name=config.run_name,
+            kind=kind,
+            config=config,
+            fingerprint=fingerprint,
+            tracked=tracked,
+            trials={},
+            owner=uuid4().hex,
+        )
         facts = {"kind": kind, "fingerprint": fingerprint, "mlflow_run_id": tracked.run_id, "owner": study.owner}
         storage.write_json(file, facts | {"config": to_dict(config)})
         if storage.exists(storage.join(uri, "trials")):

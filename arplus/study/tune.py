@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from arplus import storage, tracking
@@ -51,8 +50,6 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     preflight.check_nodes(config, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.conducted(study) as tracker:
-        tracker.log_text("study.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
-        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "tuning")
         source = _Trials(config, study, dimensions, budget, examples, tracker)
         log.info(
             "sweep %s: %d trials of %s examples, %d side by side; %s",

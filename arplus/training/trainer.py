@@ -3,25 +3,21 @@
 import contextlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from uuid import uuid4
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import ScalingConfig, TrainingFailedError
 
-from arplus import checkpoint, cluster, storage, tracking
+from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
 from arplus.data.collate import Layout
@@ -31,7 +27,7 @@ from arplus.errors import ResourceError, RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
 from arplus.tracking.run import absolute_uri
-from arplus.training import attempt, elastic, preflight
+from arplus.training import attempt, elastic, preflight, workers
 from arplus.training.attempt import Attempt, StoppedError, SupersededError
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError, Job, Part, RunHooks
@@ -135,23 +131,10 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | N
 def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> dict[str, Any]:
     """Runs the workers to the end of the run, starting them again where one dies; rank 0's final metrics."""
     config = job.config
-    filesystem, path = storage.resolve(storage.join(job.run_uri, "ray"))
-    trainer: Any = TorchTrainer(
-        cast(Any, _worker),  # its annotation forbids the return value that it documents
-        train_loop_config={"job": job},
-        scaling_config=scaling,
-        # Checkpoints are ours, so Ray's own record of a job has a name that no later job resumes from.
-        run_config=cast(Any, RunConfig)(  # mypy sees the class of Ray Train v1
-            name=f"job-{uuid4().hex[:8]}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
-        ),
-    )
     try:
-        outcome = trainer.fit().return_value
+        outcome = workers.run(
+            _worker, {"job": job}, scaling, job.run_uri, max_failures=config.max_failures, callbacks=callbacks
+        )
     except TrainingFailedError as error:
         log.error("%s", error)
         raise RunError(
@@ -160,7 +143,7 @@ def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train
         ) from error
     if "error" in outcome:
         raise outcome["error"]
-    return outcome
+    return cast(dict[str, Any], outcome)
 
 
 def resolved(config: C) -> C:
@@ -228,10 +211,6 @@ def _local(uri: str, folder: Path) -> str:
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    cluster.quiet()
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     job: Job = arguments["job"]
     try:
         return _run(job)
@@ -244,15 +223,10 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _run(job: Job) -> dict[str, Any]:
     config = job.config
-    device = ray.train.torch.get_device()
-    context = ray.train.get_context()
-    if device.type == "cpu":
-        # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
-        sharing = context.get_local_world_size() * (job.part.side_by_side if job.part else 1)
-        torch.set_num_threads(max((os.cpu_count() or 1) // sharing, 1))
+    device = workers.set_up(job.part.side_by_side if job.part else 1)
     mine, start = _agreed(lambda: patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
     dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: load(config, start)))
-    train_feed, valid_feed = feeds(config, dataset, dataset.sizes, context.get_world_rank())
+    train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
     if state is not None:

@@ -1,0 +1,63 @@
+"""The processes that train, as Ray Train starts them: the same for a run and for a range test."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+from uuid import uuid4
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from arplus import cluster, storage
+
+
+def run(
+    worker: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    scaling: ScalingConfig,
+    uri: str,
+    *,
+    max_failures: int = 0,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+) -> Any:
+    """Runs ``worker(arguments)`` in every worker to its end, starting all again where one dies; rank 0's return value.
+
+    Ray keeps its own files in the folder ``ray`` of ``uri``. Raises :class:`ray.train.TrainingFailedError` where the
+    workers failed more than ``max_failures`` times.
+    """
+    filesystem, path = storage.resolve(storage.join(uri, "ray"))
+    trainer: Any = TorchTrainer(
+        cast(Any, worker),  # its annotation forbids the return value that it documents
+        train_loop_config=arguments,
+        scaling_config=scaling,
+        # Checkpoints are ours, so Ray's own record of a job has a name that no later job resumes from.
+        run_config=cast(Any, RunConfig)(  # mypy sees the class of Ray Train v1
+            name=f"job-{uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
+        ),
+    )
+    return trainer.fit().return_value
+
+
+def set_up(side_by_side: int = 1) -> torch.device:
+    """Sets logging and threads up in a worker, and gives its device; ``side_by_side`` runs share the machine."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    cluster.quiet()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
+        sharing = ray.train.get_context().get_local_world_size() * side_by_side
+        torch.set_num_threads(max((os.cpu_count() or 1) // sharing, 1))
+    return device
