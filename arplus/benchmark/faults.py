@@ -55,11 +55,6 @@ class FaultsBenchmark(Output):
     records: Annotated[int, Gt(0)] = 2_000
     """Records generated to train on."""
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if self.batch_size % self.workers:
-            yield "batch_size", f"must divide by workers = {self.workers} (got {self.batch_size})"
-
 
 @dataclass(frozen=True)
 class Recovery:

@@ -53,6 +53,8 @@ class Job:
     start: str | None
     """Checkpoint from which the job starts; None for the beginning."""
     progress_bar: bool
+    versions: dict[str, str]
+    """Those of the job's own node, which every worker's must equal (:func:`arplus.training.node.versions`)."""
     part: Part | None = None
     """Of which study the run is a part, if it is of one."""
 

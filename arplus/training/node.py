@@ -1,4 +1,4 @@
-"""What one node of the cluster is asked before training: its versions, its space, and whether it reaches the storage.
+"""What a node of the cluster is asked before it trains: its versions, its space, and whether it reaches the storage.
 
 Ray runs :func:`look` on every node, so that this module imports little.
 """
@@ -12,7 +12,7 @@ from platform import python_version
 from typing import NamedTuple
 
 from arplus import __version__, storage
-from arplus.errors import RunError, UserError
+from arplus.errors import ResourceError, RunError, UserError
 
 PACKAGES = ("ray", "torch", "deepspeed")
 
@@ -58,6 +58,13 @@ def look(data_file: str, storage_uri: str, marker: str, node: str) -> Facts:
 def versions() -> dict[str, str]:
     """:attr:`Facts.versions` of the node that asks."""
     return {"python": python_version(), **{name: version(name) for name in PACKAGES}, "arplus": _code()}
+
+
+def check_versions(name: str, there: dict[str, str], here: dict[str, str]) -> None:
+    """Raises :class:`ResourceError` where the node called ``name`` has other versions than this one."""
+    different = [f"{k} {v} there, {here[k]} here" for k, v in there.items() if v != here[k]]
+    if different:
+        raise ResourceError(f"node {name}: other versions ({'; '.join(different)}); start all nodes from one image")
 
 
 def _code() -> str:

@@ -1,7 +1,7 @@
 """Checks before any worker starts, so that what cannot run fails at once with one line that says what to change.
 
 The data set's manifest is read, and MLflow is asked for its experiments, by whoever comes next in the driver; here are
-the cluster's resources and its nodes. Nodes that an autoscaler adds later are not seen.
+the cluster's resources and its nodes. A node that joins later is only asked for its versions, by each of its workers.
 """
 
 import json
@@ -102,9 +102,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     for name, said in facts.items():
         if said.problems:
             raise UserError(f"node {name}: {'; '.join(said.problems)}")
-        different = [f"{k} {v} there, {mine[k]} here" for k, v in said.versions.items() if v != mine[k]]
-        if different:
-            raise ResourceError(f"node {name}: other versions ({'; '.join(different)}); start all nodes from one image")
+        node.check_versions(name, said.versions, mine)
         if said.free_shm < MIN_SHM:
             raise ResourceError(
                 f"node {name}: {_size(said.free_shm)} free in /dev/shm, and training needs {_size(MIN_SHM)}; start "

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from arplus.errors import ResourceError, RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
 from arplus.tracking.run import absolute_uri
-from arplus.training import attempt, elastic, preflight, workers
+from arplus.training import attempt, elastic, node, preflight, workers
 from arplus.training.attempt import Attempt, StoppedError, SupersededError
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError, Job, Part, RunHooks
@@ -70,6 +71,7 @@ def train(
         attempt=attempt.take_over(run_uri, tracked.run_id),
         start=start.checkpoint,
         progress_bar=part is None and sys.stderr.isatty(),
+        versions=node.versions(),
         part=part,
     )
     tracker = tracking.Tracker(tracked, record=job.record, keep=job.records)
@@ -224,6 +226,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def _run(job: Job) -> dict[str, Any]:
     config = job.config
     device = workers.set_up(job.part.side_by_side if job.part else 1)
+    _agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     mine, start = _agreed(lambda: patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
     dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: load(config, start)))
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())

@@ -14,6 +14,7 @@ from arplus import checkpoint, tracking
 from arplus.config import TrainConfig, preset, tiny
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
+from arplus.training import node, preflight
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.resume import Start
 from arplus.training.trainer import _tracked, train
@@ -105,6 +106,17 @@ def test_a_non_finite_loss_stops_the_run_and_names_what_happened(data: str, tmp_
 def test_more_workers_than_can_be_fed_are_refused_with_the_sum(data: str, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"8 workers × 0.2 CPUs \+ 1 CPU for the data feed = 2.6 CPUs.*at most 5"):
         train(settings(data, tmp_path, workers=8))
+
+
+def test_a_worker_on_a_node_of_other_versions_ends_the_run(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that joined after the preflight; here it is this process that has another torch."""
+    here = node.versions() | {"torch": "1.0"}
+    monkeypatch.setattr(preflight, "check_nodes", lambda *_: None)
+    monkeypatch.setattr(node, "versions", lambda: here)
+    with pytest.raises(ResourceError, match=r"other versions \(torch \S+ there, 1.0 here\); start all nodes from one"):
+        train(settings(data, tmp_path, run_name="other"))
 
 
 def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
