@@ -22,10 +22,10 @@ def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable,
 
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
     curve, weights = plain_run(config(), 12)
-    two = [config(workers=2, zero=stage) for stage in range(4)]
+    one, two, four = ([config(workers=n, zero=stage) for stage in range(4)] for n in (1, 2, 4))
     parts = spawn(2, train_parts, [(two[1], 0, 2), (two[3], 2, 4), (two[0], 4, 6)])
-    parts += spawn(1, train_parts, [(config(zero=2), 6, 8), (config(zero=3), 8, 10)], parts[-1])
-    parts += spawn(2, train_parts, [(two[2], 10, 12)], parts[-1])
+    parts += spawn(1, train_parts, [(one[2], 6, 8), (one[3], 8, 9)], parts[-1])
+    parts += spawn(4, train_parts, [(four[2], 9, 11), (four[0], 11, 12)], parts[-1])
     moved = torch.tensor([loss for part in parts for loss in part["curve"]])
     torch.testing.assert_close(moved, torch.tensor(curve), atol=1e-5, rtol=0)
     for name, value in weights.items():
