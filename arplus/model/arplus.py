@@ -13,7 +13,9 @@ outside its module. No branch depends on what is in a batch: every parameter tak
 Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,16 @@ class ARPlus(nn.Module):
     def new_cache(self) -> Cache:
         """An empty cache for :meth:`decode`."""
         return [None] * self.config.layers
+
+    def folded(self) -> Self:
+        """This model as generation wants it: the same parameters, and feed-forwards :func:`~layers.folded` from them.
+
+        For evaluation alone and as long as the weights stay, so it is made anew for every batch of replies. It needs
+        whole parameters, so not ZeRO-3's.
+        """
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"layers": nn.ModuleList(layer.folded() for layer in self._unique())}
+        return twin
 
     # ---------------------------------------------------------------------------------------------------- parameters
 

@@ -25,6 +25,13 @@ class KeyValue(NamedTuple):
         """These positions and then the new ones: the cache of step by step decoding."""
         return KeyValue(torch.cat([self.key_BHSC, new.key_BHSC], 2), torch.cat([self.value_BHSC, new.value_BHSC], 2))
 
+    def for_steps(self) -> "KeyValue":
+        """A memory laid out in the CPU's memory as one query at a time reads it, in each step and layer again."""
+        if self.key_BHSC.device.type != "cpu":
+            return self
+        key_BHCS = self.key_BHSC.transpose(-1, -2).contiguous()
+        return KeyValue(key_BHCS.transpose(-1, -2), self.value_BHSC.contiguous(), self.real_B11S)
+
 
 class Routes(NamedTuple):
     """The attention module's output."""
@@ -99,8 +106,10 @@ class Attention(nn.Module):
 
     def _attend(self, query_BHTC: Tensor, to: KeyValue, causal: bool = False) -> Tensor:
         # Padding follows the real ids, so a causal route needs no other mask.
-        if self.training and self.p and query_BHTC.device.type == "cpu":
-            # Under dropout torch has no fused kernel there either, and it draws its slow random numbers.
+        under_dropout, one_query = self.training and self.p > 0, query_BHTC.shape[2] == 1 and to.real_B11S is not None
+        if query_BHTC.device.type == "cpu" and (under_dropout or one_query):
+            # Under dropout torch has no fused kernel there either, and it draws its slow random numbers. For one query
+            # a row, 64 rows and 63 positions of a memory the fused one takes 2.3 ms, plain products 0.9.
             score_BHTS = (query_BHTC / math.sqrt(query_BHTC.shape[-1])) @ to.key_BHSC.transpose(-1, -2)
             if causal:
                 T = score_BHTS.shape[-1]

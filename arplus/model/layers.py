@@ -4,7 +4,9 @@ One layer holds one set of weights. It serves the encoder and the decoder, and w
 ``groups`` times in each. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,21 @@ def feed_forward(config: ModelConfig) -> nn.Sequential:
     return nn.Sequential(*expand, *contract)
 
 
+@torch.no_grad()
+def folded(feed_forward: nn.Sequential) -> nn.Sequential:
+    """The same function without dropout, for these weights: factored, r → FF → r is linear, and so one r → r product.
+
+    Of 512,000 multiplications a position 112,400 are left, for 21 million of folding.
+    """
+    if len(feed_forward) < 8:
+        return feed_forward
+    narrow, relu, expand, _, contract, _, _, widen = feed_forward
+    between = nn.utils.skip_init(nn.Linear, expand.in_features, contract.out_features)
+    between.weight = nn.Parameter(contract.weight @ expand.weight)
+    between.bias = nn.Parameter(contract(expand.bias))
+    return nn.Sequential(narrow, relu, between, relu, widen)
+
+
 class Layer(nn.Module):
     """What both kinds of layer have: the routes and the feed-forward."""
 
@@ -44,6 +61,12 @@ class Layer(nn.Module):
         self.attention = Attention(config.d_model, config.heads, config.dropout)
         self.feed_forward = feed_forward(config)
         self.dropout = Dropout(config.dropout)
+
+    def folded(self) -> Self:
+        """A layer of the same parameters whose feed-forward is :func:`folded`."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"feed_forward": folded(self.feed_forward)}
+        return twin
 
     def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         """One application in the encoder."""

@@ -9,7 +9,7 @@ from small_models import SIZES, make_batch, make_model, small
 from arplus.config import Sampling, checked, from_dict, special_ids
 from arplus.errors import UserError
 from arplus.model.batch import Batch
-from arplus.model.generate import GREEDY, draw, generate, top_filtering
+from arplus.model.generate import GREEDY, draw, generate, top_probabilities
 
 IDS = special_ids(SIZES.characters)
 
@@ -51,7 +51,7 @@ def test_draw_at_the_ends_never_takes_an_impossible_id():
 
 def test_filtering_keeps_at_least_the_best_id():
     logits = torch.randn(4, 30)
-    kept = top_filtering(logits, top_k=0, top_p=1e-9).isfinite()
+    kept = top_probabilities(logits, top_k=0, top_p=1e-9) > 0
     assert kept.sum(-1).tolist() == [1] * 4
     assert kept.int().argmax(-1).equal(logits.argmax(-1))
 
