@@ -26,6 +26,7 @@ from arplus.model.attention import Attention, KeyValue
 from arplus.model.batch import Batch
 from arplus.model.embedding import SequenceInput, masked_sum, speaker_personas
 from arplus.model.layers import Layer, PostNormLayer, ReZeroLayer
+from arplus.model.linear import Linear
 from arplus.model.memory import PersonaMemory
 from arplus.model.objective import Losses, losses, real_targets
 
@@ -57,7 +58,7 @@ class ARPlus(nn.Module):
         self.response_input = SequenceInput(config)
         layer = ReZeroLayer if config.rezero else PostNormLayer
         self.layers = nn.ModuleList(layer(config) for _ in range(config.unique_layers))
-        self.generator = nn.Linear(config.d_model, sizes.characters, bias=False)
+        self.generator = Linear(config.d_model, sizes.characters, bias=False)
 
         self._initialise()
         if config.tied_generator:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arplus.model.dropout import dropout
+from arplus.model.linear import Linear, linear
 
 
 class KeyValue(NamedTuple):
@@ -44,12 +45,12 @@ class Routes(NamedTuple):
     """Keys and values of the sequence itself up to here."""
 
 
-class RouteOutput(nn.Linear):
+class RouteOutput(Linear):
     """The output projection. Applied to a sum of routes it counts its bias once a route, as separate calls would."""
 
     def forward(self, heads_BTD: Tensor, routes: int = 1) -> Tensor:
         """Projects the summed heads of ``routes`` routes."""
-        return functional.linear(heads_BTD, self.weight, None if self.bias is None else self.bias * routes)
+        return linear(heads_BTD, self.weight, None if self.bias is None else self.bias * routes)
 
 
 class Attention(nn.Module):
@@ -58,8 +59,8 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.p = heads, dropout
-        self.query = nn.Linear(d_model, d_model)
-        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.query = Linear(d_model, d_model)
+        self.key_value = Linear(d_model, 2 * d_model)
         self.output = RouteOutput(d_model, d_model)
 
     def reset_parameters(self) -> None:

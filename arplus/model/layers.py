@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, KeyValue
 from arplus.model.dropout import Dropout
+from arplus.model.linear import Linear
 
 
 class Gate(nn.Module):
@@ -32,9 +33,9 @@ def feed_forward(config: ModelConfig) -> nn.Sequential:
     """Position-wise feed-forward: d → FF → d, or factored d → r → FF → r → d, with a ReLU at each r."""
     d, wide, r, p = config.d_model, config.ff_size, config.ff_bottleneck, config.dropout
     if r is None:
-        return nn.Sequential(nn.Linear(d, wide), nn.ReLU(), Dropout(p), nn.Linear(wide, d))
-    expand = (nn.Linear(d, r), nn.ReLU(), nn.Linear(r, wide), Dropout(p))
-    contract = (nn.Linear(wide, r), nn.ReLU(), Dropout(p), nn.Linear(r, d))
+        return nn.Sequential(Linear(d, wide), nn.ReLU(), Dropout(p), Linear(wide, d))
+    expand = (Linear(d, r), nn.ReLU(), Linear(r, wide), Dropout(p))
+    contract = (Linear(wide, r), nn.ReLU(), Dropout(p), Linear(r, d))
     return nn.Sequential(*expand, *contract)
 
 
@@ -47,7 +48,7 @@ def folded(feed_forward: nn.Sequential) -> nn.Sequential:
     if len(feed_forward) < 8:
         return feed_forward
     narrow, relu, expand, _, contract, _, _, widen = feed_forward
-    between = nn.utils.skip_init(nn.Linear, expand.in_features, contract.out_features)
+    between = nn.utils.skip_init(Linear, expand.in_features, contract.out_features)
     between.weight = nn.Parameter(contract.weight @ expand.weight)
     between.bias = nn.Parameter(contract(expand.bias))
     return nn.Sequential(narrow, relu, between, relu, widen)
