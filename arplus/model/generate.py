@@ -47,8 +47,8 @@ def _near_last(p_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     fall into buckets in order, 32 an octave; wanted is the one in which the mass from below reaches 1 - ``top_p``.
     """
     B = len(p_BV)
-    bucket_BV = (p_BV.view(torch.int32) >> 18).long() & 4095
-    below_BK = p_BV.new_zeros(B, 4096).scatter_add_(1, bucket_BV, p_BV).cumsum(-1)
+    bucket_BV = (p_BV.view(torch.int32) >> 18).bitwise_and_(4095)
+    below_BK = p_BV.new_zeros(B, 4096).scatter_add_(1, bucket_BV.long(), p_BV).cumsum(-1)
     outside_B1 = below_BK[:, -1:] - top_p
     at_B1 = (below_BK < outside_B1).sum(-1, keepdim=True)
     row_N, column_N = (bucket_BV == at_B1).nonzero(as_tuple=True)
