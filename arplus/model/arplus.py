@@ -126,7 +126,7 @@ class ARPlus(nn.Module):
         return [None] * self.config.layers
 
     def folded(self) -> Self:
-        """This model as generation wants it: the same parameters, and feed-forwards :func:`~layers.folded` from them.
+        """A twin for generation: the same parameters, and feed-forwards :func:`~arplus.model.layers.folded` from them.
 
         For evaluation alone and as long as the weights stay, so it is made anew for every batch of replies. It needs
         whole parameters, so not ZeRO-3's.

@@ -35,12 +35,13 @@ class KeyValue(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """The attention module's output."""
+    """What the decoder's routes found."""
 
     merged_BTD: Tensor
-    """O_merge = O_T + O_C + O_prev (Eq. 2), or as many of them as the model has."""
-    heads_BTD: Tensor | None
-    """The heads of O_T + O_C, before the output projection; None where only O_prev exists."""
+    """The heads of O_merge = O_T + O_C + O_prev (Eq. 2), or of as many as the model has; the output projection is
+    still to come."""
+    memories_BTD: Tensor | None
+    """Those of O_T + O_C alone; None where only O_prev exists."""
     own: KeyValue
     """Keys and values of the sequence itself up to here."""
 
@@ -48,8 +49,8 @@ class Routes(NamedTuple):
 class RouteOutput(Linear):
     """The output projection. Applied to a sum of routes it counts its bias once a route, as separate calls would."""
 
-    def forward(self, heads_BTD: Tensor, routes: int = 1) -> Tensor:
-        """Projects the summed heads of ``routes`` routes."""
+    def forward(self, heads_BTD: Tensor, routes: int | Tensor = 1) -> Tensor:
+        """Projects the summed heads of ``routes`` routes; of weighted routes it is the sum of the weights."""
         return linear(heads_BTD, self.weight, None if self.bias is None else self.bias * routes)
 
 
@@ -88,9 +89,9 @@ class Attention(nn.Module):
             own = past.followed_by(own)
         heads_BTD = self._attend(query_BHTC, own, causal=past is None)
         if not memories:
-            return Routes(self.output(heads_BTD), None, own)
-        from_memory_BTD = torch.stack([self._attend(query_BHTC, memory) for memory in memories]).sum(0)
-        return Routes(self.output(heads_BTD + from_memory_BTD, 1 + len(memories)), from_memory_BTD, own)
+            return Routes(heads_BTD, None, own)
+        memories_BTD = torch.stack([self._attend(query_BHTC, memory) for memory in memories]).sum(0)
+        return Routes(heads_BTD + memories_BTD, memories_BTD, own)
 
     def keys_and_values(self, x_BSD: Tensor, real_BS: Tensor | None = None) -> KeyValue:
         """Keys and values of a sequence; of a memory they are the same in every application of a shared layer."""

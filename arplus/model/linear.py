@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias, as :func:`torch.nn.functional.linear`."""
+    """Computes x · weightᵀ + bias, as :func:`torch.nn.functional.linear`."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
     if not torch.backends.mkldnn.is_available() or {x.dtype, weight.dtype} != {torch.float32}:
