@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from arplus.config import ModelConfig, VocabularySizes
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
-from arplus.model.generate import Sampling, generate, top_filtering
+from arplus.model.generate import Sampling, generate, top_probabilities
 from arplus.model.reference import infer, load_reference, sources
 
 GOLDEN = Path(os.environ.get("ARPLUS_GOLDEN") or Path(__file__).parent / "golden")
@@ -179,6 +179,6 @@ def test_greedy_replies(golden):
 @pytest.mark.parametrize("case", METRICS["top_filtering"], ids=lambda c: f"p{c['top_p']}-k{c['top_k']}")
 def test_top_filtering(case):
     logits = torch.tensor([case["logits"], case["logits"]])
-    kept = top_filtering(logits, top_k=case["top_k"], top_p=case["top_p"]).isfinite()
+    kept = top_probabilities(logits, top_k=case["top_k"], top_p=case["top_p"]) > 0
     assert kept[0].nonzero().flatten().tolist() == case["kept"]
     assert kept[1].equal(kept[0])

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.batch import Batch
-from arplus.model.generate import top_filtering
+from arplus.model.generate import top_probabilities
 
 
 class PaperLayer(nn.Module):
@@ -152,6 +152,6 @@ def paper_replies(model: PaperARPlus, batch: Batch, settings: Sampling, bos: int
         # The model drops the last id, which is a target in training.
         fed = replace(batch, response_BT=torch.cat([ids_BT, ids_BT[:, -1:]], 1))
         logits_BV = model(fed)[0][:, -1] / settings.temperature
-        p_BV = top_filtering(logits_BV, top_k=settings.top_k, top_p=settings.top_p).softmax(-1)
+        p_BV = top_probabilities(logits_BV, top_k=settings.top_k, top_p=settings.top_p)
         ids_BT = torch.cat([ids_BT, torch.multinomial(p_BV, 1).to(ids_BT.dtype)], 1)
     return ids_BT[:, 1:]

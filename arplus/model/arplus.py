@@ -13,7 +13,9 @@ outside its module. No branch depends on what is in a batch: every parameter tak
 Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from arplus.model.attention import Attention, KeyValue
 from arplus.model.batch import Batch
 from arplus.model.embedding import SequenceInput, masked_sum, speaker_personas
 from arplus.model.layers import Layer, PostNormLayer, ReZeroLayer
+from arplus.model.linear import Linear
 from arplus.model.memory import PersonaMemory
 from arplus.model.objective import Losses, losses, real_targets
 
@@ -55,7 +58,7 @@ class ARPlus(nn.Module):
         self.response_input = SequenceInput(config)
         layer = ReZeroLayer if config.rezero else PostNormLayer
         self.layers = nn.ModuleList(layer(config) for _ in range(config.unique_layers))
-        self.generator = nn.Linear(config.d_model, sizes.characters, bias=False)
+        self.generator = Linear(config.d_model, sizes.characters, bias=False)
 
         self._initialise()
         if config.tied_generator:
@@ -121,6 +124,16 @@ class ARPlus(nn.Module):
     def new_cache(self) -> Cache:
         """An empty cache for :meth:`decode`."""
         return [None] * self.config.layers
+
+    def folded(self) -> Self:
+        """A twin for generation: the same parameters, and feed-forwards :func:`~arplus.model.layers.folded` from them.
+
+        For evaluation alone and as long as the weights stay, so it is made anew for every batch of replies. It needs
+        whole parameters, so not ZeRO-3's.
+        """
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"layers": nn.ModuleList(layer.folded() for layer in self._unique())}
+        return twin
 
     # ---------------------------------------------------------------------------------------------------- parameters
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from arplus.config import ModelConfig
 from arplus.model.dropout import Dropout
+from arplus.model.linear import Linear
 
 
 def sinusoid(length: int, width: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
@@ -47,7 +48,7 @@ class SequenceInput(nn.Module):
         self.scale = math.sqrt(config.embedding_size)
         self.positions = positions
         same = config.embedding_size == config.d_model
-        self.projection = nn.Identity() if same else nn.Linear(config.embedding_size, config.d_model)
+        self.projection = nn.Identity() if same else Linear(config.embedding_size, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, vectors_BSE: Tensor, added_BSE: Tensor | None = None, start: int = 0) -> Tensor:

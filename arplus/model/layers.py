@@ -4,7 +4,9 @@ One layer holds one set of weights. It serves the encoder and the decoder, and w
 ``groups`` times in each. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, KeyValue
 from arplus.model.dropout import Dropout
+from arplus.model.linear import Linear
 
 
 class Gate(nn.Module):
@@ -21,7 +24,7 @@ class Gate(nn.Module):
         super().__init__()
         self.r = nn.Parameter(torch.zeros(1))
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, branch: Tensor | int) -> Tensor:
         """The branch, gated."""
         return self.r * branch
 
@@ -30,10 +33,25 @@ def feed_forward(config: ModelConfig) -> nn.Sequential:
     """Position-wise feed-forward: d → FF → d, or factored d → r → FF → r → d, with a ReLU at each r."""
     d, wide, r, p = config.d_model, config.ff_size, config.ff_bottleneck, config.dropout
     if r is None:
-        return nn.Sequential(nn.Linear(d, wide), nn.ReLU(), Dropout(p), nn.Linear(wide, d))
-    expand = (nn.Linear(d, r), nn.ReLU(), nn.Linear(r, wide), Dropout(p))
-    contract = (nn.Linear(wide, r), nn.ReLU(), Dropout(p), nn.Linear(r, d))
+        return nn.Sequential(Linear(d, wide), nn.ReLU(), Dropout(p), Linear(wide, d))
+    expand = (Linear(d, r), nn.ReLU(), Linear(r, wide), Dropout(p))
+    contract = (Linear(wide, r), nn.ReLU(), Dropout(p), Linear(r, d))
     return nn.Sequential(*expand, *contract)
+
+
+@torch.no_grad()
+def folded(feed_forward: nn.Sequential) -> nn.Sequential:
+    """The same function without dropout, for these weights: factored, r → FF → r is linear, and so one r → r product.
+
+    Of 512,000 multiplications a position 112,400 are left, for 21 million of folding.
+    """
+    if len(feed_forward) < 8:
+        return feed_forward
+    narrow, relu, expand, _, contract, _, _, widen = feed_forward
+    between = nn.utils.skip_init(Linear, expand.in_features, contract.out_features)
+    between.weight = nn.Parameter(contract.weight @ expand.weight)
+    between.bias = nn.Parameter(contract(expand.bias))
+    return nn.Sequential(narrow, relu, between, relu, widen)
 
 
 class Layer(nn.Module):
@@ -44,6 +62,12 @@ class Layer(nn.Module):
         self.attention = Attention(config.d_model, config.heads, config.dropout)
         self.feed_forward = feed_forward(config)
         self.dropout = Dropout(config.dropout)
+
+    def folded(self) -> Self:
+        """A layer of the same parameters whose feed-forward is :func:`folded`."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"feed_forward": folded(self.feed_forward)}
+        return twin
 
     def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         """One application in the encoder."""
@@ -76,10 +100,16 @@ class ReZeroLayer(Layer):
     ) -> tuple[Tensor, KeyValue]:
         """Decoder, Eq. 5: y = x + b·O_T + b·O_C + r·O_merge, then y + r·FF(y)."""
         x_BTD = self.pre_norm(x_BTD)
-        merged_BTD, heads_BTD, own = self.attention.routes(x_BTD, memories, past)
-        y_BTD = x_BTD + self.gate(self.dropout(merged_BTD))
-        if heads_BTD is not None and self.b:
-            y_BTD = y_BTD + self.b * self.attention.output(heads_BTD, len(memories))
+        merged_BTD, memories_BTD, own = self.attention.routes(x_BTD, memories, past)
+        output, n = self.attention.output, len(memories)
+        if memories_BTD is None or not self.b:
+            y_BTD = x_BTD + self.gate(self.dropout(output(merged_BTD, 1 + n)))
+        elif self.training:
+            y_BTD = x_BTD + self.gate(self.dropout(output(merged_BTD, 1 + n))) + self.b * output(memories_BTD, n)
+        else:
+            # Without dropout all is linear in the heads, and one product does for two: 3 % of generation.
+            both_BTD = self.gate(merged_BTD) + self.b * memories_BTD
+            y_BTD = x_BTD + output(both_BTD, self.gate(1 + n) + self.b * n)
         return y_BTD + self.gate(self.dropout(self.feed_forward(y_BTD))), own
 
 
@@ -104,5 +134,5 @@ class PostNormLayer(Layer):
         """Decoder: pre_norm (AR: the encoder's norm2), then norm1(x + O_merge), Eq. 2, then y + FF(y)."""
         x_BTD = self.norm2(x_BTD) if self.pre_norm is None else self.pre_norm(x_BTD)
         merged_BTD, _, own = self.attention.routes(x_BTD, memories, past)
-        y_BTD = self.norm1(x_BTD + self.dropout(merged_BTD))
+        y_BTD = self.norm1(x_BTD + self.dropout(self.attention.output(merged_BTD, 1 + len(memories))))
         return y_BTD + self.dropout(self.feed_forward(y_BTD)), own

@@ -89,7 +89,7 @@ def test_flops_are_those_of_the_best_algorithm(preset, expected):
 def test_flops_agree_with_torchs_counter(preset):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = make_model(small(preset))
+    model = make_model(small(preset)).train()
     batch = trimmed(model, rows(make_batch(model.config), slice(0, 1)))
     S, K = batch.context_BS.shape[1], batch.target_persona_BK.shape[1]
     targets = batch.response_BT.shape[1] - 1
@@ -100,6 +100,27 @@ def test_flops_agree_with_torchs_counter(preset):
         (total.sum_dialogue + total.sum_auxiliary).backward()
     computed = forward_backward_flops(model.config, SIZES, context=S, targets=targets, persona=K)
     assert computed == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+@torch.no_grad()
+def test_training_computes_what_evaluation_does(config):
+    """There is no dropout here; what evaluation computes in fewer products must be the same."""
+    model = make_model(config)
+    batch = make_batch(config)
+    torch.testing.assert_close(tuple(model.train()(batch)), tuple(model.eval()(batch)), atol=1e-3, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folded_model_computes_the_same_and_follows_its_weights(config):
+    model = make_model(config)
+    batch = make_batch(config)
+    for _ in range(2):
+        folded = model.folded()
+        torch.testing.assert_close(tuple(folded(batch)), tuple(model(batch)), atol=1e-3, rtol=1e-5)
+        assert (len(folded.layers[0].feed_forward) < len(model.layers[0].feed_forward)) == bool(config.ff_bottleneck)
+        assert folded.generator.weight is model.generator.weight
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
 
 
 @torch.no_grad()

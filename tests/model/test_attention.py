@@ -43,18 +43,32 @@ def test_merged_routes_are_the_sum_of_single_calls(memories):
     own = theirs(x, x, x, attn_mask=causal, need_weights=False)[0]
     others = [theirs(x, m, m, key_padding_mask=~real, need_weights=False)[0] for m, real in attended]
     routes = ours.routes(x, [ours.keys_and_values(m, real) for m, real in attended])
-    torch.testing.assert_close(routes.merged_BTD, own + sum(others), atol=1e-4, rtol=1e-4)
+    merged = ours.output(routes.merged_BTD, 1 + memories)
+    torch.testing.assert_close(merged, own + sum(others), atol=1e-4, rtol=1e-4)
     if not memories:
-        assert routes.heads_BTD is None
+        assert routes.memories_BTD is None
     else:
-        alone = ours.output(routes.heads_BTD, memories)
+        alone = ours.output(routes.memories_BTD, memories)
         torch.testing.assert_close(alone, torch.stack(others).sum(0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@torch.no_grad()
+def test_one_query_at_a_time_finds_what_all_at_once_do(laid_out):
+    ours, _ = pair()
+    x, m, real = torch.randn(3, 5, D), torch.randn(3, 6, D), reals(6, 3, 0)
+    memory = ours.keys_and_values(m, real)
+    together = ours.routes(x, [memory]).memories_BTD
+    memory = memory.for_steps() if laid_out else memory
+    alone = [ours.routes(x[:, t : t + 1], [memory]).memories_BTD for t in range(5)]
+    torch.testing.assert_close(torch.cat(alone, 1), together)
+    assert not together[2].any()
 
 
 @torch.no_grad()
 def test_a_sequence_of_padding_alone_gives_zeros():
     ours, _ = pair()
     m, real = torch.randn(2, 3, D), torch.tensor([[False] * 3, [True] * 3])
-    heads = ours.routes(torch.randn(2, 5, D), [ours.keys_and_values(m, real)]).heads_BTD
+    heads = ours.routes(torch.randn(2, 5, D), [ours.keys_and_values(m, real)]).memories_BTD
     assert heads[0].abs().max() == 0
     assert heads[1].abs().min() > 0

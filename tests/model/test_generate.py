@@ -9,7 +9,7 @@ from small_models import SIZES, make_batch, make_model, small
 from arplus.config import Sampling, checked, from_dict, special_ids
 from arplus.errors import UserError
 from arplus.model.batch import Batch
-from arplus.model.generate import GREEDY, draw, generate, top_filtering
+from arplus.model.generate import GREEDY, draw, generate, top_probabilities
 
 IDS = special_ids(SIZES.characters)
 
@@ -51,9 +51,36 @@ def test_draw_at_the_ends_never_takes_an_impossible_id():
 
 def test_filtering_keeps_at_least_the_best_id():
     logits = torch.randn(4, 30)
-    kept = top_filtering(logits, top_k=0, top_p=1e-9).isfinite()
+    kept = top_probabilities(logits, top_k=0, top_p=1e-9) > 0
     assert kept.sum(-1).tolist() == [1] * 4
     assert kept.int().argmax(-1).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.4, 4, 40])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 1.0])
+def test_nucleus_against_a_sort(spread, top_p):
+    """From flat to peaked, with ids of probability zero, each row by itself, up to what rounding decides."""
+    p = (spread * torch.randn(9, 3000, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    p[4, :2000] = 0
+    p = p / p.sum(-1, keepdim=True)
+    kept = top_probabilities(p.log(), top_p=top_p)
+    descending = p.double().sort(descending=True)
+    before = descending.values.cumsum(-1) - descending.values
+    for eps, at_least in ((-1e-5, True), (1e-5, False)):
+        bound = torch.zeros_like(p, dtype=torch.bool).scatter(-1, descending.indices, before <= top_p + eps)
+        larger, smaller = (kept > 0, bound & (p > 0)) if at_least else (bound, kept > 0)
+        assert (larger | ~smaller).all()
+    torch.testing.assert_close(kept[kept > 0], p[kept > 0], atol=0, rtol=1e-4)
+
+
+def test_ids_as_likely_as_the_last_one_are_in_the_nucleus():
+    flat = top_probabilities(torch.zeros(2, 700), top_p=0.5)
+    assert (flat > 0).all()
+    logits = torch.tensor([[3.0, 1, 2, 1, 1, -9, -torch.inf], [-torch.inf, 1, 2, 1, 1, -9, 3.0]])
+    assert (top_probabilities(logits, top_p=0.8) > 0).tolist() == [
+        [True] * 5 + [False] * 2,
+        [False] + [True] * 4 + [False, True],
+    ]
 
 
 @torch.no_grad()

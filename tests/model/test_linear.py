@@ -1,0 +1,35 @@
+"""The linear layer against torch's, on both of its paths."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from arplus.model.linear import Linear, linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12), (12,)])
+def test_equals_torchs_with_and_without_gradients(dtype, bias, shape):
+    torch.manual_seed(0)
+    layer = Linear(12, 9, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    expected = functional.linear(x, layer.weight, layer.bias)
+    assert layer(x).equal(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach())
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@torch.no_grad()
+def test_strides_are_respected():
+    x, weight, bias = torch.randn(12, 5, 7).permute(2, 1, 0), torch.randn(12, 9).t(), torch.randn(9)
+    torch.testing.assert_close(linear(x, weight, bias), functional.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x[:, 2], weight, bias), functional.linear(x[:, 2], weight, bias))
+
+
+@torch.no_grad()
+def test_autocast_stays():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Linear(12, 9)(torch.randn(7, 12)).dtype == torch.bfloat16
