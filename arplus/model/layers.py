@@ -48,6 +48,8 @@ def folded(feed_forward: nn.Sequential) -> nn.Sequential:
     if len(feed_forward) < 8:
         return feed_forward
     narrow, relu, expand, _, contract, _, _, widen = feed_forward
+    assert isinstance(expand, Linear)
+    assert isinstance(contract, Linear)
     between = nn.utils.skip_init(Linear, expand.in_features, contract.out_features)
     between.weight = nn.Parameter(contract.weight @ expand.weight)
     between.bias = nn.Parameter(contract(expand.bias))

@@ -15,6 +15,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias)
     if not torch.backends.mkldnn.is_available() or {x.dtype, weight.dtype} != {torch.float32}:
         return functional.linear(x, weight, bias)
+    if bias is not None and not bias.is_contiguous():
+        return functional.linear(x, weight, bias)  # the product below reads it as if it were
     # What torch.compile emits for a linear layer; there is no public name for it.
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
