@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, KeyValue
 from arplus.model.dropout import Dropout
+from arplus.model.feed_forward import Wide
 
 
 class Gate(nn.Module):
@@ -31,9 +32,7 @@ def feed_forward(config: ModelConfig) -> nn.Sequential:
     d, wide, r, p = config.d_model, config.ff_size, config.ff_bottleneck, config.dropout
     if r is None:
         return nn.Sequential(nn.Linear(d, wide), nn.ReLU(), Dropout(p), nn.Linear(wide, d))
-    expand = (nn.Linear(d, r), nn.ReLU(), nn.Linear(r, wide), Dropout(p))
-    contract = (nn.Linear(wide, r), nn.ReLU(), Dropout(p), nn.Linear(r, d))
-    return nn.Sequential(*expand, *contract)
+    return nn.Sequential(nn.Linear(d, r), nn.ReLU(), Wide(r, wide, p), nn.ReLU(), Dropout(p), nn.Linear(r, d))
 
 
 class Layer(nn.Module):
