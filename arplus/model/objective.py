@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 _ROWS = 64
 """Rows of logits at a time: 2.4 MB in fp32 for 9,498 characters."""
 
