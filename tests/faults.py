@@ -2,14 +2,16 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,20 @@ def disturbed(act: Callable[[], None], when: Callable[[], bool]) -> Iterator[Non
         over.set()
         thread.join()
     assert acted.is_set(), "the run ended before it was disturbed"
+
+
+def kill_in_turn(config: TrainConfig, kills: ExitStack, steps: Iterable[int], chance: random.Random) -> None:
+    """Enters into ``kills`` one kill of a worker at each of these steps, and after the restart from the one before.
+
+    Steps are logged a few at a time, so two kills might come at once.
+    """
+    for started, step in enumerate(sorted(steps), start=1):
+        act = partial(kill_a_worker, chance.randrange(2))
+
+        def due(started: int = started, step: int = step) -> bool:
+            return steps_logged(config) >= step and attempts(config) >= started
+
+        kills.enter_context(disturbed(act, due))
 
 
 def kill_a_worker(which: int) -> None:

@@ -21,7 +21,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def study(**trials: Trial) -> Study:
-    return Study(uri="", name="s", owner="", tracked=Run("", "", ""), trials=trials)
+    return Study(
+        uri="",
+        name="s",
+        kind="ablation",
+        config=AblateConfig(),
+        fingerprint="",
+        owner="",
+        tracked=Run("", "", ""),
+        trials=trials,
+    )
 
 
 def done(row: Row, ppl: float) -> Trial:

@@ -3,7 +3,6 @@
 import random
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import faults
@@ -66,9 +65,8 @@ def test_three_kills_change_nothing(data: str, storage: Path, undisturbed: dict[
     chance = random.Random(seed)
     config = faults.settings(data, storage, run_name=f"killed-{seed}")
     with ExitStack() as kills:
-        for step in chance.sample(range(1 + chance.randrange(10), STEPS - 5, 10), 3):
-            act = partial(faults.kill_a_worker, chance.randrange(2))
-            kills.enter_context(faults.disturbed(act, lambda step=step: faults.steps_logged(config) >= step))
+        steps = chance.sample(range(1 + chance.randrange(10), STEPS - 5, 10), 3)
+        faults.kill_in_turn(config, kills, steps, chance)
         final = train(config)
     assert faults.attempts(config) == 4
     assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
