@@ -5,6 +5,7 @@ One layer holds one set of weights. It serves the encoder and the decoder, and w
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
@@ -56,7 +57,7 @@ def folded(feed_forward: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(narrow, relu, between, relu, widen)
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """What both kinds of layer have: the routes and the feed-forward."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,15 +72,15 @@ class Layer(nn.Module):
         twin._modules = self._modules | {"feed_forward": folded(self.feed_forward)}
         return twin
 
+    @abstractmethod
     def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         """One application in the encoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(
         self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
         """One application in the decoder; also returns keys and values of the sequence so far, for the cache."""
-        raise NotImplementedError
 
 
 class ReZeroLayer(Layer):

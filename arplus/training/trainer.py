@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError
