@@ -73,7 +73,6 @@ class Study:
     """A study that this process runs."""
 
     uri: str
-    name: str
     kind: str
     config: StudyConfig
     fingerprint: str
@@ -107,7 +106,6 @@ class Study:
         )
         study = cls(
             uri=uri,
-            name=config.run_name,
             kind=kind,
             config=config,
             fingerprint=fingerprint,
@@ -123,6 +121,11 @@ class Study:
                     trial = Trial(**storage.read_json(record))
                     study.trials[trial.name] = trial
         return study
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.config.run_name
 
     @property
     def record(self) -> Path:

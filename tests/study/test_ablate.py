@@ -23,9 +23,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def study(**trials: Trial) -> Study:
     return Study(
         uri="",
-        name="s",
         kind="ablation",
-        config=AblateConfig(),
+        config=AblateConfig(run_name="s"),
         fingerprint="",
         owner="",
         tracked=Run("", "", ""),
