@@ -23,8 +23,27 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return functional.dropout(x, p)
-    dropped: Tensor = _Dropped.apply(x, round(p * _LEVELS))
+    dropped: Tensor = _Dropped.apply(x, levels_of(p))
     return dropped
+
+
+def levels_of(p: float) -> int:
+    """How many of 65,536 random numbers drop an element."""
+    return round(p * _LEVELS)
+
+
+def scale_of(levels: int) -> float:
+    """What the elements that stay are multiplied by."""
+    return _LEVELS / (_LEVELS - levels)
+
+
+def draw_kept(shape: torch.Size, levels: int) -> Tensor:
+    """1 for every element that stays and 0 for one that is dropped, int16, on the CPU."""
+    n = shape.numel()
+    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
+    # A number below -32768 + levels becomes 0, any other 1: faster than a comparison and a cast from bool.
+    last = levels - _LEVELS // 2 - 1
+    return words.view(torch.int16)[:n].view(shape).clamp_(last, last + 1).sub_(last)
 
 
 class _Dropped(torch.autograd.Function):
@@ -32,13 +51,9 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: int) -> Tensor:
-        n = x.numel()
-        words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
-        # A number below -32768 + levels becomes 0, any other 1: faster than a comparison and a cast from bool.
-        last = levels - _LEVELS // 2 - 1
-        kept = words.view(torch.int16)[:n].view(x.shape).clamp_(last, last + 1).sub_(last)
+        kept = draw_kept(x.shape, levels)
         ctx.save_for_backward(kept.to(torch.int8))
-        ctx.scale = _LEVELS / (_LEVELS - levels)
+        ctx.scale = scale_of(levels)
         return kept.to(x.dtype).mul_(ctx.scale).mul_(x)
 
     @staticmethod

@@ -1,8 +1,11 @@
-"""Linear layers: torch's, and without gradients oneDNN's product on the CPU.
+"""Linear layers: torch's, and in fp32 on the CPU oneDNN's product.
 
 torch multiplies fp32 matrices with MKL there. On an AMD EPYC (Zen 4) that took 17 % longer than oneDNN for the
-512-wide layers and 55 % for the generator, whose rows of 9,498 logits do not begin at a cache line.
+512-wide layers and 55 % for the generator, whose rows of 9,498 logits do not begin at a cache line; training steps of
+batch 64 take 6 to 13 % less with it (two threads, interleaved).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +14,38 @@ from torch.nn import functional
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes x · weightᵀ + bias, as :func:`torch.nn.functional.linear`."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or {x.dtype, weight.dtype} != {torch.float32}:
         return functional.linear(x, weight, bias)
-    if not torch.backends.mkldnn.is_available() or {x.dtype, weight.dtype} != {torch.float32}:
-        return functional.linear(x, weight, bias)
-    if bias is not None and not bias.is_contiguous():
-        return functional.linear(x, weight, bias)  # the product below reads it as if it were
+    if not torch.backends.mkldnn.is_available() or (bias is not None and not bias.is_contiguous()):
+        return functional.linear(x, weight, bias)  # the product below reads a bias as if it were contiguous
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # What torch.compile emits for a linear layer; there is no public name for it.
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+class _Linear(torch.autograd.Function):
+    """The product with its gradients; that to the weight is MKL's, which is faster at it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        d_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        d_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, flat.sum(0) if ctx.has_bias else None
 
 
 class Linear(nn.Linear):

@@ -79,21 +79,21 @@ def sources(config: ModelConfig) -> dict[str, Source]:
         inputs["persona_input"] = "persona_emb"
     if config.memory_hops or config.auxiliary == "infilling":
         inputs["auxiliary_input"] = "seq_emb"
-    layer_parts = {"attention.output": "{attention}.out_proj"}
+    layer_parts = {"attention.output.": "{attention}.out_proj"}
     if config.ff_bottleneck is None:
-        layer_parts |= {"feed_forward.0": "linear1", "feed_forward.3": "linear2"}
+        layer_parts |= {"feed_forward.0.": "linear1", "feed_forward.3.": "linear2"}
     else:
-        factored = ("linear1", "fac_linear1", "fac_linear2", "linear2")
-        layer_parts |= {f"feed_forward.{i}": name for i, name in zip((0, 2, 4, 7), factored, strict=True)}
+        layer_parts |= {"feed_forward.0.": "linear1", "feed_forward.5.": "linear2"}
+        layer_parts |= {"feed_forward.2.expand_": "fac_linear1", "feed_forward.2.contract_": "fac_linear2"}
     norms = ["pre_norm"] if config.rezero else ["norm1", "norm2"] + ["pre_norm"] * config.decoder_norm
-    layer_parts |= {name: name for name in norms}
+    layer_parts |= {f"{name}.": name for name in norms}
     for kind in ("weight", "bias"):
         if config.embedding_size != config.d_model:
             for ours, theirs in inputs.items():
                 found[f"{ours}.projection.{kind}"] = Source((f"{theirs}.proj.{kind}",))
         for i in range(config.unique_layers):
             for ours, theirs in layer_parts.items():
-                found[f"layers.{i}.{ours}.{kind}"] = Source(_layer_names(i, f"{theirs}.{kind}"))
+                found[f"layers.{i}.{ours}{kind}"] = Source(_layer_names(i, f"{theirs}.{kind}"))
             stacked = _layer_names(i, "{attention}.in_proj_" + kind)
             found[f"layers.{i}.attention.query.{kind}"] = Source(stacked, slice(0, 1))
             found[f"layers.{i}.attention.key_value.{kind}"] = Source(stacked, slice(1, 3))

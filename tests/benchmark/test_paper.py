@@ -14,7 +14,9 @@ def same_weights(ours: ARPlus) -> PaperARPlus:
     found = {}
     for name, value in ours.state_dict().items():
         new = name.replace("memory.tables", "tables").replace("gate.r", "r")
-        new = new.replace("attention.output", "attention.out_proj")
+        new = new.replace("attention.output", "attention.out_proj").replace("feed_forward.5.", "feed_forward.7.")
+        new = new.replace("feed_forward.2.expand_", "feed_forward.2.")
+        new = new.replace("feed_forward.2.contract_", "feed_forward.4.")
         for kind in ("context", "auxiliary", "response"):
             new = new.replace(f"{kind}_input.projection", f"projections.{kind}")
         if "attention.query" in name:

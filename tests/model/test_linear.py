@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from arplus.model.linear import Linear, linear
@@ -12,14 +13,19 @@ from arplus.model.linear import Linear, linear
 @pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12), (12,)])
 def test_equals_torchs_with_and_without_gradients(dtype, bias, shape):
     torch.manual_seed(0)
-    layer = Linear(12, 9, bias=bias, dtype=dtype)
-    x = torch.randn(shape, dtype=dtype)
-    expected = functional.linear(x, layer.weight, layer.bias)
-    assert layer(x).equal(expected)
+    layer, theirs = Linear(12, 9, bias=bias, dtype=dtype), nn.Linear(12, 9, bias=bias, dtype=dtype)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    same = x.detach().clone().requires_grad_()
+    found, expected = layer(x), theirs(same)
+    torch.testing.assert_close(found, expected)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+    for mine, other in zip(layer.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """ZeRO stages, accumulation and workers compute what one plain process computes; state fits any of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,18 @@ def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable,
     found += spawn(1, curves, [config(name, accumulation=2, zero=0), config(name, accumulation=2, zero=3)], STEPS)
     for curve in found:
         assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
+
+
+def test_dropout_is_the_same_at_every_stage(spawn: Callable) -> None:
+    """What computes its backward pass itself under dropout finds its weights gathered at stage 3, too."""
+    start = config()
+    dropping = replace(start, model=replace(start.model, dropout=0.1, ff_bottleneck=8))
+    stages = [replace(dropping, zero=stage) for stage in (0, 3)]
+    plain, gathered = (torch.tensor(curve) for curve in spawn(1, curves, stages, 8))
+    assert (plain - gathered).abs().max() <= 1e-4
+    assert (plain - torch.tensor(plain_run(start, 8)[0])).abs().max() > 1e-3
+    two = spawn(2, curves, [replace(stage, workers=2) for stage in stages], 8)
+    assert (torch.tensor(two[0]) - torch.tensor(two[1])).abs().max() <= 1e-4
 
 
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
