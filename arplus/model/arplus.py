@@ -103,7 +103,7 @@ class ARPlus(nn.Module):
         for layer in self._applications():
             x_BSD = layer.encode(x_BSD, real_BS)
         # Once a unique layer, not once an application: shared layers see the same memory with the same weights.
-        return [layer.attention.keys_and_values(x_BSD, real_BS) for layer in self._unique()]
+        return [layer.attention.memory(x_BSD, real_BS) for layer in self._unique()]
 
     # ------------------------------------------------------------------------------------------------------ decoding
 

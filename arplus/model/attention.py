@@ -16,11 +16,12 @@ from arplus.model.linear import Linear, linear
 
 
 class KeyValue(NamedTuple):
-    """What can be attended to: keys and values of all heads, and which positions are real (None: all of them)."""
+    """What can be attended to: keys and values of all heads."""
 
     key_BHSC: Tensor
     value_BHSC: Tensor
-    real_B11S: Tensor | None = None
+    mask: Tensor | None = None
+    """Where to look (B, 1, 1, S), True at what is real, or what is added to the scores; None: everywhere."""
 
     def followed_by(self, new: "KeyValue") -> "KeyValue":
         """These positions and then the new ones: the cache of step by step decoding."""
@@ -28,10 +29,12 @@ class KeyValue(NamedTuple):
 
     def for_steps(self) -> "KeyValue":
         """A memory laid out in the CPU's memory as one query at a time reads it, in each step and layer again."""
-        if self.key_BHSC.device.type != "cpu":
+        if self.key_BHSC.device.type != "cpu" or self.mask is None:
             return self
         key_BHCS = self.key_BHSC.transpose(-1, -2).contiguous()
-        return KeyValue(key_BHCS.transpose(-1, -2), self.value_BHSC.contiguous(), self.real_B11S)
+        added_B11S = torch.zeros(self.mask.shape, dtype=key_BHCS.dtype).masked_fill_(~self.mask, -torch.inf)
+        added_BH1S = added_B11S.expand(-1, key_BHCS.shape[1], -1, -1).contiguous()
+        return KeyValue(key_BHCS.transpose(-1, -2), self.value_BHSC.contiguous(), added_BH1S)
 
 
 class Routes(NamedTuple):
@@ -44,6 +47,18 @@ class Routes(NamedTuple):
     """Those of O_T + O_C alone; None where only O_prev exists."""
     own: KeyValue
     """Keys and values of the sequence itself up to here."""
+
+
+class QueryKeyValue(Linear):
+    """The projections of queries, keys and values, stacked as torch.nn.MultiheadAttention stacks them."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, 3 * d_model)
+
+    def forward(self, x_BSD: Tensor, parts: int = 3) -> Tensor:
+        """(B, S, parts · D): the last ``parts`` of the three, so that 2 are the keys and values alone."""
+        rows = parts * self.in_features
+        return linear(x_BSD, self.weight[-rows:], self.bias[-rows:])
 
 
 class RouteOutput(Linear):
@@ -60,30 +75,27 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.p = heads, dropout
-        self.query = Linear(d_model, d_model)
-        self.key_value = Linear(d_model, 2 * d_model)
+        self.query_key_value = QueryKeyValue(d_model)
         self.output = RouteOutput(d_model, d_model)
 
     def reset_parameters(self) -> None:
         """Initialises as torch.nn.MultiheadAttention does: Xavier for the stacked (3d, d) matrix, biases zero."""
-        bound = math.sqrt(6 / (4 * self.query.in_features))
-        for module in (self.query, self.key_value):
-            nn.init.uniform_(module.weight, -bound, bound)
-        nn.init.xavier_uniform_(self.output.weight)
-        for module in (self.query, self.key_value, self.output):
+        for module in (self.query_key_value, self.output):
+            nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
         """The encoder's self-attention."""
-        return self.output(self._attend(self._split(self.query(x_BSD)), self.keys_and_values(x_BSD, real_BS)))
+        query_BHSC, key_BHSC, value_BHSC = self._project(x_BSD)
+        return self.output(self._attend(query_BHSC, KeyValue(key_BHSC, value_BHSC, _visible(real_BS))))
 
     def routes(self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None) -> Routes:
         """The decoder's routes: from x to itself (causal), and to each memory, all with one query.
 
         With ``past``, x is the one position that follows it. The routes are summed before the output projection.
         """
-        query_BHTC = self._split(self.query(x_BTD))
-        own = self.keys_and_values(x_BTD)
+        query_BHTC, *key_value_BHTC = self._project(x_BTD)
+        own = KeyValue(*key_value_BHTC)
         if past is not None:
             assert x_BTD.shape[1] == 1, "cached decoding goes one position at a time"
             own = past.followed_by(own)
@@ -93,39 +105,48 @@ class Attention(nn.Module):
         memories_BTD = torch.stack([self._attend(query_BHTC, memory) for memory in memories]).sum(0)
         return Routes(heads_BTD + memories_BTD, memories_BTD, own)
 
-    def keys_and_values(self, x_BSD: Tensor, real_BS: Tensor | None = None) -> KeyValue:
-        """Keys and values of a sequence; of a memory they are the same in every application of a shared layer."""
-        key_BSD, value_BSD = self.key_value(x_BSD).chunk(2, dim=-1)
-        if real_BS is None:
-            return KeyValue(self._split(key_BSD), self._split(value_BSD))
-        # A sequence of padding alone attends to its padding, for want of a softmax over nothing, and finds zeros.
-        value_BSD = value_BSD * real_BS[:, :, None]
-        real_B11S = (real_BS | ~real_BS.any(1, keepdim=True))[:, None, None]
-        # Laid out by heads once, not in every application that looks at this memory.
-        return KeyValue(self._split(key_BSD).contiguous(), self._split(value_BSD).contiguous(), real_B11S)
+    def memory(self, x_BSD: Tensor, real_BS: Tensor) -> KeyValue:
+        """What a decoder attends to of an encoded sequence; the same in every application of a shared layer.
 
-    def _split(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        A sequence of padding alone is found to hold zeros.
+        """
+        key_BHSC, value_BHSC = self._project(x_BSD, 2)
+        value_BHSC = value_BHSC * real_BS[:, None, :, None]
+        # Laid out by heads once, not in every application that looks at this memory.
+        return KeyValue(key_BHSC.contiguous(), value_BHSC.contiguous(), _visible(real_BS))
+
+    def _project(self, x_BSD: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
+        split_BSPHC = self.query_key_value(x_BSD, parts).unflatten(-1, (parts, self.heads, -1))
+        return split_BSPHC.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _attend(self, query_BHTC: Tensor, to: KeyValue, causal: bool = False) -> Tensor:
         # Padding follows the real ids, so a causal route needs no other mask.
-        if query_BHTC.device.type == "cpu" and self.training and self.p:
+        T, on_cpu = query_BHTC.shape[2], query_BHTC.device.type == "cpu"
+        if on_cpu and self.training and self.p:
             # Under dropout torch has no fused kernel there either, and it draws its slow random numbers.
-            T = query_BHTC.shape[2]
-            mask = torch.ones(T, T, dtype=torch.bool).tril() if causal else to.real_B11S
+            mask = torch.ones(T, T, dtype=torch.bool).tril() if causal else to.mask
             attended_BHTC = dropped_attention(query_BHTC, to.key_BHSC, to.value_BHSC, mask, self.p)
-            return attended_BHTC.transpose(1, 2).flatten(2)
-        if query_BHTC.device.type == "cpu" and query_BHTC.shape[2] == 1 and to.real_B11S is not None:
-            # For one query a row, 64 rows, 63 positions of a memory the fused kernel takes 2.3 ms, plain products 0.9.
-            score_BHTS = (query_BHTC / math.sqrt(query_BHTC.shape[-1])) @ to.key_BHSC.transpose(-1, -2)
-            attended_BHTC = score_BHTS.masked_fill(~to.real_B11S, -torch.inf).softmax(-1) @ to.value_BHSC
-            return attended_BHTC.transpose(1, 2).flatten(2)
-        attended_BHTC = functional.scaled_dot_product_attention(
-            query_BHTC,
-            to.key_BHSC,
-            to.value_BHSC,
-            attn_mask=to.real_B11S,
-            dropout_p=self.p if self.training else 0.0,
-            is_causal=causal,
-        )
+        elif on_cpu and T == 1 and to.mask is not None and to.mask.is_floating_point():
+            attended_BHTC = _look_up(query_BHTC, to.key_BHSC, to.value_BHSC, to.mask)
+        else:
+            attended_BHTC = functional.scaled_dot_product_attention(
+                query_BHTC,
+                to.key_BHSC,
+                to.value_BHSC,
+                attn_mask=to.mask,
+                dropout_p=self.p if self.training else 0.0,
+                is_causal=causal,
+            )
         return attended_BHTC.transpose(1, 2).flatten(2)
+
+
+def _look_up(query_BH1C: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, added_BH1S: Tensor) -> Tensor:
+    # For one query a row, 64 rows, 63 positions of a memory the fused kernel takes 2.3 ms, plain products 0.8.
+    query, key, value, added = (t.flatten(0, 1) for t in (query_BH1C, key_BHSC, value_BHSC, added_BH1S))
+    score = torch.baddbmm(added, query, key.transpose(1, 2), alpha=1 / math.sqrt(query.shape[-1]))
+    return (score.softmax(-1) @ value).view(query_BH1C.shape)
+
+
+def _visible(real_BS: Tensor) -> Tensor:
+    """Where to look, (B, 1, 1, S): at what is real, or everywhere for want of a softmax over nothing."""
+    return (real_BS | ~real_BS.any(1, keepdim=True))[:, None, None]

@@ -1,8 +1,8 @@
 """The position-wise feed-forward; its wide part, where it is factored, without keeping what is FF wide.
 
 Between the two products there is dropout alone, so the 2048-wide activation is a product of narrow things. On the CPU
-it is computed, dropped and contracted in chunks that stay in the cache, and again in the backward pass, which keeps a
-byte an element (the dropout's mask) instead of five.
+it is computed, dropped and contracted in chunks, and again in the backward pass, which keeps a byte an element (the
+dropout's mask) instead of five.
 """
 
 import math
@@ -15,8 +15,8 @@ from arplus.config import ModelConfig
 from arplus.model.dropout import Dropout, draw_kept, dropout, levels_of, scale_of
 from arplus.model.linear import Linear, linear
 
-_CHUNK = 512
-"""Tokens at a time: 4 MB of fp32 at FF = 2048, what two cores' caches hold."""
+_CHUNK = 1024
+"""Tokens at a time: 8 MB of fp32 at FF = 2048. Half as many took 2 % longer; all at once no less, and 0.2 GB more."""
 
 
 def feed_forward(config: ModelConfig) -> nn.Sequential:
@@ -94,16 +94,16 @@ class _Wide(torch.autograd.Function):
         dtype: Any,
     ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            x, expand_T, contract_T = x.to(dtype), expand.to(dtype).t(), contract.to(dtype).t()
+            x, to_expand, to_contract = x.to(dtype), expand.to(dtype), (contract * scale_of(levels)).to(dtype)
             expand_bias, bias = expand_bias.to(dtype), bias.to(dtype)
             kept = torch.empty(len(x), len(expand), dtype=torch.int8)
             y = torch.empty(len(x), len(contract), dtype=dtype)
             for i in range(0, len(x), _CHUNK):
                 part = slice(i, i + _CHUNK)
-                wide = torch.addmm(expand_bias, x[part], expand_T)
+                wide = linear(x[part], to_expand, expand_bias)
                 drawn = draw_kept(wide.shape, levels)
                 kept[part] = drawn
-                torch.addmm(bias, wide.mul_(drawn), contract_T, alpha=scale_of(levels), out=y[part])
+                y[part] = linear(wide.mul_(drawn), to_contract, bias)
             ctx.save_for_backward(x, expand, expand_bias, contract, kept)
             ctx.levels = levels
             return y
@@ -115,18 +115,18 @@ class _Wide(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             gradient = gradients[0].to(x.dtype)
             scaled = gradient * scale_of(ctx.levels)
-            to_expand, to_contract = expand.to(x.dtype), contract.to(x.dtype)
+            to_expand, to_contract_T = expand.to(x.dtype), contract.to(x.dtype).t()
             d_x = torch.empty_like(x)
-            d_expand, d_expand_bias, d_contract = (
-                torch.zeros_like(t, dtype=torch.float32) for t in (expand, expand_bias, contract)
-            )
+            d_expand_bias = torch.zeros_like(expand_bias, dtype=torch.float32)
+            # Both are r × FF: 87 GFLOP/s on a core where FF × r, which the first would be, has 57.
+            d_expand_T, d_contract = (torch.zeros_like(contract, dtype=torch.float32) for _ in range(2))
             for i in range(0, len(x), _CHUNK):
                 part = slice(i, i + _CHUNK)
                 mask = kept[part].to(x.dtype)
-                wide = torch.addmm(expand_bias, x[part], to_expand.t()).mul_(mask)
-                d_contract += scaled[part].t() @ wide
-                d_wide = torch.mm(scaled[part], to_contract, out=wide).mul_(mask)
-                d_expand += d_wide.t() @ x[part]
+                wide = linear(x[part], to_expand, expand_bias).mul_(mask)
+                d_contract += linear(scaled[part].t(), wide.t(), None)
+                d_wide = linear(scaled[part], to_contract_T, None).mul_(mask)
+                d_expand_T += linear(x[part].t(), d_wide.t(), None)
                 d_expand_bias += d_wide.sum(0)
-                torch.mm(d_wide, to_expand, out=d_x[part])
-            return d_x, d_expand, d_expand_bias, d_contract, gradient.sum(0), None, None
+                d_x[part] = linear(d_wide, to_expand.t(), None)
+            return d_x, d_expand_T.t(), d_expand_bias, d_contract, gradient.sum(0), None, None

@@ -25,7 +25,7 @@ def top_probabilities(logits_BV: Tensor, *, top_k: int = 0, top_p: float = 0.9) 
         kth_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     p_BV = logits_BV.softmax(-1)
-    return p_BV.masked_fill_(p_BV < _least_in_nucleus(p_BV, top_p), 0) if top_p > 0 else p_BV
+    return p_BV.mul_(p_BV >= _least_in_nucleus(p_BV, top_p)) if top_p > 0 else p_BV
 
 
 def _least_in_nucleus(p_BV: Tensor, top_p: float) -> Tensor:

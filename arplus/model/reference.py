@@ -9,7 +9,6 @@ import dataclasses
 import io
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -39,14 +38,6 @@ def parse_state(data: bytes, name: str) -> dict[str, Tensor]:
     return parameters or dict(state)
 
 
-class Source(NamedTuple):
-    """Where one of our parameters comes from: any of ``names``, all of it or, of a stacked matrix, some row blocks."""
-
-    names: tuple[str, ...]
-    part: slice | None = None
-    """Blocks of d rows of MultiheadAttention's in_proj (query, key, value); None for the whole tensor."""
-
-
 _UNUSED = re.compile(
     r"(context_emb|persona_emb|seq_emb|output_emb)\.(pos_encoder\.pe|emb\.weight|persona_emb\.weight|proj\.(weight|bias))"
     r"|(post_encoder(\.transformer_encoder)?|resp_decoder)\.layers\.\d+\."
@@ -56,50 +47,50 @@ _UNUSED = re.compile(
 """What the paper's code may hold without using it (which, depends on the row) or computes itself (positions)."""
 
 
-def sources(config: ModelConfig) -> dict[str, Source]:
+def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """For each of our parameters, its names in the paper's code. The first is the usual one."""
-    found: dict[str, Source] = {}
+    found: dict[str, tuple[str, ...]] = {}
     character_owners = ["context_emb.emb", "output_emb.emb", "seq_emb.emb"]
     if config.memory_hops:
-        found["persona_words.weight"] = Source(("context_emb.persona_emb.weight", "persona_emb.emb.weight"))
+        found["persona_words.weight"] = ("context_emb.persona_emb.weight", "persona_emb.emb.weight")
         last = config.memory_hops
         for h in range(last + 1):
             names = [f"mem_input.{h}.emb.weight"] * (h < last) + [f"mem_output.{h - 1}.emb.weight"] * (h > 0)
-            found[f"memory.tables.{h}.weight"] = Source(tuple(names))
+            found[f"memory.tables.{h}.weight"] = tuple(names)
     else:
         character_owners += ["persona_emb.emb", "context_emb.persona_emb"]
     if config.tied_generator:
         character_owners.append("generater.out")
     else:
-        found["generator.weight"] = Source(("generater.out.weight",))
-    found["characters.weight"] = Source(tuple(f"{owner}.weight" for owner in character_owners))
+        found["generator.weight"] = ("generater.out.weight",)
+    found["characters.weight"] = tuple(f"{owner}.weight" for owner in character_owners)
 
     inputs = {"context_input": "context_emb", "response_input": "output_emb"}
     if not config.memory_hops:
         inputs["persona_input"] = "persona_emb"
     if config.memory_hops or config.auxiliary == "infilling":
         inputs["auxiliary_input"] = "seq_emb"
-    layer_parts = {"attention.output.": "{attention}.out_proj"}
+    layer_parts = {
+        "attention.query_key_value.": "{attention}.in_proj_",
+        "attention.output.": "{attention}.out_proj.",
+    }
     if config.ff_bottleneck is None:
-        layer_parts |= {"feed_forward.0.": "linear1", "feed_forward.3.": "linear2"}
+        layer_parts |= {"feed_forward.0.": "linear1.", "feed_forward.3.": "linear2."}
     else:
-        layer_parts |= {"feed_forward.0.": "linear1", "feed_forward.5.": "linear2"}
-        layer_parts |= {"feed_forward.2.expand_": "fac_linear1", "feed_forward.2.contract_": "fac_linear2"}
+        layer_parts |= {"feed_forward.0.": "linear1.", "feed_forward.5.": "linear2."}
+        layer_parts |= {"feed_forward.2.expand_": "fac_linear1.", "feed_forward.2.contract_": "fac_linear2."}
     norms = ["pre_norm"] if config.rezero else ["norm1", "norm2"] + ["pre_norm"] * config.decoder_norm
-    layer_parts |= {f"{name}.": name for name in norms}
+    layer_parts |= {f"{name}.": f"{name}." for name in norms}
     for kind in ("weight", "bias"):
         if config.embedding_size != config.d_model:
             for ours, theirs in inputs.items():
-                found[f"{ours}.projection.{kind}"] = Source((f"{theirs}.proj.{kind}",))
+                found[f"{ours}.projection.{kind}"] = (f"{theirs}.proj.{kind}",)
         for i in range(config.unique_layers):
             for ours, theirs in layer_parts.items():
-                found[f"layers.{i}.{ours}{kind}"] = Source(_layer_names(i, f"{theirs}.{kind}"))
-            stacked = _layer_names(i, "{attention}.in_proj_" + kind)
-            found[f"layers.{i}.attention.query.{kind}"] = Source(stacked, slice(0, 1))
-            found[f"layers.{i}.attention.key_value.{kind}"] = Source(stacked, slice(1, 3))
+                found[f"layers.{i}.{ours}{kind}"] = _layer_names(i, f"{theirs}{kind}")
     if config.rezero:
         for i in range(config.unique_layers):
-            found[f"layers.{i}.gate.r"] = Source(_layer_names(i, "resweight"))
+            found[f"layers.{i}.gate.r"] = _layer_names(i, "resweight")
     return found
 
 
@@ -116,18 +107,16 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
     """Our ``state_dict`` from the paper code's. Raises :class:`UserError` for names missing, unknown or at odds."""
     state = _plain(state)
     known, ours, missing = set[str](), {}, []
-    for name, source in sources(config).items():
-        known.update(source.names)
-        present = [n for n in source.names if n in state]
+    for name, theirs in sources(config).items():
+        known.update(theirs)
+        present = [n for n in theirs if n in state]
         if not present:
-            missing.append(source.names[0])
+            missing.append(theirs[0])
             continue
         value = state[present[0]]
         for other in present[1:]:
             if not torch.equal(state[other], value):
                 raise UserError(f"reference weights: {present[0]} and {other} differ, but the paper's code shares them")
-        if source.part is not None:
-            value = value[source.part.start * config.d_model : source.part.stop * config.d_model]
         ours[name] = value.detach().float().clone()
     if missing:
         raise UserError(f"reference weights: this preset needs {_some(missing)}, which the file lacks; try another")

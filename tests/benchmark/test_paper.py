@@ -1,7 +1,6 @@
 """The other side of the train benchmark computes what our model computes."""
 
 import pytest
-import torch
 from small_models import SIZES, make_batch, make_model, small
 
 from arplus.benchmark.paper import PaperARPlus, mean_losses, paper_replies
@@ -19,12 +18,7 @@ def same_weights(ours: ARPlus) -> PaperARPlus:
         new = new.replace("feed_forward.2.contract_", "feed_forward.4.")
         for kind in ("context", "auxiliary", "response"):
             new = new.replace(f"{kind}_input.projection", f"projections.{kind}")
-        if "attention.query" in name:
-            stacked = torch.cat([value, ours.state_dict()[name.replace("query", "key_value")]])
-            new = name.replace("query.", "in_proj_")
-            value = stacked
-        if "attention.key_value" not in name:
-            found[new] = value
+        found[new.replace("query_key_value.", "in_proj_")] = value
     theirs = PaperARPlus(ours.config, SIZES).eval()
     theirs.load_state_dict(found)
     return theirs

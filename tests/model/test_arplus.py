@@ -289,10 +289,9 @@ def test_initial_weights():
     assert 0.9 * bound < model.characters.weight.abs().max() <= bound
     attention = model.layers[0].attention
     assert isinstance(attention, Attention)
-    stacked = torch.cat([attention.query.weight, attention.key_value.weight])
     bound = (6 / (4 * config.d_model)) ** 0.5
-    assert 0.9 * bound < stacked.abs().max() <= bound
-    assert not attention.query.bias.any()
+    assert 0.9 * bound < attention.query_key_value.weight.abs().max() <= bound
+    assert not attention.query_key_value.bias.any()
     assert not attention.output.bias.any()
     assert model.layers[0].gate.r.item() == 0
     assert model.layers[0].feed_forward[0].bias.any()

@@ -14,8 +14,8 @@ def pair() -> tuple[Attention, torch.nn.MultiheadAttention]:
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_()
-        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key_value.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key_value.bias]))
+        theirs.in_proj_weight.copy_(ours.query_key_value.weight)
+        theirs.in_proj_bias.copy_(ours.query_key_value.bias)
     theirs.out_proj = ours.output
     return ours, theirs
 
@@ -42,7 +42,7 @@ def test_merged_routes_are_the_sum_of_single_calls(memories):
     causal = torch.ones(5, 5).triu(1).bool()
     own = theirs(x, x, x, attn_mask=causal, need_weights=False)[0]
     others = [theirs(x, m, m, key_padding_mask=~real, need_weights=False)[0] for m, real in attended]
-    routes = ours.routes(x, [ours.keys_and_values(m, real) for m, real in attended])
+    routes = ours.routes(x, [ours.memory(m, real) for m, real in attended])
     merged = ours.output(routes.merged_BTD, 1 + memories)
     torch.testing.assert_close(merged, own + sum(others), atol=1e-4, rtol=1e-4)
     if not memories:
@@ -57,7 +57,7 @@ def test_merged_routes_are_the_sum_of_single_calls(memories):
 def test_one_query_at_a_time_finds_what_all_at_once_do(laid_out):
     ours, _ = pair()
     x, m, real = torch.randn(3, 5, D), torch.randn(3, 6, D), reals(6, 3, 0)
-    memory = ours.keys_and_values(m, real)
+    memory = ours.memory(m, real)
     together = ours.routes(x, [memory]).memories_BTD
     memory = memory.for_steps() if laid_out else memory
     alone = [ours.routes(x[:, t : t + 1], [memory]).memories_BTD for t in range(5)]
@@ -69,6 +69,6 @@ def test_one_query_at_a_time_finds_what_all_at_once_do(laid_out):
 def test_a_sequence_of_padding_alone_gives_zeros():
     ours, _ = pair()
     m, real = torch.randn(2, 3, D), torch.tensor([[False] * 3, [True] * 3])
-    heads = ours.routes(torch.randn(2, 5, D), [ours.keys_and_values(m, real)]).memories_BTD
+    heads = ours.routes(torch.randn(2, 5, D), [ours.memory(m, real)]).memories_BTD
     assert heads[0].abs().max() == 0
     assert heads[1].abs().min() > 0

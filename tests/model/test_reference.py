@@ -17,15 +17,8 @@ def reference_state(model, aliases: bool) -> dict[str, torch.Tensor]:
     """A model's weights under the paper code's names; with aliases, under all of them, and with what it never uses."""
     state: dict[str, torch.Tensor] = {}
     ours = model.state_dict()
-    stacked: dict[tuple[str, ...], list] = {}
-    for name, source in sources(model.config).items():
-        if source.part is not None:
-            stacked.setdefault(source.names, []).append((source.part.start, ours[name]))
-        else:
-            state |= dict.fromkeys(source.names if aliases else source.names[:1], ours[name])
-    for names, parts in stacked.items():
-        whole = torch.cat([value for _, value in sorted(parts, key=lambda part: part[0])])
-        state |= dict.fromkeys(names if aliases else names[:1], whole)
+    for name, names in sources(model.config).items():
+        state |= dict.fromkeys(names if aliases else names[:1], ours[name])
     if aliases:
         state["context_emb.pos_encoder.pe"] = torch.zeros(5000, 1, model.config.embedding_size)
         state["post_encoder.layers.0.cls.weight"] = torch.zeros(3, 3)
