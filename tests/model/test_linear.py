@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from arplus.model import linear as module
 from arplus.model.linear import Linear, linear
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 60], ids=["onednn", "torch"])
+def least(request, monkeypatch):
+    """Products of the tests' size by oneDNN, as large ones are, and by torch."""
+    monkeypatch.setattr(module, "_LEAST", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
