@@ -25,7 +25,8 @@ def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
     """Bytes of weights, gradients, AdamW's moments and DeepSpeed's buffers on one worker at a step's fullest moment.
 
     ``sizes`` are the numbers of elements of the parameters, a shared one once. A gradient of a shared layer is complete
-    at the end of the backward pass only, so that stage 2 saves next to nothing over stage 1 here.
+    at the end of the backward pass only, so that stage 2 saves next to nothing over stage 1 here. For stage 3 it is
+    too low, by up to a third, where a bucket has no room for two of the largest parameters.
     """
     n = sum(sizes)
     part = -(-n // workers)

@@ -25,7 +25,7 @@ def test_the_train_state_is_what_an_engine_holds(
 ) -> None:
     configs = [larger(workers=workers, zero=stage) for stage in range(4)]
     sizes = [p.numel() for p in initial_model(configs[0]).parameters()]
-    n, bucket = sum(sizes), 300_000
+    n, bucket = sum(sizes), 420_000  # room for two of the largest, as the formula of stage 3 has it
     monkeypatch.setattr(estimate, "BUCKET", bucket)
     counted = spawn(workers, memory, configs, bucket)
     # Between steps: weights, moments and, with ZeRO, fp32 masters.
