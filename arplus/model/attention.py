@@ -34,7 +34,7 @@ class KeyValue(NamedTuple):
         key_BHCS = self.key_BHSC.transpose(-1, -2).contiguous()
         added_B11S = torch.zeros(self.mask.shape, dtype=key_BHCS.dtype).masked_fill_(~self.mask, -torch.inf)
         added_BH1S = added_B11S.expand(-1, key_BHCS.shape[1], -1, -1).contiguous()
-        return KeyValue(key_BHCS.transpose(-1, -2), self.value_BHSC.contiguous(), added_BH1S)
+        return KeyValue(key_BHCS.transpose(-1, -2), self.value_BHSC, added_BH1S)
 
 
 class Routes(NamedTuple):

@@ -17,21 +17,28 @@ from torch.nn import functional
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 _LEAST = 1 << 23
-"""Multiplications for which oneDNN pays."""
+"""Multiplications for which oneDNN pays: with it for smaller ones too the tiny demo trained at 3/4 of its speed."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes x · weightᵀ + bias, as :func:`torch.nn.functional.linear`."""
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or {x.dtype, weight.dtype} != {torch.float32}:
+    if not _is_onednns(x, weight, bias):
         return functional.linear(x, weight, bias)
-    if x.numel() * len(weight) < _LEAST:
-        return functional.linear(x, weight, bias)
-    if not torch.backends.mkldnn.is_available() or (bias is not None and not bias.is_contiguous()):
-        return functional.linear(x, weight, bias)  # the product below reads a bias as if it were contiguous
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)
     y: Tensor = _Linear.apply(x, weight, bias)
     return y
+
+
+def _is_onednns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and {x.dtype, weight.dtype} == {torch.float32}
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() * len(weight) >= _LEAST
+        and torch.backends.mkldnn.is_available()
+        and (bias is None or bias.is_contiguous())  # it would read any other bias as if it were
+    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

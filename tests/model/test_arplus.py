@@ -89,7 +89,7 @@ def test_flops_are_those_of_the_best_algorithm(preset, expected):
 def test_flops_agree_with_torchs_counter(preset):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = make_model(small(preset)).train().double()  # in fp32 the products are oneDNN's, which it does not count
+    model = make_model(small(preset)).train()
     batch = trimmed(model, rows(make_batch(model.config), slice(0, 1)))
     S, K = batch.context_BS.shape[1], batch.target_persona_BK.shape[1]
     targets = batch.response_BT.shape[1] - 1
