@@ -319,6 +319,7 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"layers": 6, "groups": 4}}, "--model.groups: must divide layers = 6 (got 4)"),
         (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
         (TrainConfig, {"model": {"tied_generator": True}}, "--model.embedding-size: must equal d_model = 512"),
+        (TrainConfig, {"compile": True, "zero": 3}, "--compile: needs --zero 0, 1 or 2"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
         (PrepareConfig, {"input": "i", "output": "o", "test": 1.5}, "--test: must be a share below 1 or a whole"),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from arplus import storage
 from arplus.benchmark.report import Output
 from arplus.config import FeedConfig, ModelConfig, VocabularySizes, special_ids
-from arplus.data.collate import Draws, Layout, Window
+from arplus.data.collate import EXACT, Draws, Layout, Widths, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.examples import SCHEMA
 from arplus.data.feed import Order, Step, as_batch
@@ -91,19 +91,21 @@ class PoolBenchmark(Output):
         if self.batches > self.window_batches:
             yield "batches", f"must be at most window_batches = {self.window_batches} (got {self.batches})"
 
-    def pool(self, model: ModelConfig, sizes: VocabularySizes) -> "Pool":
-        """The window's examples for a model."""
+    def pool(self, model: ModelConfig, sizes: VocabularySizes, widths: Widths = EXACT) -> "Pool":
+        """The window's examples for a model; sorted batches are padded to ``widths``."""
         examples = self.window_batches * self.batch_size
         table = examples_of(self.data, examples) if self.data else random_examples(examples, sizes)
-        return Pool(table, model, sizes, self.batch_size)
+        return Pool(table, model, sizes, self.batch_size, widths)
 
 
 class Pool:
     """A window of examples, and batches of it."""
 
-    def __init__(self, table: pa.Table, model: ModelConfig, sizes: VocabularySizes, batch_size: int) -> None:
+    def __init__(
+        self, table: pa.Table, model: ModelConfig, sizes: VocabularySizes, batch_size: int, widths: Widths = EXACT
+    ) -> None:
         self.window = Window(table, Layout.of(model, sizes))
-        self.batch_size = batch_size
+        self.batch_size, self.widths = batch_size, widths
         self.pad = special_ids(sizes.characters).pad
 
     def sorted(self, count: int) -> list[Step]:
@@ -115,15 +117,15 @@ class Pool:
         # A slot of the response costs three times as much as one of the context.
         slots = [int(self.window.context.lengths[b].max() + 3 * self.window.response.lengths[b].max()) for b in batches]
         places = ((np.arange(count) + 0.5) * len(batches) / count).astype(np.int64)
-        return [self._step(batches[i]) for i in np.argsort(slots, kind="stable")[places]]
+        return [self._step(batches[i], self.widths) for i in np.argsort(slots, kind="stable")[places]]
 
     def random(self, count: int, seed: int = 0) -> list[Step]:
         """Batches of random examples."""
         rows = np.random.default_rng(seed).permutation(len(self.window))
-        return [self._step(rows[i * self.batch_size :][: self.batch_size]) for i in range(count)]
+        return [self._step(rows[i * self.batch_size :][: self.batch_size], EXACT) for i in range(count)]
 
-    def _step(self, rows: NDArray[np.int64]) -> Step:
-        batch = as_batch(self.window.batch(rows, np.ones(len(rows), bool), Draws(0, 0)))
+    def _step(self, rows: NDArray[np.int64], widths: Widths) -> Step:
+        batch = as_batch(self.window.batch(rows, np.ones(len(rows), bool), Draws(0, 0), widths))
         return Step([batch], int((batch.response_BT[:, 1:] != self.pad).sum()))
 
     def padding(self, steps: list[Step]) -> float:

@@ -80,7 +80,11 @@ def _torch_step(model: nn.Module, loss: Callable[[Step], torch.Tensor], config: 
     return take
 
 
-def run_config(precision: Literal["auto", "fp32", "bf16"], zero: int, batch_size: int) -> TrainConfig:
+def run_config(
+    precision: Literal["auto", "fp32", "bf16"], zero: int, batch_size: int, *, compiled: bool = False
+) -> TrainConfig:
     """AR+ at its real size, one worker; a rate so low that random examples do not diverge."""
     optimizer = OptimizerConfig(lr=1e-5, min_lr=1e-5)
-    return replace(TrainConfig(), precision=precision, zero=zero, batch_size=batch_size, optimizer=optimizer)
+    return replace(
+        TrainConfig(), precision=precision, compile=compiled, zero=zero, batch_size=batch_size, optimizer=optimizer
+    )

@@ -23,6 +23,7 @@ from arplus.benchmark.pool import PoolBenchmark, real_lengths
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
 from arplus.config import TrainConfig, VocabularySizes, special_ids
+from arplus.data.collate import EXACT, STATIC
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
@@ -36,19 +37,21 @@ class TrainBenchmark(PoolBenchmark):
 
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
+    compile: bool = False
+    """Our layers compiled, on batches of few shapes; for GPUs."""
     zero: Annotated[int, Ge(0), Le(3)] = 0
     """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
     rounds: Annotated[int, Gt(0)] = 3
-    """Rounds that the medians are taken of, after one step of each side that is not counted."""
+    """Rounds that the medians are taken of, after steps of each side that are not counted."""
     compare: bool = True
     """Whether the other sides are measured too, which takes most of the time."""
 
 
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
-    run = run or sides.run_config(config.precision, config.zero, config.batch_size)
+    run = run or sides.run_config(config.precision, config.zero, config.batch_size, compiled=config.compile)
     sizes = VocabularySizes()
-    pool = config.pool(run.model, sizes)
+    pool = config.pool(run.model, sizes, STATIC if config.compile else EXACT)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
     taken = {"ours": sides.train_step("ours", run, sizes)}
     if config.compare:
@@ -82,6 +85,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
         figures=figures,
         table=[
             ("step", f"{run.precision}, ZeRO {run.zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
+            ("layers", "compiled" if run.compile else "not compiled"),
             ("real lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
             ("context padding", f"{pool.padding(mine):.1%} sorted, {pool.padding(theirs):.1%} random"),
             ("best algorithm", f"{flops / 1e9:.1f} GFLOP an example"),
@@ -101,7 +105,8 @@ def _times(
 ) -> dict[str, list[float]]:
     """Seconds a batch of every round: the mean of all sorted batches for us, one random batch for the others."""
     for side, take in taken.items():
-        take(mine[-1] if side == "ours" else theirs[-1])
+        for step in mine if side == "ours" else theirs[-1:]:  # kernels may be compiled for every shape of ours
+            take(step)
     times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
     for i in range(rounds):
         times["matmul"].append(matmul_gflops())

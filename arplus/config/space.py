@@ -17,7 +17,7 @@ FORMS = "NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH), 
 _NOT_A_TRIALS = frozenset(
     {
         *("preset", "data", "storage", "run_name", "mlflow", "experiment", "resume"),  # where and what a trial is
-        *("workers", "worker_cpus", "zero", "accumulation", "max_failures"),  # how the same numbers are computed
+        *("workers", "worker_cpus", "zero", "accumulation", "compile", "max_failures"),  # how the same is computed
         *("epochs", "max_steps", "validate_every"),  # the budget, which is equal for all
         *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "audit"),
     }

@@ -49,8 +49,6 @@ class FeedConfig:
     """Windows prepared ahead of the training step."""
     subset: Annotated[int, Gt(0)] | None = None
     """Train on this many examples of the training split only: random ones, the same in every run."""
-    static_shapes: bool = False
-    """Pad every batch to one of a few fixed shapes, for kernels that are compiled a shape."""
 
 
 PEAK_TFLOPS = {"T4": 65, "A10G": 70, "L4": 121, "A100": 312, "H100": 989}
@@ -92,6 +90,9 @@ class TrainConfig:
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
+    compile: bool = False
+    """Compile the layers with torch.compile, and pad batches to the few shapes that takes. Needs GPUs, a C compiler on
+    their nodes and ZeRO stage 0 to 2; pays for runs of more than some minutes."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples an optimizer step, over all workers. Where it does not divide by workers × accumulation, rows that do
     not count fill up the micro-batches."""
@@ -159,6 +160,8 @@ class TrainConfig:
                 f"must be at least workers × accumulation = {self.world_sizes[-1]} × {self.accumulation} = {parts}, "
                 f"an example for each (got {self.batch_size})",
             )
+        if self.compile and self.zero == 3:
+            yield "compile", "needs --zero 0, 1 or 2: stage 3 gathers each module's parameters between its kernels"
 
 
 AR = ModelConfig(

@@ -61,6 +61,7 @@ class Widths(NamedTuple):
     persona: int = 1
 
 
+EXACT = Widths()
 STATIC = Widths(context=16, response=18, profiles=4, persona=16)
 """For kernels that are compiled a shape: seven widths of contexts, and one of all else but for rare profiles.
 
@@ -171,12 +172,14 @@ class Window:
         values = self.profile.padded(numbers.values, np.repeat(widths_N, profiles_N), self.persona_pad)
         return Arrays(values, [(*shape, width) for shape, width in zip(numbers.shapes, widths_N.tolist(), strict=True)])
 
-    def batch(self, rows_B: NDArray[np.int64], counted_B: NDArray[np.bool_], draws: "Draws") -> dict[str, NDArray]:
+    def batch(
+        self, rows_B: NDArray[np.int64], counted_B: NDArray[np.bool_], draws: "Draws", widths: Widths = EXACT
+    ) -> dict[str, NDArray]:
         """The arrays of one batch of examples ``rows_B``, by field name.
 
         ``counted_B`` is False for rows that only fill the batch up.
         """
-        fields = self.batches(rows_B[None], draws, Widths())
+        fields = self.batches(rows_B[None], draws, widths)
         return {"counted_B": counted_B} | {name: values.reshape(*shapes) for name, (values, shapes) in fields.items()}
 
 

@@ -39,7 +39,7 @@ from ray.data import DataContext
 from arplus import storage
 from arplus.config import FeedConfig
 from arplus.data import faults
-from arplus.data.collate import CONTEXT_UNIT, STATIC, Arrays, Draws, Layout, Widths, Window
+from arplus.data.collate import CONTEXT_UNIT, EXACT, Arrays, Draws, Layout, Widths, Window
 from arplus.data.dataset import RowGroup, Split
 from arplus.model.batch import Batch
 
@@ -139,12 +139,13 @@ class Order:
 class Feed:
     """The batches of one worker. Iterating needs a running Ray; see the module's docstring for the order."""
 
-    def __init__(self, order: Order, layout: Layout, place: Place, config: FeedConfig) -> None:
+    def __init__(self, order: Order, layout: Layout, place: Place, config: FeedConfig, widths: Widths = EXACT) -> None:
         assert order.batch_size >= place.workers * place.accumulation
         self.order = order
         self.layout = layout
         self.place = place
         self.config = config
+        self.widths = widths
 
     @property
     def steps(self) -> int:
@@ -211,7 +212,7 @@ def prepare_window(epoch: int, index: int, feed: Feed) -> pa.Table:
 
     rows_NB, counted_NB = micro_batches(rows_SB), micro_batches(counted_SB)
     draws = Draws(order.seed, epoch if order.shuffled else 0)
-    fields = window.batches(rows_NB, draws, STATIC if feed.config.static_shapes else Widths())
+    fields = window.batches(rows_NB, draws, feed.widths)
     fields["counted_B"] = Arrays(counted_NB.ravel().view(np.uint8), [rows_NB.shape[1:]] * len(rows_NB))
     ids_fit = max(feed.layout.sizes.characters, feed.layout.sizes.persona_words) <= 1 << 16
     return _to_table(fields, np.repeat(targets_S, len(own)), np.uint16 if ids_fit else np.int32)

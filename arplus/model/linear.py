@@ -33,6 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _is_onednns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and {x.dtype, weight.dtype} == {torch.float32}
         and not torch.is_autocast_enabled("cpu")
         and x.numel() * len(weight) >= _LEAST

@@ -1,13 +1,21 @@
-"""The two losses of L = L_D + λ1 · L_LM (Eq. 4) as sums and counts, to be divided once by global counts."""
+"""The generator, and the two losses of L = L_D + λ1 · L_LM (Eq. 4) as sums and counts, to be divided by global counts.
+
+Shape suffixes are those of :mod:`arplus.model.batch`; G is the two losses.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-_ROWS = 64
-"""Rows of logits at a time: 2.4 MB in fp32 for 9,498 characters."""
+from arplus.model.linear import Linear, linear
+
+_ROWS = 1024
+"""Rows of logits at a time: 39 MB in fp32 for 9,498 characters."""
+_ROWS_AT_ONCE = 64
+"""Those of them that go through the softmax together on the CPU: 2.4 MB, which stay in its cache."""
+_GPU_ROWS = 8192
+"""The same on a GPU, where more rows keep it busier: 156 MB in bf16, and twice that for their softmax."""
 
 
 class Losses(NamedTuple):
@@ -29,37 +37,65 @@ def real_targets(response_BT: Tensor, counted_B: Tensor, pad: int) -> tuple[Tens
     return index_N, target_BT.flatten()[index_N].long()
 
 
-def losses(logits_MV: Tensor, target_N: Tensor) -> Losses:
-    """The losses, given logits of the N targets by the dialogue decoder and then by the auxiliary one (M = 2N)."""
-    target_M = target_N.repeat(2)
-    if logits_MV.device.type == "cpu":
-        nats_M: Tensor = _CrossEntropy.apply(logits_MV, target_M)
-    else:
-        nats_M = functional.cross_entropy(logits_MV.float(), target_M, reduction="none")
-    dialogue, auxiliary = nats_M.view(2, -1).sum(dim=1)
-    count = torch.full_like(dialogue, target_N.numel())
-    return Losses(dialogue, count, auxiliary, count.clone())
+class Generator(Linear):
+    """The output projection: hidden states to logits, or straight to cross-entropies.
+
+    One module for both, so that ZeRO-3 gathers the matrix for the losses too.
+    """
+
+    def forward(self, hidden: Tensor, target_N: Tensor | None = None) -> Tensor:
+        """(…, D) to logits (…, V); (G, N, D) with targets (N,) to cross-entropies (G,), nats summed over N, fp32."""
+        if target_N is None:
+            return super().forward(hidden)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        nats_G: Tensor = _LinearCrossEntropy.apply(hidden, self.weight, target_N, dtype, torch.is_grad_enabled())
+        return nats_G
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropies (M,), fp32, on the CPU, in rows that stay in the cache.
+class _LinearCrossEntropy(torch.autograd.Function):
+    """A product with the generator and its cross-entropies, whose logits never exist as a whole.
 
-    The backward pass writes the gradient over the logits, which nothing else holds by then. torch's own keeps two
-    more of these largest tensors of a step (78 MB each at 1,024 targets) and goes over them twice as often.
+    The gradients are made in the forward pass, where the logits are, but for the factor that the backward pass brings.
+    (torch's own linear_cross_entropy does likewise, and gives the sum of the nats in bf16 under autocast.)
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, target_M: Tensor) -> Tensor:
-        total_M = torch.cat([part.float().logsumexp(1) for part in logits_MV.split(_ROWS)])
-        ctx.save_for_backward(logits_MV, target_M, total_M)
-        return total_M - logits_MV.gather(1, target_M[:, None])[:, 0]
+    def forward(
+        ctx: Any, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor, dtype: torch.dtype, train: bool
+    ) -> Tensor:
+        with torch.autocast(hidden_GND.device.type, enabled=False):
+            weight_VD = weight_VD.to(dtype)
+            found = [_summed(hidden_ND.to(dtype), weight_VD, target_N, train) for hidden_ND in hidden_GND]
+        ctx.save_for_backward(*(gradient for _, *gradients in found for gradient in gradients))
+        return torch.stack([nats for nats, *_ in found])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits_MV, target_M, total_M = ctx.saved_tensors
-        gradient_M1 = gradients[0][:, None]
-        for logits, total, gradient in zip(
-            *(t.split(_ROWS) for t in (logits_MV, total_M[:, None], gradient_M1)), strict=True
-        ):
-            logits.copy_((logits - total).exp_().mul_(gradient))
-        return logits_MV.scatter_add_(1, target_M[:, None], -gradient_M1.to(logits_MV.dtype)), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_G,), saved = gradients, ctx.saved_tensors
+        # In place, since fresh memory for what is V × D costs as much as writing it; autograd refuses a second pass.
+        d_hidden = [d.mul_(g) for d, g in zip(saved[::2], gradient_G, strict=True)]
+        first, *others = (d.mul_(g) for d, g in zip(saved[1::2], gradient_G, strict=True))
+        for other in others:
+            first += other
+        return torch.stack(d_hidden), first, None, None, None
+
+
+def _summed(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, train: bool) -> tuple[Tensor, ...]:
+    """Nats summed over N, fp32; in training also their gradients to the hidden states and the weight."""
+    rows, at_once = (_ROWS, _ROWS_AT_ONCE) if hidden_ND.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
+    nats = torch.zeros((), device=hidden_ND.device)
+    d_hidden_ND, d_weight_VD = torch.empty_like(hidden_ND), None
+    for i in range(0, max(len(target_N), 1), rows):
+        part = slice(i, i + rows)
+        logits = linear(hidden_ND[part], weight_VD, None)
+        for of, target in zip(logits.split(at_once), target_N[part, None].split(at_once), strict=True):
+            log_p = of.log_softmax(1, dtype=torch.float32)
+            nats -= log_p.gather(1, target).sum()
+            if train:
+                of.copy_(log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)))
+        if train:
+            d_hidden_ND[part] = linear(logits, weight_VD.t(), None)
+            d_weight = (logits.t() @ hidden_ND[part]).float()
+            d_weight_VD = d_weight if d_weight_VD is None else d_weight_VD.add_(d_weight)
+    return (nats, d_hidden_ND, d_weight_VD) if d_weight_VD is not None else (nats,)

@@ -75,6 +75,8 @@ class Engine:
         self.stage = config.zero
         self.autocast = bf16_is_used(config.precision, device)
         model = model.to(device)
+        if config.compile:
+            model.compile_layers()
         parameters = list(model.parameters())
         # Weight decay on everything, as in the paper's code. `fused` is one kernel for all tensors, on CPU too.
         self.optimizer = torch.optim.AdamW(

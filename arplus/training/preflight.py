@@ -40,9 +40,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     A cluster with an autoscaler counts as large as it may become. Raises :class:`ResourceError` with the sum shown when
     it is too small for the fewest workers that the run may have.
     """
-    cluster = ray.cluster_resources()
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = (max(cluster.get(name, 0.0), float(most.get(name, 0))) for name in ("CPU", "GPU"))
+    cpus, gpus = _cluster_has("CPU"), _cluster_has("GPU")
     driver = driver_cpus()
     fewest, wanted = config.world_sizes[0], config.world_sizes[-1]
     if gpus and fewest > gpus:
@@ -72,6 +70,11 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     )
 
 
+def _cluster_has(resource: str) -> float:
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get(resource, 0.0), float(most.get(resource, 0)))
+
+
 def driver_cpus() -> float:
     """CPUs that this job's own driver holds (``ray job submit --entrypoint-num-cpus``)."""
     from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
@@ -88,9 +91,11 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     """Asks every node that is there; :mod:`arplus.training.node` says for what. Takes a second or two.
 
     One object of the data is read and one of the storage is written and deleted, by every node. Raises
-    :class:`UserError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for space that
-    is missing, and for a node that does not answer.
+    :class:`UserError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for GPUs or
+    space that are missing, and for a node that does not answer.
     """
+    if config.compile and not _cluster_has("GPU"):
+        raise ResourceError("--compile: the cluster has no GPU, and on CPUs compiled layers take longer; leave it out")
     _check_storage(config, checkpoint_bytes)
     marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
     storage.write_bytes(marker, b"")

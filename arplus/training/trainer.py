@@ -20,7 +20,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
-from arplus.data.collate import Layout
+from arplus.data.collate import EXACT, STATIC, Layout
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
 from arplus.errors import ResourceError, RunError, UserError
@@ -173,7 +173,7 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
             shuffled=shuffled,
         )
         place = Place(rank=rank, workers=dist.get_world_size(), accumulation=config.accumulation)
-        return Feed(order, layout, place, config.feed)
+        return Feed(order, layout, place, config.feed, STATIC if config.compile else EXACT)
 
     return feed("train", True), feed("valid", False)
 

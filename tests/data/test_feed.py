@@ -12,7 +12,7 @@ from prepared import random_examples, write_dataset
 from ray.data import DataContext
 
 from arplus.config import AR, FeedConfig, ModelConfig, special_ids
-from arplus.data.collate import Draws, Layout, Widths, Window
+from arplus.data.collate import EXACT, STATIC, Draws, Layout, Window
 from arplus.data.dataset import Dataset, RowGroup, Split
 from arplus.data.feed import Feed, Order, Place, Step, _from_table, _to_table, prepare_window, read_ahead
 from arplus.model.batch import Batch
@@ -155,7 +155,7 @@ def test_a_window_at_once_is_its_batches_one_by_one(dataset: Dataset, model: Mod
     layout = Layout.of(model, dataset.sizes)
     window = Window(random_examples(range(60)).select(layout.columns), layout)
     rows_NB = np.random.default_rng(0).permutation(60).reshape(10, 6)
-    packed = window.batches(rows_NB, Draws(1, 2), Widths())
+    packed = window.batches(rows_NB, Draws(1, 2), EXACT)
     counted_B = np.ones(6, np.uint8)
     packed["counted_B"] = packed["example_id_B"]._replace(values=np.tile(counted_B, 10))
     table = _to_table(packed, np.arange(10), id_type)
@@ -171,7 +171,7 @@ def test_a_window_at_once_is_its_batches_one_by_one(dataset: Dataset, model: Mod
 def test_static_shapes_are_few_and_only_pad(dataset: Dataset) -> None:
     ids = special_ids(dataset.sizes.characters)
     plain = make_feed(dataset)
-    static = Feed(plain.order, plain.layout, plain.place, FeedConfig(static_shapes=True))
+    static = Feed(plain.order, plain.layout, plain.place, FeedConfig(), STATIC)
     shapes = set()
     for window in range(plain.order.windows):
         pairs = zip(*(_from_table(prepare_window(0, window, f), pin=False) for f in (plain, static)), strict=True)

@@ -1,10 +1,12 @@
 """The network: its size, independence of batch mates, gradients everywhere, precision."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from small_models import SIZES, make_batch, make_model, small
+from torch._dynamo.utils import counters
 
 from arplus.config import PAPER_ROWS, PRESETS, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
@@ -303,3 +305,27 @@ def test_dropout_is_on_in_training_alone(config):
     assert model(batch).sum_dialogue == model(batch).sum_dialogue
     model.train()
     assert model(batch).sum_dialogue != model(batch).sum_dialogue
+
+
+@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero"])
+def test_compiled_layers_compute_the_same(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, whose compiler takes minutes: Dynamo and autograd's tracer, and no break in a graph."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    config = small(preset)
+    model, batch = make_model(config).double().train(), make_batch(config)
+
+    def losses_and_gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        losses = model(batch)
+        (losses.sum_dialogue + losses.sum_auxiliary).backward()
+        return [losses.sum_dialogue.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    eager = losses_and_gradients()
+    graphs = counters["stats"]["unique_graphs"]
+    model.compile_layers()
+    for compiled, expected in zip(losses_and_gradients(), eager, strict=True):
+        torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-7)  # nats are fp32
+    made = counters["stats"]["unique_graphs"] - graphs
+    assert made == 4  # context and infilled response, the decoder on either; unique layers have them in common
+    losses_and_gradients()
+    assert counters["stats"]["unique_graphs"] - graphs == made

@@ -1,37 +1,51 @@
-"""Cross-entropies in rows against torch's."""
+"""The generator's cross-entropies, in chunks and with gradients of their own, against torch's."""
 
 import pytest
 import torch
 from torch.nn import functional
 
 from arplus.model import objective
+from arplus.model.objective import Generator
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "_ROWS", 4)
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
+    """One of 30 characters; seven rows take several chunks of both kinds, the last of them smaller."""
+    monkeypatch.setattr(objective, "_ROWS", 5)
+    monkeypatch.setattr(objective, "_ROWS_AT_ONCE", 2)
     torch.manual_seed(0)
-    start, target = (torch.randn(10, 30) * 5).to(dtype), torch.randint(30, (5,))
-
-    def gradient(of: str) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = start.clone().requires_grad_()
-        logits = leaf * 1  # as a product's result: the gradient is written over it
-        if of == "ours":
-            found = objective.losses(logits, target)
-            dialogue, auxiliary = found.sum_dialogue, found.sum_auxiliary
-        else:
-            nats = functional.cross_entropy(logits.float(), target.repeat(2), reduction="none")
-            dialogue, auxiliary = nats[:5].sum(), nats[5:].sum()
-        total = 0.7 * dialogue + 0.2 * auxiliary
-        return total, torch.autograd.grad(total, leaf)[0]
-
-    (ours, d_ours), (theirs, d_theirs) = gradient("ours"), gradient("torch")
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(d_ours, d_theirs)
+    return Generator(8, 30, bias=False)
 
 
-def test_no_target_is_no_loss() -> None:
-    logits = torch.randn(0, 30, requires_grad=True)
-    found = objective.losses(logits * 1, torch.empty(0, dtype=torch.int64))
-    assert found.sum_dialogue == found.count_dialogue == 0
-    found.sum_dialogue.backward()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nats_and_gradients(generator: Generator, bf16: bool) -> None:
+    hidden, target = torch.randn(2, 7, 8) * 5, torch.randint(30, (7,))
+
+    def losses(fused: bool) -> list[torch.Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", enabled=bf16):
+            if fused:
+                nats = generator(leaf, target)
+            else:
+                logits = generator(leaf).flatten(0, 1).float()
+                nats = functional.cross_entropy(logits, target.repeat(2), reduction="none").view(2, 7).sum(1)
+        assert nats.dtype == torch.float32
+        return [nats, *torch.autograd.grad(0.7 * nats[0] + 0.2 * nats[1], [leaf, generator.weight])]
+
+    for ours, theirs in zip(losses(fused=True), losses(fused=False), strict=True):
+        tolerance = {"rtol": 0.02, "atol": 0.05} if bf16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_without_gradients_there_are_the_same_nats(generator: Generator) -> None:
+    hidden, target = torch.randn(2, 7, 8), torch.randint(30, (7,))
+    with torch.no_grad():
+        evaluated = generator(hidden, target)
+    assert torch.equal(evaluated, generator(hidden, target).detach())
+
+
+def test_no_target_is_no_loss(generator: Generator) -> None:
+    nats = generator(torch.randn(2, 0, 8, requires_grad=True), torch.empty(0, dtype=torch.int64))
+    nats.sum().backward()
+    assert nats.tolist() == [0, 0]
+    assert not generator.weight.grad.any()

@@ -100,6 +100,12 @@ def test_storage_that_cannot_be_written(config: TrainConfig, dataset: Dataset, t
     assert said.startswith(f"{tmp_path}/file/runs/.preflight-")
 
 
+def test_compiled_layers_without_a_gpu(config: TrainConfig, dataset: Dataset) -> None:
+    code, said = refusal(replace(config, compile=True), dataset)
+    assert code == 3
+    assert said.startswith("--compile: the cluster has no GPU")
+
+
 def test_storage_that_is_another_folder_on_a_node(dataset: Dataset, tmp_path: Path) -> None:
     """A node that does not see what the driver wrote has a disk of its own."""
     facts = node.look(dataset.split("train").row_groups[0].file, str(tmp_path), str(tmp_path / "not-there"), "n")
