@@ -48,7 +48,9 @@ class Generator(Linear):
         if target_N is None:
             return super().forward(hidden)
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # (Sizes are computed on the device "meta", which has no autocast.)
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
         nats_G: Tensor = _LinearCrossEntropy.apply(hidden, self.weight, target_N, dtype, torch.is_grad_enabled())
         return nats_G
 
@@ -64,9 +66,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor, dtype: torch.dtype, train: bool
     ) -> Tensor:
-        with torch.autocast(hidden_GND.device.type, enabled=False):
-            weight_VD = weight_VD.to(dtype)
-            found = [_summed(hidden_ND.to(dtype), weight_VD, target_N, train) for hidden_ND in hidden_GND]
+        # Cast here and not by autocast, which would keep the weight's copy for others, without its gradient.
+        hidden_GND, weight_VD = hidden_GND.to(dtype), weight_VD.to(dtype)
+        found = [_summed(hidden_ND, weight_VD, target_N, train) for hidden_ND in hidden_GND]
         ctx.save_for_backward(*(gradient for _, *gradients in found for gradient in gradients))
         return torch.stack([nats for nats, *_ in found])
 

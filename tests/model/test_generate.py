@@ -16,10 +16,16 @@ IDS = special_ids(SIZES.characters)
 
 @pytest.mark.parametrize(
     "settings",
-    [Sampling(), Sampling(temperature=1, top_p=0), Sampling(temperature=1.5, top_k=4, top_p=0.8)],
-    ids=["paper", "plain", "top-k"],
+    [
+        Sampling(),
+        Sampling(temperature=1, top_p=0),
+        Sampling(temperature=1.5, top_k=4, top_p=0.8),
+        Sampling(temperature=1, top_p=0.4),
+    ],
+    ids=["paper", "plain", "top-k", "small nucleus"],
 )
-def test_drawn_ids_follow_the_filtered_distribution(settings):
+@pytest.mark.parametrize("draws", [2, 4])
+def test_drawn_ids_follow_the_filtered_distribution(settings, draws):
     """Against torch's own softmax on a distribution filtered by hand."""
     logits = torch.tensor([2.0, -1.0, 1.5, 0.3, 0.0, 1.9, -3.0, 0.8])
     scaled = (logits / settings.temperature).tolist()
@@ -35,7 +41,7 @@ def test_drawn_ids_follow_the_filtered_distribution(settings):
     expected[kept] = torch.tensor([scaled[i] for i in kept]).softmax(0)
 
     n = 200_000
-    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(n, draws, generator=torch.Generator().manual_seed(0))
     drawn = draw(logits.expand(n, -1), uniform, settings)
     observed = torch.bincount(drawn, minlength=len(scaled)) / n
     assert (observed[expected == 0] == 0).all()
@@ -45,7 +51,7 @@ def test_drawn_ids_follow_the_filtered_distribution(settings):
 
 def test_draw_at_the_ends_never_takes_an_impossible_id():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).expand(2, -1)
-    ends = torch.tensor([0.0, 1 - 2**-24])
+    ends = torch.tensor([[0.0, 0.5], [1 - 2**-24, 0.5]])
     assert draw(logits, ends, Sampling(temperature=1, top_p=0)).tolist() == [1, 3]
 
 
