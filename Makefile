@@ -36,9 +36,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	rm -rf $(DEMO)
-	$(BIN)/python jobs/synthesize.py --records 20000 --duplicates 400 --broken 40 --persona-answers 0.5 --chatterbot True --seed 1 --output $(DEMO)/raw
+	$(BIN)/python jobs/synthesize.py --records 40000 --duplicates 400 --broken 40 --persona-answers 0.7 --chatterbot True --seed 1 --output $(DEMO)/raw
 	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
-	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 3 --log-every 100 --seed 1
+	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --epochs 2 --log-every 100 --seed 1
 	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --json $(DEMO)/evaluation.json
 	@echo
 	@echo "The same question to two personas:"
