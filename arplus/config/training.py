@@ -242,8 +242,9 @@ def tiny(config: TrainConfig) -> TrainConfig:
             heads=4,
             ff_size=256,
             ff_bottleneck=None if model.ff_bottleneck is None else 32,
-            # With three hops each softmax settled on one word, often a key such as 地址 (p > 0.99), and whether a short
-            # run got off it was decided by rounding. See README.
+            # With three hops the memory's softmax settled early on one word, often a key such as 地址 (p > 0.99), and
+            # rounding decided whether a short run got off it: answers agreed with their persona in 0.24 to 0.52 of the
+            # cases by the seed (chance: 0.27), with one hop in 0.43 to 0.58.
             memory_hops=min(model.memory_hops, 1),
         ),
         # Small batches are noisy: the paper's patience would halve the rate before a short run has learnt anything.
