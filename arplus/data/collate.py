@@ -62,6 +62,7 @@ class Widths(NamedTuple):
 
 
 EXACT = Widths()
+"""As narrow as a batch allows."""
 STATIC = Widths(context=16, response=18, profiles=4, persona=16)
 """For kernels that are compiled a shape: seven widths of contexts, and one of all else but for rare profiles.
 

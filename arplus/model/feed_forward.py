@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from arplus.config import ModelConfig
 from arplus.model.dropout import Dropout, draw_kept, dropout, levels_of, scale_of
-from arplus.model.linear import Linear, linear
+from arplus.model.linear import Linear, linear, product_dtype
 
 _CHUNK = 1024
 """Tokens at a time: 8 MB of fp32 at FF = 2048. Half as many took 2 % longer; all at once no less, and 0.2 GB more."""
@@ -61,9 +61,7 @@ class Wide(nn.Module):
         """(…, r) to (…, r)."""
         parameters = (self.expand_weight, self.expand_bias, self.contract_weight, self.contract_bias)
         if self.training and self.p and x.device.type == "cpu":
-            # bf16 as autocast would have it: the function's own products are out of its sight.
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            y: Tensor = _Wide.apply(x.flatten(0, -2), *parameters, levels_of(self.p), dtype)
+            y: Tensor = _Wide.apply(x.flatten(0, -2), *parameters, levels_of(self.p), product_dtype(x))
             return y.view(x.shape)
         wide = linear(x, self.expand_weight, self.expand_bias)
         return linear(dropout(wide, self.p, self.training), self.contract_weight, self.contract_bias)

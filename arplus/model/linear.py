@@ -66,6 +66,14 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, flat.sum(0) if ctx.has_bias else None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What ``x`` would be multiplied in: autocast's dtype, for functions whose own products autocast does not see."""
+    device = x.device.type
+    # Sizes are computed on the device "meta", which has no autocast.
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if mixed else x.dtype
+
+
 class Linear(nn.Linear):
     """:func:`linear` as a module, initialised as torch's."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from arplus.model.linear import Linear, linear
+from arplus.model.linear import Linear, linear, product_dtype
 
 _ROWS = 1024
 """Rows of logits at a time: 39 MB in fp32 for 9,498 characters."""
@@ -47,11 +47,9 @@ class Generator(Linear):
         """(…, D) to logits (…, V); (G, N, D) with targets (N,) to cross-entropies (G,), nats summed over N, fp32."""
         if target_N is None:
             return super().forward(hidden)
-        device = hidden.device.type
-        # (Sizes are computed on the device "meta", which has no autocast.)
-        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if mixed else hidden.dtype
-        nats_G: Tensor = _LinearCrossEntropy.apply(hidden, self.weight, target_N, dtype, torch.is_grad_enabled())
+        nats_G: Tensor = _LinearCrossEntropy.apply(
+            hidden, self.weight, target_N, product_dtype(hidden), torch.is_grad_enabled()
+        )
         return nats_G
 
 

@@ -329,3 +329,10 @@ def test_compiled_layers_compute_the_same(preset: str, monkeypatch: pytest.Monke
     assert made == 4  # context and infilled response, the decoder on either; unique layers have them in common
     losses_and_gradients()
     assert counters["stats"]["unique_graphs"] - graphs == made
+
+
+def test_a_batch_without_counted_rows_has_no_loss_and_no_target() -> None:
+    model, batch = make_model(small("arplus")), make_batch(small("arplus"))
+    found = model(dataclasses.replace(batch, counted_B=torch.zeros_like(batch.counted_B)))
+    assert found.sum_dialogue == found.count_dialogue == found.sum_auxiliary == found.count_auxiliary == 0
+    found.sum_dialogue.backward()

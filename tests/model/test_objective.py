@@ -33,8 +33,9 @@ def test_nats_and_gradients(generator: Generator, bf16: bool) -> None:
         return [nats, *torch.autograd.grad(0.7 * nats[0] + 0.2 * nats[1], [leaf, generator.weight])]
 
     for ours, theirs in zip(losses(fused=True), losses(fused=False), strict=True):
-        tolerance = {"rtol": 0.02, "atol": 0.05} if bf16 else {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(ours, theirs, **tolerance)
+        # Nats come from the same logits; gradients are rounded to bf16 at another place than autocast's.
+        loose = bf16 and ours.dim() > 1
+        torch.testing.assert_close(ours, theirs, **({"rtol": 1.6e-2, "atol": 2e-2} if loose else {}))
 
 
 def test_without_gradients_there_are_the_same_nats(generator: Generator) -> None:
