@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arplus.model.dropout import draw_kept, levels_of, scale_of
+from arplus.model.dropout import draw_kept, draw_levels, scale_of
 
 
 def dropped_attention(
@@ -20,7 +20,7 @@ def dropped_attention(
 
     Every row of the mask must have a True.
     """
-    attended_BHTC: Tensor = _DroppedAttention.apply(query_BHTC, key_BHSC, value_BHSC, mask, levels_of(p))
+    attended_BHTC: Tensor = _DroppedAttention.apply(query_BHTC, key_BHSC, value_BHSC, mask, draw_levels(p))
     return attended_BHTC
 
 
@@ -37,7 +37,7 @@ class _DroppedAttention(torch.autograd.Function):
             score_BHTS += torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         weight_ZTS = score_ZTS.softmax(-1)
         kept_ZTS = draw_kept(weight_ZTS.shape, levels)
-        ctx.save_for_backward(query_ZTC, key_ZSC, value_ZSC, weight_ZTS, kept_ZTS.to(torch.int8))
+        ctx.save_for_backward(query_ZTC, key_ZSC, value_ZSC, weight_ZTS, kept_ZTS)
         ctx.levels = levels
         dropped_ZTS = torch.mul(weight_ZTS, kept_ZTS, out=score_ZTS)
         return _scaled(dropped_ZTS, value_ZSC, scale_of(levels)).view(query.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arplus.config import ModelConfig
-from arplus.model.dropout import Dropout, draw_kept, dropout, levels_of, scale_of
+from arplus.model.dropout import Dropout, draw_kept, draw_levels, dropout, scale_of
 from arplus.model.linear import Linear, linear, product_dtype
 
 _CHUNK = 1024
@@ -61,7 +61,7 @@ class Wide(nn.Module):
         """(…, r) to (…, r)."""
         parameters = (self.expand_weight, self.expand_bias, self.contract_weight, self.contract_bias)
         if self.training and self.p and x.device.type == "cpu":
-            y: Tensor = _Wide.apply(x.flatten(0, -2), *parameters, levels_of(self.p), product_dtype(x))
+            y: Tensor = _Wide.apply(x.flatten(0, -2), *parameters, draw_levels(self.p), product_dtype(x))
             return y.view(x.shape)
         wide = linear(x, self.expand_weight, self.expand_bias)
         return linear(dropout(wide, self.p, self.training), self.contract_weight, self.contract_bias)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from arplus.model import feed_forward
-from arplus.model.dropout import draw_kept, levels_of, scale_of
+from arplus.model.dropout import draw_kept, draw_levels, scale_of
 from arplus.model.feed_forward import Wide
 
 R, FF, P = 6, 40, 0.25
@@ -24,9 +24,10 @@ def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     found = torch.autograd.grad(ours, inputs, gradient)
 
     torch.manual_seed(1)
-    kept = torch.cat([draw_kept(torch.Size([n, FF]), levels_of(P)) for n in (4, 4, 2)]).view(2, 5, FF)
+    levels = draw_levels(P)
+    kept = torch.cat([draw_kept(torch.Size([n, FF]), levels) for n in (4, 4, 2)]).view(2, 5, FF)
     assert kept.min() == 0
-    expanded = functional.linear(x, wide.expand_weight, wide.expand_bias) * kept * scale_of(levels_of(P))
+    expanded = functional.linear(x, wide.expand_weight, wide.expand_bias) * kept * scale_of(levels)
     theirs = functional.linear(expanded, wide.contract_weight, wide.contract_bias)
     expected = torch.autograd.grad(theirs, inputs, gradient)
     torch.testing.assert_close(ours, theirs)
