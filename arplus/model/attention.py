@@ -3,6 +3,7 @@
 Shape suffixes are those of :mod:`arplus.model.batch`; C is the width d / H of one head.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         heads_BTD = self._attend(query_BHTC, own, causal=past is None)
         if not memories:
             return Routes(heads_BTD, None, own)
-        memories_BTD = torch.stack([self._attend(query_BHTC, memory) for memory in memories]).sum(0)
+        memories_BTD = functools.reduce(torch.add, (self._attend(query_BHTC, memory) for memory in memories))
         return Routes(heads_BTD + memories_BTD, memories_BTD, own)
 
     def memory(self, x_BSD: Tensor, real_BS: Tensor) -> KeyValue:

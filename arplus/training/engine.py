@@ -7,6 +7,7 @@ There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce
 """
 
 import contextlib
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -125,16 +126,17 @@ class Engine:
             if i + 1 < len(step.micro_batches):
                 self.engine.step()
         dist.all_reduce(sums)
-        dialogue, auxiliary = (sums[:2] / step.targets).tolist()
+        *nats, asked = sums.tolist()  # in one reading, since each waits for the GPU
+        dialogue, auxiliary = (n / step.targets for n in nats)
         total = dialogue + self.config.objective.lambda1 * auxiliary
         lr = self.lr
-        if not torch.isfinite(sums).all():
+        if not math.isfinite(total):
             raise NonFiniteLossError(f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {lr}")
         self.engine.step()
         if self.stage > 0:
             self.grad_norm = float(self.engine.get_global_grad_norm())
         self.schedule.step(total)
-        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr, int(sums[2]))
+        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr, int(asked))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
