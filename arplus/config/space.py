@@ -13,7 +13,10 @@ from arplus.config.training import TrainConfig
 Kind = Literal["uniform", "loguniform", "int", "choice"]
 DEFAULT_SPACE = ("optimizer.lr=loguniform(1.5e-4,1e-2)", "objective.lambda1=uniform(0,1)")
 """What every sweep varies unless it is told otherwise: the learning rate above the paper's floor, and λ1."""
-FORMS = "NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH), NAME=choice(A,B,…) or NAME=fixed"
+FORMS = (
+    "NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH) or NAME=choice(A,B,…), "
+    "or NAME=fixed for trials that all have the run's own value, which --NAME sets"
+)
 _NOT_A_TRIALS = frozenset(
     {
         *("preset", "data", "storage", "run_name", "mlflow", "experiment", "resume"),  # where and what a trial is

@@ -59,5 +59,12 @@ def set_up(side_by_side: int = 1) -> torch.device:
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
         sharing = ray.train.get_context().get_local_world_size() * side_by_side
-        torch.set_num_threads(max((os.cpu_count() or 1) // sharing, 1))
+        torch.set_num_threads(max(cores() // sharing, 1))
     return device
+
+
+def cores() -> int:
+    """The node's cores: the machine's, or Ray's CPUs of it where they are fewer, as in a container with a quota."""
+    node = ray.get_runtime_context().get_node_id()
+    logical = next(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == node)
+    return min(os.cpu_count() or 1, int(logical))
