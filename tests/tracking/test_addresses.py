@@ -1,0 +1,40 @@
+"""Where runs go and where they are seen."""
+
+import pytest
+
+from arplus.errors import UserError
+from arplus.tracking import Run, check_reachable, compare_url, default_uri, open_command, run_url, study_url
+
+
+def test_the_default_is_a_sqlite_file_under_local_storage(tmp_path, monkeypatch):
+    assert default_uri(str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert default_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    with pytest.raises(UserError, match=r"s3://bucket/runs.*--mlflow"):
+        default_uri("s3://bucket/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert default_uri("s3://bucket/runs") == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("uri", ["runs/mlruns", "file:///x", "postgresql://u:hunter2@h/db"])
+def test_other_stores_are_refused(uri):
+    with pytest.raises(UserError, match="--mlflow") as caught:
+        check_reachable(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_how_to_open_a_run(tmp_path):
+    local = Run(f"sqlite:///{tmp_path}/mlflow.db", "3", "abc")
+    assert f"ui --workers 1 --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in open_command(local.uri)
+    assert run_url(local) == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    remote = Run("https://mlflow.example.org", "3", "abc")
+    assert open_command(remote.uri) is None
+    assert run_url(remote) == "https://mlflow.example.org/#/experiments/3/runs/abc"
+
+
+def test_where_runs_are_compared():
+    runs = [Run("http://h:5000", "7", "a"), Run("http://h:5000", "7", "b")]
+    assert study_url(runs[0]) == "http://h:5000/#/experiments/7/runs"
+    assert compare_url(runs) == (
+        "http://h:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
+    )
