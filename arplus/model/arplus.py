@@ -69,13 +69,14 @@ class ARPlus(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """L_D and L_LM of the batch as sums over the real targets of its counted rows, and their counts."""
+        # First of all, since it waits for the GPU, which has nothing to do yet.
+        index_N, target_N = real_targets(batch.response_BT, batch.counted_B, self.pad)
         memories = self.encode(batch)
         infilled: list[Memory] = []
         if self.config.auxiliary == "infilling":
             assert batch.infilled_BU is not None, "a batch for the infilling task holds infilled responses"
             infilled = [self.encode_infilled(batch.infilled_BU)]
         ids_BT = batch.response_BT[:, :-1]
-        index_N, target_N = real_targets(batch.response_BT, batch.counted_B, self.pad)
         # Logits are needed, and computed, at real targets only: a third of AR+'s work otherwise.
         hidden_ND = [self.decode(ids_BT, m).flatten(0, 1).index_select(0, index_N) for m in (memories, infilled)]
         dialogue, auxiliary = self.generator(torch.stack(hidden_ND), target_N)

@@ -6,7 +6,6 @@ There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce
 (deepspeedai/DeepSpeed#2103).
 """
 
-import contextlib
 import math
 import os
 from typing import Any, NamedTuple
@@ -58,7 +57,7 @@ class StepResult(NamedTuple):
 
 
 class NonFiniteLossError(RunError):
-    """The global loss of a step is not a finite number; the step was not applied."""
+    """The global loss of a step or the norm of its gradient is not a finite number; the step was not applied."""
 
 
 class Engine:
@@ -74,7 +73,6 @@ class Engine:
         self.config = config
         self.device = device
         self.stage = config.zero
-        self.autocast = bf16_is_used(config.precision, device)
         model = model.to(device)
         if config.compile:
             model.compile_layers()
@@ -95,7 +93,12 @@ class Engine:
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            config=deepspeed_config(config, dist.get_world_size(), sum(p.numel() for p in parameters)),
+            config=deepspeed_config(
+                config,
+                dist.get_world_size(),
+                sum(p.numel() for p in parameters),
+                bf16=bf16_is_used(config.precision, device),
+            ),
             dist_init_required=False,
         )[0]
         # Stage 0 would flatten and copy all gradients to reduce them over one worker, for nothing.
@@ -112,7 +115,7 @@ class Engine:
         """One optimizer step over this worker's micro-batches of a global batch; all workers call it together.
 
         ``ask`` is summed over the workers along with the losses, so that they agree on it at no cost.
-        Raises :class:`NonFiniteLossError`, on every worker, before a non-finite loss can reach the weights.
+        Raises :class:`NonFiniteLossError`, on every worker, before such a loss or gradient can reach the weights.
         """
         self.engine.train()
         # DeepSpeed averages gradients over the workers; the loss is already divided by the global count.
@@ -134,7 +137,7 @@ class Engine:
             raise NonFiniteLossError(f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {lr}")
         self.engine.step()
         if self.stage > 0:
-            self.grad_norm = float(self.engine.get_global_grad_norm())
+            self._note_norm(self.engine.get_global_grad_norm())
         self.schedule.step(total)
         return StepResult(total, dialogue, auxiliary, self.grad_norm, lr, int(asked))
 
@@ -200,12 +203,17 @@ class Engine:
             setattr(self.schedule, key, state[key])
 
     def _forward(self, batch: Batch) -> Losses:
-        context = torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        with context:
-            return self.engine(batch.to(self.device))
+        losses: Losses = self.engine(batch.to(self.device))
+        return losses
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
-        self.grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
+        self._note_norm(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
+
+    def _note_norm(self, norm: Tensor | float) -> None:
+        # It is global, so all workers raise. At stage 0 the update is still to come, at others DeepSpeed left it out.
+        self.grad_norm = float(norm)
+        if not math.isfinite(self.grad_norm):
+            raise NonFiniteLossError(f"gradient norm {self.grad_norm} at learning rate {self.lr}")
 
     def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         if self.stage == 0:
@@ -228,8 +236,12 @@ def bf16_is_used(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
-def deepspeed_config(config: TrainConfig, workers: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run. Weights and gradients are fp32 at every stage; bf16 is autocast's."""
+def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run. Weights and gradients are fp32 at every stage; bf16 is autocast's.
+
+    Autocast is DeepSpeed's to switch on: one around the engine it switches off again, on a GPU alone. Of no module are
+    gradients reduced in bf16.
+    """
     micro_batch_size = config.micro_batch_size(workers)
     return {
         "train_batch_size": micro_batch_size * workers * config.accumulation,
@@ -237,6 +249,7 @@ def deepspeed_config(config: TrainConfig, workers: int, parameters: int) -> dict
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
         "zero_optimization": zero_config(config.zero, parameters),
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,  # our own log line says more
         "wall_clock_breakdown": False,
     }

@@ -262,7 +262,7 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, Train
     model = ARPlus(config.model, dataset.sizes)
     state = checkpoint.load(start, moments=True) if start else None
     if state is not None:
-        model.load_state_dict(state.weights)
+        model.load_weights(state.weights)
     elif config.init_from is not None:
         _initialise(model, config.init_from, dataset.sizes)
     return dataset, model, state

@@ -17,6 +17,7 @@ from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, spe
 from arplus.data.feed import Step
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
+from arplus.model.linear import product_dtype
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
 
@@ -134,6 +135,52 @@ def curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:
     for c in configs:
         engine = Engine(initial_model(c), c, torch.device("cpu"))
         found.append([engine.train_step(step).loss for step in engine_steps(c, 0, steps)])
+    return found
+
+
+def dtypes_of_products(configs: list[TrainConfig]) -> list[list[str]]:
+    """What a validation and a training step multiply in, with torch asked about autocast as on a GPU.
+
+    There the question without a device, which DeepSpeed asks, is about the device that trains; here it would not be.
+    """
+    from arplus.training.engine import Engine
+
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device="cpu": asked(device)  # type: ignore[assignment]
+    found = []
+    for c in configs:
+        engine = Engine(initial_model(c), c, torch.device("cpu"))
+        seen: list[str] = []
+        engine.module.generator.register_forward_pre_hook(
+            lambda _, arguments, seen=seen: seen.append(str(product_dtype(arguments[0])))
+        )
+        (step,) = engine_steps(c, 0, 1)
+        engine.evaluate(step.micro_batches[0])
+        engine.train_step(step)
+        found.append(seen)
+    return found
+
+
+def after_a_bad_gradient(configs: list[TrainConfig]) -> list[tuple[str, bool]]:
+    """What a step says whose loss is finite and whose gradient is not, and whether it left the weights as they were."""
+    from arplus.training.engine import Engine, NonFiniteLossError
+
+    found = []
+    for c in configs:
+        model = initial_model(c)
+        engine = Engine(model, c, torch.device("cpu"))
+        first, second = engine_steps(c, 0, 2)
+        engine.train_step(first)
+        before = engine.weights()
+        if dist.get_rank() == 0:
+            model.context_input.projection.bias.register_hook(lambda gradient: gradient * torch.inf)
+        try:
+            engine.train_step(second)
+            said = "nothing"
+        except NonFiniteLossError as error:
+            said = str(error)
+        after = engine.weights()
+        found.append((said, all(torch.equal(after[name], value) for name, value in before.items())))
     return found
 
 

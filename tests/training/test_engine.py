@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_worker import config, curves, cut_and_whole, plain_run, train_parts
+from engine_worker import (
+    after_a_bad_gradient,
+    config,
+    curves,
+    cut_and_whole,
+    dtypes_of_products,
+    plain_run,
+    train_parts,
+)
 
 STEPS = 30
 
@@ -31,6 +39,26 @@ def test_dropout_is_the_same_at_every_stage(spawn: Callable) -> None:
     assert (plain - torch.tensor(plain_run(start, 8)[0])).abs().max() > 1e-3
     two = spawn(2, curves, [replace(stage, workers=2) for stage in stages], 8)
     assert (torch.tensor(two[0]) - torch.tensor(two[1])).abs().max() <= 1e-4
+
+
+def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
+    """DeepSpeed switches an autocast off that it did not switch on itself."""
+    for precision, dtype in (("bf16", "torch.bfloat16"), ("fp32", "torch.float32")):
+        stages = [config(zero=stage, precision=precision) for stage in range(4)]
+        assert spawn(1, dtypes_of_products, stages) == [[dtype, dtype]] * 4
+
+
+def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
+    reference = torch.tensor(plain_run(config(), STEPS)[0])
+    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in range(4)], STEPS):
+        assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_gradient_that_is_not_finite_reaches_no_weights(spawn: Callable, workers: int) -> None:
+    for said, same in spawn(workers, after_a_bad_gradient, [config(workers=workers, zero=s) for s in range(4)]):
+        assert "gradient norm" in said
+        assert same
 
 
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
