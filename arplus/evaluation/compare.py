@@ -39,16 +39,17 @@ class Sample:
         special: SpecialIds,
         example_id: NDArray[np.int64],
         nats: NDArray[np.floating],
+        targets: NDArray[np.integer],
         replies: Sequence[Sequence[int]],
         references: Sequence[Sequence[int]],
     ) -> "Sample":
-        """Of a batch: its ids, L_D of each example in nats, and rows as :class:`HonestMetrics` takes them."""
+        """Of a batch: its ids, L_D of each example in nats and over how many targets, and rows for HonestMetrics."""
         sums = np.zeros((len(example_id), COLUMNS))
-        for row, loss, reply, reference in zip(sums, nats, replies, references, strict=True):
+        for row, loss, count, reply, reference in zip(sums, nats, targets, replies, references, strict=True):
             one = HonestMetrics(special)
             one.add([reply], [reference])
             m = one.matches
-            row[:3] = loss, one.unigrams.total(), one.f1_sum
+            row[:3] = loss, count, one.f1_sum
             row[_CORRECT], row[_TOTAL], row[_LENGTHS] = m.correct, m.total, (m.reply_tokens, m.reference_tokens)
         return cls(example_id, sums)
 

@@ -33,7 +33,6 @@ from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
-from arplus.model.objective import real_targets
 
 WINDOW_BATCHES = 64
 """Batches a task evaluates at a time."""
@@ -184,23 +183,32 @@ class Evaluator:
         window = Window(table, self.layout)
         tally = Tally(HonestMetrics(self.special), PaperMetrics(self.special))
         random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
+        targets_R = window.response.lengths + 1  # [EOS]
+        nats_GR = np.zeros((2, len(window)))
+        pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(window)
         for rows in self.order.batches(0, index, window.lengths):
             arrays = window.batch(rows, np.ones(len(rows), bool), Draws(self.config.seed, 0))
             batch = as_batch(arrays).to(self.device)
-            losses = self.model(batch)
-            replies = generate(self.model, batch, self.config.sampling, random).cpu()
-            references = arrays["response_BT"][:, 1:]
-            targets = int(losses.count_dialogue)
-            tally.honest.add_loss(float(losses.sum_dialogue), targets)
-            tally.honest.add(replies.tolist(), references.tolist())
-            tally.paper.add_loss(float(losses.sum_dialogue) / targets, float(losses.sum_auxiliary) / targets)
-            tally.paper.add(replies.tolist(), references.tolist())
-            self._add_persona(tally.persona, batch, replies, table.take(rows), random)
+            nats_GR[:, rows] = nats_by_row(self.model, batch).cpu()
+            drawn = generate(self.model, batch, self.config.sampling, random).cpu()
+            replies, references = drawn.tolist(), arrays["response_BT"][:, 1:].tolist()
+            for row, *pair in zip(rows, replies, references, strict=True):
+                pairs[row] = tuple(pair)
+            tally.honest.add_loss(nats_GR[0, rows].sum(), targets_R[rows].sum())
+            tally.honest.add(replies, references)
+            self._add_persona(tally.persona, batch, drawn, table.take(rows), random)
             tally.examples += len(rows)
             if self.config.against is not None:
-                nats = response_nats(self.model, batch).cpu().numpy()
-                sample = Sample.of(self.special, arrays["example_id_B"], nats, replies.tolist(), references.tolist())
+                sample = Sample.of(
+                    self.special, arrays["example_id_B"], nats_GR[0, rows], targets_R[rows], replies, references
+                )
                 tally.samples.append(sample)
+        # The paper's code means over random batches, and these are of like lengths: on 4,096 perfect replies they
+        # gave a BLEU of 0.537 where random ones give 0.552.
+        shuffled = np.random.default_rng([self.config.seed, index]).permutation(len(window))
+        for rows in np.split(shuffled, range(self.config.batch_size, len(window), self.config.batch_size)):
+            tally.paper.add_loss(*(nats_GR[:, rows].sum(1) / targets_R[rows].sum()))
+            tally.paper.add(*zip(*(pairs[row] for row in rows), strict=True))
         return tally
 
     def _add_persona(
@@ -237,13 +245,14 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
-def response_nats(model: ARPlus, batch: Batch) -> Tensor:
-    """L_D of each example of a batch (B,), in nats summed over its targets."""
-    index_N, target_N = real_targets(batch.response_BT, batch.counted_B, model.pad)
-    ids_BT = batch.response_BT[:, :-1]
-    hidden_ND = model.decode(ids_BT, model.encode(batch)).flatten(0, 1)[index_N]
-    nats_N = cross_entropy(model.generator(hidden_ND).float(), target_N, reduction="none")
-    return nats_N.new_zeros(len(ids_BT)).index_add(0, index_N // ids_BT.shape[1], nats_N)
+def nats_by_row(model: ARPlus, batch: Batch) -> Tensor:
+    """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets."""
+    hidden_GND, index_N, target_N = model.at_targets(batch)
+    nats_GN = torch.stack(
+        [cross_entropy(model.generator(hidden_ND).float(), target_N, reduction="none") for hidden_ND in hidden_GND]
+    )
+    B, T = batch.response_BT.shape
+    return nats_GN.new_zeros(2, B).index_add(1, index_N // (T - 1), nats_GN)
 
 
 def track(result: dict[str, Any], config: EvaluateConfig) -> None:

@@ -69,6 +69,17 @@ class ARPlus(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """L_D and L_LM of the batch as sums over the real targets of its counted rows, and their counts."""
+        hidden_GND, _, target_N = self.at_targets(batch)
+        dialogue, auxiliary = self.generator(hidden_GND, target_N)
+        count = torch.full_like(dialogue, target_N.numel())
+        return Losses(dialogue, count, auxiliary, count.clone())
+
+    def at_targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the generator is given for both losses, (2, N, D), and where and what the N real targets are.
+
+        The last two are those of :func:`~arplus.model.objective.real_targets`. Logits are needed, and computed, at real
+        targets only: a third of AR+'s work otherwise.
+        """
         # First of all, since it waits for the GPU, which has nothing to do yet.
         index_N, target_N = real_targets(batch.response_BT, batch.counted_B, self.pad)
         memories = self.encode(batch)
@@ -77,11 +88,8 @@ class ARPlus(nn.Module):
             assert batch.infilled_BU is not None, "a batch for the infilling task holds infilled responses"
             infilled = [self.encode_infilled(batch.infilled_BU)]
         ids_BT = batch.response_BT[:, :-1]
-        # Logits are needed, and computed, at real targets only: a third of AR+'s work otherwise.
         hidden_ND = [self.decode(ids_BT, m).flatten(0, 1).index_select(0, index_N) for m in (memories, infilled)]
-        dialogue, auxiliary = self.generator(torch.stack(hidden_ND), target_N)
-        count = torch.full_like(dialogue, target_N.numel())
-        return Losses(dialogue, count, auxiliary, count.clone())
+        return torch.stack(hidden_ND), index_N, target_N
 
     # ------------------------------------------------------------------------------------------------------ encoding
 

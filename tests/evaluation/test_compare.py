@@ -18,7 +18,14 @@ def sample(n: int, *, nats: float = 3.0, wrong: float = 0.5, seed: int = 0) -> S
     loss = [random.gamma(4, nats * len(row) / 4) for row in references]
     ids = random.permutation(n)
     parts = [
-        Sample.of(SPECIAL, ids[half], np.array(loss)[half], [replies[i] for i in half], [references[i] for i in half])
+        Sample.of(
+            SPECIAL,
+            ids[half],
+            np.array(loss)[half],
+            np.array([len(references[i]) for i in half]),
+            [replies[i] for i in half],
+            [references[i] for i in half],
+        )
         for half in (np.arange(n // 3), np.arange(n // 3, n))
     ]
     return Sample.together(parts)
@@ -26,12 +33,12 @@ def sample(n: int, *, nats: float = 3.0, wrong: float = 0.5, seed: int = 0) -> S
 
 def test_the_metrics_are_those_of_the_split() -> None:
     rows = [[1, 2, 3, 4, 5], [7, 8], [3, 3, 3]]
-    references = [[1, 2, 3, 4, 6, SPECIAL.eos], [8, 7, 9, SPECIAL.eos], [4, SPECIAL.eos]]
-    nats = np.array([10.0, 12.0, 3.0])
+    references = [[1, 2, 3, 4, 6, SPECIAL.eos], [8, 7, 9, SPECIAL.eos], [*[4] * 30, SPECIAL.eos]]
+    nats, targets = np.array([10.0, 12.0, 60.0]), np.array([6, 4, 31])
     whole = HonestMetrics(SPECIAL)
     whole.add(rows, references)
-    whole.add_loss(25.0, 6 + 4 + 2)
-    one = Sample.of(SPECIAL, np.arange(3), nats, rows, references)
+    whole.add_loss(82.0, 6 + 4 + 31)  # all of a reference that is cut for BLEU and F1
+    one = Sample.of(SPECIAL, np.arange(3), nats, targets, rows, references)
     found = compare(one, one, seed=0, resamples=20)
     for name in METRICS:
         assert found[name]["mine"] == pytest.approx(whole.result()[name]), name

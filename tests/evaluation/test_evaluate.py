@@ -16,9 +16,11 @@ from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Order, as_batch
 from arplus.errors import UserError
-from arplus.evaluation.evaluate import evaluate, table
+from arplus.evaluation.evaluate import Evaluator, evaluate, nats_by_row, table
+from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
 from arplus.text import Vocabulary, sizes
 
 EXAMPLES = 141
@@ -50,6 +52,14 @@ def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTER
     )
 
 
+def whole_split(dataset: Dataset, model: ARPlus) -> Batch:
+    """All test examples as one batch."""
+    order = Order(split=dataset.split("test"), batch_size=EXAMPLES, window_batches=1, seed=0, shuffled=False)
+    layout = Layout.of(model.config, dataset.sizes)
+    window = Window(order.read(0, 0, layout.columns), layout)
+    return as_batch(window.batch(np.arange(EXAMPLES), np.ones(EXAMPLES, bool), Draws(0, 0)))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
 def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
@@ -58,12 +68,8 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
     found = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, batch_size=16))
     assert set(found["splits"]) == {"test"}, "by default test and the evaluation sets, where they have examples"
     result = found["splits"]["test"]
-    order = Order(split=dataset.split("test"), batch_size=EXAMPLES, window_batches=1, seed=0, shuffled=False)
-    layout = Layout.of(state.config.model, dataset.sizes)
-    batch = Window(order.read(0, 0, layout.columns), layout).batch(
-        np.arange(EXAMPLES), np.ones(EXAMPLES, bool), Draws(0, 0)
-    )
-    losses = checkpoint.build_model(state)(as_batch(batch))
+    model = checkpoint.build_model(state)
+    losses = model(whole_split(dataset, model))
     expected = math.exp(float(losses.sum_dialogue / losses.count_dialogue))
     assert result["examples"] == EXAMPLES
     assert result["honest"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
@@ -75,6 +81,41 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_the_papers_metrics_are_of_random_batches(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's code means over random batches; ours are of like lengths, which changes BLEU, F1 and PPL."""
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
+    order = Order(split=dataset.split("test"), batch_size=16, window_batches=9, seed=0, shuffled=False)
+    groups: dict[type, list[list[tuple[int, ...]]]] = {HonestMetrics: [], PaperMetrics: []}
+    for kind, seen in groups.items():
+        add = kind.add
+        monkeypatch.setattr(
+            kind,
+            "add",
+            lambda self, replies, references, add=add, seen=seen: (
+                seen.append([tuple(i for i in row if i != self.special.pad) for row in references]),
+                add(self, replies, references),
+            ),
+        )
+    tally = Evaluator(order, EvaluateConfig(checkpoint=uri, data=dataset.uri, batch_size=16)).tally(0)
+    assert (tally.examples, tally.paper.replies, tally.paper.batches, tally.paper.loss_batches) == (EXAMPLES, 141, 9, 9)
+    honest, paper = groups.values()
+    assert sorted(row for group in honest for row in group) == sorted(row for group in paper for row in group)
+
+    assert all(len(set(mine) & set(theirs)) < 12 for mine in paper for theirs in honest), "of 16 of a batch"
+
+
+@pytest.mark.parametrize("preset_name", ["arplus", "ar"])
+def test_losses_by_row_add_up_to_the_batchs(dataset: Dataset, preset_name: str) -> None:
+    model = checkpoint.build_model(random_state(preset_name))
+    batch = whole_split(dataset, model)
+    losses = model(batch)
+    nats = nats_by_row(model, batch)
+    assert nats.shape == (2, len(batch.response_BT))
+    torch.testing.assert_close(nats.sum(1), torch.stack([losses.sum_dialogue, losses.sum_auxiliary]))
+
+
 def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) -> None:
     uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
     config = EvaluateConfig(checkpoint=uri, data=dataset.uri, sampling=Sampling(temperature=3.0))
