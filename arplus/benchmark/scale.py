@@ -5,7 +5,8 @@ A step of W workers of b examples each takes
     fixed + b · example                  measured with one worker at two batch sizes
     + bytes(stage, W) / bandwidth        gradients and weights that a worker sends; on this machine the bandwidth is
     + calls(stage) · latency             measured with the same processes, on GPUs it is assumed
-    max(…, W · b / feed)                 never less than the feed needs to make the batches
+    max(…, W · b / feed)                 never less than a worker's feed needs, which reads the whole global batch to
+                                         take its part of it
     + checkpoint / steps between         seconds in which training waits for a checkpoint
 
 Nothing is overlapped, as in our engine. The prediction for two workers stands beside what two workers were seen to do.
@@ -58,7 +59,9 @@ class ScaleBenchmark(Output):
     latency_us: Annotated[float, Ge(0)] = 30
     """Microseconds of one collective call on GPUs."""
     feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
-    """Examples a second of the feed of one worker; take the figure of jobs/benchmark.py data."""
+    """Examples a second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
+    feed_cores: Annotated[int, Gt(0)] = 8
+    """Cores that the feed of each GPU may use."""
     checkpoint_seconds: Annotated[float, Ge(0)] = 5
     """Seconds in which training waits for one checkpoint."""
 
@@ -75,7 +78,7 @@ class Costs:
     latency: float
     """Of one collective call."""
     feed: float = float("inf")
-    """Examples a second that the feed of one worker makes."""
+    """Examples a second that the feed of one worker reads, those of other workers among them."""
     checkpoint: float = 0.0
     """Share of the time in which training waits for checkpoints."""
 
@@ -96,7 +99,7 @@ def step_seconds(costs: Costs, stage: int, workers: int, batch_size: int, parame
     sent = bytes_sent(stage, workers, parameters) / costs.bandwidth
     calls = 0 if workers == 1 else (30 if stage == 3 else 3) * costs.latency
     work = costs.fixed + batch_size * costs.example + sent + calls
-    return max(work, batch_size / costs.feed) / (1 - costs.checkpoint)
+    return max(work, workers * batch_size / costs.feed) / (1 - costs.checkpoint)
 
 
 def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
@@ -131,7 +134,8 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
             ("  sent", f"{bytes_sent(run.zero, 64, n) / 1e6:.0f} MB a step by each of 64, nothing overlapped"),
             ("  links", f"{config.node_bandwidth_gb:g} GB/s in a machine of {config.gpus_per_node}, "
                         f"{config.network_bandwidth_gb:g} GB/s a GPU beyond it, {config.latency_us:g} µs a call"),
-            ("  feed", f"{rate(config.feed_examples_per_second)} examples/s a worker"),
+            ("  feed", f"{config.feed_cores} cores a GPU, {rate(config.feed_examples_per_second)} examples/s each, "
+                       "which read all that all GPUs train on"),
             ("  checkpoints", f"{config.checkpoint_seconds:g} s every {run.checkpoint_minutes or 10:g} minutes"),
             *((f"  {w} GPUs", f"{rate(value)} examples/s, {value / w / gpus[1]:.0%} of {w} times one")
               for w, value in gpus.items()),
@@ -148,7 +152,7 @@ def _on_gpus(config: ScaleBenchmark, run: TrainConfig, workers: int, parameters:
         example=1 / config.gpu_examples_per_second,
         bandwidth=1e9 * (config.node_bandwidth_gb if one_machine else config.network_bandwidth_gb),
         latency=config.latency_us * 1e-6,
-        feed=config.feed_examples_per_second,
+        feed=config.feed_cores * config.feed_examples_per_second,
         checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
     )
     return workers * config.gpu_batch_size / step_seconds(costs, run.zero, workers, config.gpu_batch_size, parameters)

@@ -168,7 +168,7 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
         order = Order(
             split=dataset.split(split, config.feed.subset if split == "train" else None),
             batch_size=config.batch_size,
-            window_batches=config.feed.window_batches,
+            window_batches=config.feed.batches_of_window(config.batch_size),
             seed=config.seed,
             shuffled=shuffled,
         )

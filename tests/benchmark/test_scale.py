@@ -19,7 +19,8 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
     costs = Costs(fixed=1.0, example=0.5, bandwidth=1000.0, latency=0.1)
     assert step_seconds(costs, 1, 1, 4, 1000) == pytest.approx(3.0)
     assert step_seconds(costs, 1, 2, 4, 1000) == pytest.approx(3.0 + 4.0 + 0.3)
-    assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(40.0)
+    assert step_seconds(replace(costs, feed=0.1), 1, 1, 4, 1000) == pytest.approx(40.0)
+    assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(80.0), "each reads both's examples"
     assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
 
 

@@ -293,3 +293,9 @@ def test_the_items_are_closed_when_the_reader_stops_or_the_making_fails() -> Non
         list(read_ahead(generator(), lambda i: 1 // (2 - i)))
     assert closed == [True, True]
     assert feed_threads() == []
+
+
+def test_a_window_of_large_batches_is_still_small_enough_to_read() -> None:
+    feed = FeedConfig()
+    assert [feed.batches_of_window(size) for size in (64, 1024, 8192, 65_536, 1 << 20)] == [256, 256, 32, 4, 1]
+    assert FeedConfig(window_batches=8).batches_of_window(64) == 8
