@@ -209,7 +209,9 @@ def train_parts(parts: list[tuple[TrainConfig, int, int]], state: dict | None = 
     """:func:`train_part` from step to step, each part from the state of the one before."""
     results: list[dict[str, Any]] = []
     for c, first, last in parts:
-        results.append(train_part(c, results[-1] if results else state, first, last))
+        found = [train_part(c, results[-1] if results else state, first, last)]
+        dist.broadcast_object_list(found)  # rank 0 alone has the state, and all start from it
+        results += found
     return results
 
 

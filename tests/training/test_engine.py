@@ -49,9 +49,9 @@ def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
 
 
 def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
-    reference = torch.tensor(plain_run(config(), STEPS)[0])
-    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in range(4)], STEPS):
-        assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.05
+    reference = torch.tensor(plain_run(config(), 8)[0])
+    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in range(4)], 8):
+        assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("workers", [1, 2])
