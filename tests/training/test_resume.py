@@ -8,10 +8,12 @@ from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import TrainConfig, preset, tiny, to_dict
+from arplus.config import PAPER_ROWS, TrainConfig, preset, tiny, to_dict
 from arplus.errors import ResourceError, UserError
+from arplus.model.arplus import ARPlus
 from arplus.training import attempt
 from arplus.training.resume import Start, find_start
+from arplus.training.trainer import load
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,19 @@ def test_two_sources_of_weights_are_refused(config, data):
     chosen = save(config, 10)
     with pytest.raises(UserError, match="--init-from: contradicts --resume"):
         start(replace(config, run_name="second", resume=chosen, init_from=chosen), data)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", PAPER_ROWS)
+def test_every_model_starts_from_what_it_left(config, data, name):
+    """AR's generator is its table of characters, which a checkpoint holds once."""
+    one = replace(tiny(preset(name)), data=data.uri, storage=config.storage, run_name=name)
+    left = ARPlus(one.model, data.sizes).weights()
+    uri = save(one, 3, weights={key: value + 1 for key, value in left.items()})
+    _, model, state = load(one, uri)
+    assert state is not None
+    assert state.progress.step == 3
+    for key, value in model.weights().items():
+        torch.testing.assert_close(value, left[key] + 1)
