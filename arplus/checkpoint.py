@@ -31,7 +31,7 @@ from torch import Tensor
 
 from arplus import storage
 from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
-from arplus.errors import ResourceError, UserError
+from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
 
@@ -202,8 +202,8 @@ def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
             break
         try:
             return uri, load(uri, moments=True)
-        except ResourceError:
-            raise  # storage that does not answer says nothing of the checkpoint
+        except (RefusedError, ResourceError):
+            raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UserError as error:
             log.warning("checkpoint passed over, the one before it is taken: %s", error)
     return None

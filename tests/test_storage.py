@@ -2,7 +2,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from pyarrow import fs
 
 from arplus import storage
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import RefusedError, ResourceError, UserError
+from arplus.training.attempt import SupersededError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -219,7 +220,7 @@ def test_wrong_credentials_are_the_users_error(s3_server: Any, monkeypatch: pyte
     storage.write_bytes(uri, b"old")
     with monkeypatch.context() as wrong:
         wrong.setenv(name, f"wrong-{name.lower()}")
-        check_refused(uri, UserError)
+        check_refused(uri, RefusedError)
         with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
             Dataset.open(s3_server.uri("some-data-set"))
     assert storage.read_bytes(uri) == b"old"
@@ -229,7 +230,7 @@ def test_no_credentials_are_the_users_error(s3_server: Any, monkeypatch: pytest.
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.aws/credentials either
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name)
-    check_refused(s3_server.uri("guarded"), UserError)
+    check_refused(s3_server.uri("guarded"), RefusedError)
 
 
 def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +239,7 @@ def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, mo
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, UserError), (400, UserError)]
+    ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, RefusedError), (400, RefusedError)]
 )
 def test_a_server_in_trouble_is_told_from_one_that_refuses(
     monkeypatch: pytest.MonkeyPatch, status: int, expected: type[UserError]
@@ -264,3 +265,71 @@ def test_a_server_in_trouble_is_told_from_one_that_refuses(
             check_refused("s3://bucket/key", expected)
         finally:
             server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------- patience
+
+
+class Clock:
+    """Time that passes only where it is slept away."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(storage, "time", clock)
+    return clock
+
+
+def failing(*errors: Exception) -> Callable[[], str]:
+    """Work that fails so, one call after the other, and then succeeds."""
+    left = iter(errors)
+
+    def work() -> str:
+        for error in left:
+            raise error
+        return "done"
+
+    return work
+
+
+def test_s3_may_be_away_or_refuse_for_a_while(clock: Clock) -> None:
+    work = failing(ResourceError("away"), RefusedError("too often"), ResourceError("away"))
+    assert storage.patiently("s3://bucket/run", work) == "done"
+    assert clock.slept == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "patience"),
+    [(ResourceError("x"), storage.PATIENCE_S), (RefusedError("x"), storage.PATIENCE_WITH_REFUSALS_S)],
+)
+def test_patience_ends(clock: Clock, error: UserError, patience: float) -> None:
+    with pytest.raises(type(error)):
+        storage.patiently("s3://bucket/run", failing(*[error] * 1000))
+    assert 0.7 * patience < clock.now <= patience
+    assert max(clock.slept) == 15
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"),
+    [
+        ("s3://bucket/run", UserError("s3://bucket/run: no such file")),
+        ("/a/disk", ResourceError("full")),
+        ("s3://bucket/run", SupersededError("another job's now")),
+    ],
+)
+def test_what_does_not_pass_is_not_waited_for(clock: Clock, uri: str, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        storage.patiently(uri, failing(error))
+    assert clock.slept == []

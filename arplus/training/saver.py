@@ -1,22 +1,10 @@
 """Checkpoints off the training path: serialised, hashed and written by a background thread of rank 0."""
 
-import logging
 import threading
-import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import TrainState
-from arplus.errors import ResourceError
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-PATIENCE_S = 600.0
-"""Seconds that a server may be away before a write to it fails."""
-_LONGEST_WAIT_S = 15.0
 
 
 class Saver:
@@ -50,7 +38,7 @@ class Saver:
 
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
-            patiently(self.run_uri, lambda: self._write(state, best))
+            storage.patiently(self.run_uri, lambda: self._write(state, best))
         except Exception as error:
             self.error = error
 
@@ -61,17 +49,3 @@ class Saver:
         if best is not None:
             checkpoint.mark_best(self.run_uri, uri, best)
         checkpoint.retain(self.run_uri, self.keep)
-
-
-def patiently(uri: str, work: Callable[[], T]) -> T:
-    """The result of ``work``, which is tried again for ten minutes while the server of ``uri`` is away."""
-    began, wait = time.monotonic(), 1.0
-    while True:
-        try:
-            return work()
-        except ResourceError as error:
-            if storage.is_local(uri) or time.monotonic() - began > PATIENCE_S:
-                raise
-            log.warning("trying again in %.0f s: %s", wait, error)
-        time.sleep(wait)
-        wait = min(2 * wait, _LONGEST_WAIT_S)
