@@ -217,12 +217,16 @@ def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
     )
 
 
-def retain(run_uri: str, newest: int) -> None:
-    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well."""
+def retain(run_uri: str, newest: int, *, attempt: int = 0) -> None:
+    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
+
+    What a later attempt than ``attempt`` has begun to write has not died.
+    """
     best = storage.join(run_uri, "best.json")
     kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
     complete = list_complete(run_uri)
-    for uri in sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete)) + complete[:-newest]:
+    incomplete = sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete))
+    for uri in [uri for uri in incomplete if _attempt_and_step(uri)[0] <= attempt] + complete[:-newest]:
         if uri != kept:
             _delete(uri)
 

@@ -11,7 +11,7 @@ class Saver:
     """Writes train states, one at a time; an error stays in :attr:`error` and no further one is written."""
 
     def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
-        """``check`` raises when the run is no longer this attempt's; it is asked before and after the upload."""
+        """``check`` raises when the run is no longer this attempt's; it is asked before each of the steps of a save."""
         self.run_uri = run_uri
         self.attempt = attempt
         self.keep = keep
@@ -38,14 +38,18 @@ class Saver:
 
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
-            storage.patiently(self.run_uri, lambda: self._write(state, best))
+            # Two parts: what fails after the manifest must not have the checkpoint written again.
+            self.newest = storage.patiently(self.run_uri, lambda: self._write(state))
+            storage.patiently(self.run_uri, lambda: self._tidy(best))
         except Exception as error:
             self.error = error
 
-    def _write(self, state: TrainState, best: float | None) -> None:
+    def _write(self, state: TrainState) -> str:
         self.check()
-        uri = checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
-        self.newest = uri
-        if best is not None:
-            checkpoint.mark_best(self.run_uri, uri, best)
-        checkpoint.retain(self.run_uri, self.keep)
+        return checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
+
+    def _tidy(self, best: float | None) -> None:
+        self.check()  # best.json, and the checkpoints that go, are the run's, not this attempt's
+        if best is not None and self.newest is not None:
+            checkpoint.mark_best(self.run_uri, self.newest, best)
+        checkpoint.retain(self.run_uri, self.keep, attempt=self.attempt)
