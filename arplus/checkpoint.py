@@ -217,6 +217,20 @@ def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
     )
 
 
+def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> None:
+    """Marks a checkpoint of the run that is the best one where the save of it died before it could.
+
+    No later validation would: they are compared with the lowest perplexity, which the checkpoint itself holds.
+    """
+    ppl = progress.best_response_ppl
+    if ppl is None or progress.unvalidated or progress.validation.get("response_ppl") != ppl:
+        return
+    best = storage.join(run_uri, "best.json")
+    # One that was marked already stays: a checkpoint after it may still hold the same validation.
+    if not storage.exists(best) or storage.read_json(best)["response_ppl"] > ppl:
+        mark_best(run_uri, checkpoint_uri, ppl)
+
+
 def retain(run_uri: str, newest: int, *, attempt: int = 0) -> None:
     """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
 

@@ -1,6 +1,7 @@
 """One training run as a Ray Train job: workers, engine, feed, tracking and checkpoints put together."""
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -229,6 +230,9 @@ def _run(job: Job) -> dict[str, Any]:
     _agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     mine, start = _agreed(lambda: storage.patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
     dataset, model, state = _agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
+    if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
+        best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
+        _agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)

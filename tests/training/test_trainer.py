@@ -86,6 +86,16 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
         assert resumed[name] == final[name], "the same number of workers resumes to the bit"
 
 
+def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(data: str, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, run_name="unmarked", max_steps=3)
+    train(config)
+    best = tmp_path / "unmarked" / "best.json"
+    marked = best.read_text()
+    best.write_text(json.dumps({"checkpoint": "checkpoints/gone", "response_ppl": 1e9}))
+    train(config)
+    assert best.read_text() == marked
+
+
 def test_a_run_is_not_resumed_on_other_data(finished: tuple, tmp_path: Path) -> None:
     config, _ = finished
     other = write_dataset(tmp_path, {"train": [[40]], "valid": [[5]]}, fingerprint="another")
