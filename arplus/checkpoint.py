@@ -262,4 +262,4 @@ def _delete(uri: str) -> None:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    return storage.as_json(value).encode()

@@ -166,7 +166,12 @@ def read_json(uri: str) -> Any:
 
 def write_json(uri: str, value: Any) -> None:
     """Writes a value as readable JSON."""
-    write_bytes(uri, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+    write_bytes(uri, as_json(value).encode())
+
+
+def as_json(value: Any) -> str:
+    """A value as readable JSON: the text of a file."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def delete(uri: str) -> None:

@@ -108,12 +108,13 @@ def train(
 
 
 def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | None) -> tracking.Run:
-    """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer.
+    """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer; a study's waits for it.
 
     A run that goes on, perhaps by night and by itself, does not wait for its server: what is not sent is recorded.
     """
     uri = config.mlflow or tracking.default_uri(config.storage)
-    try:
+
+    def begin() -> tracking.Run:
         return tracking.start_run(
             uri,
             config.experiment,
@@ -124,6 +125,10 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | N
             parent_run_id=part.parent_run_id if part else None,
             resume_run_id=start.mlflow_run_id,
         )
+
+    try:
+        # A study's server has answered before, and its next run would find it no better.
+        return storage.patiently(uri, begin) if part and start.mlflow_run_id is None else begin()
     except ResourceError as error:
         if start.mlflow_run_id is None:
             raise

@@ -16,6 +16,7 @@ from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.training import node, preflight
 from arplus.training.engine import NonFiniteLossError
+from arplus.training.hooks import Part
 from arplus.training.resume import Start
 from arplus.training.trainer import _tracked, train
 
@@ -135,6 +136,24 @@ def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, cap
         _tracked(config, dataset, Start(None, None), None)
     assert _tracked(config, dataset, Start(None, "abc"), None).run_id == "abc"
     assert caplog.messages[-1].startswith("going on without MLflow until it answers: ")
+
+
+def test_a_studys_run_waits_for_mlflow(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs that do not would end the study."""
+    config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
+    answers: list[Any] = [ResourceError("away"), ResourceError("away"), tracking.Run("", "", "new")]
+
+    def start_run(*_: Any, **__: Any) -> tracking.Run:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(tracking, "start_run", start_run)
+    part = Part(parent_run_id="study", tags={})
+    assert _tracked(config, dataset, Start(None, None), part).run_id == "new"
+    answers.append(ResourceError("away"))
+    assert _tracked(config, dataset, Start(None, "abc"), part).run_id == "abc", "one that goes on need not wait"
 
 
 def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None:
