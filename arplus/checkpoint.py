@@ -171,9 +171,8 @@ def find(uri: str) -> str:
     """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`."""
     if is_complete(uri):
         return uri
-    best = storage.join(uri, "best.json")
-    if storage.exists(best):
-        return storage.join(uri, storage.read_json(best)["checkpoint"])
+    if (best := storage.find_json(storage.join(uri, "best.json"))) is not None:
+        return storage.join(uri, best["checkpoint"])
     complete = list_complete(uri)
     if not complete:
         raise UserError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
@@ -225,9 +224,9 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> None:
     ppl = progress.best_response_ppl
     if ppl is None or progress.unvalidated or progress.validation.get("response_ppl") != ppl:
         return
-    best = storage.join(run_uri, "best.json")
+    best = storage.find_json(storage.join(run_uri, "best.json"))
     # One that was marked already stays: a checkpoint after it may still hold the same validation.
-    if not storage.exists(best) or storage.read_json(best)["response_ppl"] > ppl:
+    if best is None or best["response_ppl"] > ppl:
         mark_best(run_uri, checkpoint_uri, ppl)
 
 
@@ -236,8 +235,8 @@ def retain(run_uri: str, newest: int, *, attempt: int = 0) -> None:
 
     What a later attempt than ``attempt`` has begun to write has not died.
     """
-    best = storage.join(run_uri, "best.json")
-    kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
+    best = storage.find_json(storage.join(run_uri, "best.json"))
+    kept = None if best is None else storage.join(run_uri, best["checkpoint"])
     complete = list_complete(run_uri)
     incomplete = sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete))
     for uri in [uri for uri in incomplete if _attempt_and_step(uri)[0] <= attempt] + complete[:-newest]:

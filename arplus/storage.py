@@ -10,6 +10,7 @@ pass by themselves, and whoever has much to lose waits for that with :func:`pati
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -49,6 +50,10 @@ PATIENCE_WITH_REFUSALS_S = 60.0
 _LONGEST_PAUSE_S = 15.0
 
 
+class _MissingError(UserError):
+    """There is no such file."""
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it.
 
@@ -60,13 +65,22 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
             raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
         if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
             raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
-        # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        filesystem = fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
-        return filesystem, path
+        settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
+        return _s3(settings, os.getpid()), path
     if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
     raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
+    """S3 as the environment's ``settings`` say, for all threads of a ``process``: a fork cannot use its parent's.
+
+    One for all calls: each new one asks the machine for credentials again, a good many requests for reading one file.
+    """
+    # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
+    endpoint = dict(settings).get("AWS_ENDPOINT_URL_S3") or dict(settings).get("AWS_ENDPOINT_URL")
+    return fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
 
 
 def is_local(uri: str) -> bool:
@@ -164,6 +178,14 @@ def read_json(uri: str) -> Any:
         raise UserError(f"{uri}: not valid JSON ({error})") from None
 
 
+def find_json(uri: str) -> Any | None:
+    """The parsed content of a JSON file; None where there is no such file. A request less than asking first."""
+    try:
+        return read_json(uri)
+    except _MissingError:
+        return None
+
+
 def write_json(uri: str, value: Any) -> None:
     """Writes a value as readable JSON."""
     write_bytes(uri, as_json(value).encode())
@@ -213,7 +235,7 @@ def named(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{uri}: no such file") from None
+        raise _MissingError(f"{uri}: no such file") from None
     except (OSError, pa.ArrowInvalid) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if not is_local(uri):

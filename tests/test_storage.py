@@ -1,8 +1,10 @@
 import errno
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,9 @@ def test_megabytes_survive(folder: str) -> None:
 def test_json_round_trip(folder: str) -> None:
     value = {"四川": [1, 2.5, None, "成都"], "b": {"c": True}}
     uri = storage.join(folder, "x.json")
+    assert storage.find_json(uri) is None
     storage.write_json(uri, value)
-    assert storage.read_json(uri) == value
+    assert storage.read_json(uri) == storage.find_json(uri) == value
     assert "四川" in storage.read_bytes(uri).decode()
 
 
@@ -82,8 +85,9 @@ def test_errors_name_the_uri(folder: str) -> None:
         storage.list_files(missing)
     with pytest.raises(UserError, match=f"^{missing}: no such file$"):
         storage.read_json(missing)
-    with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
-        storage.read_json(broken)
+    for read in (storage.read_json, storage.find_json):
+        with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
+            read(broken)
 
 
 def test_a_folder_is_not_read_as_a_file(folder: str) -> None:
@@ -192,6 +196,48 @@ def test_the_endpoint_of_s3_alone_comes_first(s3_server: Any, monkeypatch: pytes
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.environment["AWS_ENDPOINT_URL"])
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert storage.read_bytes(s3_server.uri("endpoint")) == b"x"
+
+
+def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a machine's metadata, as on EC2; once for all threads."""
+    asked: list[str] = []
+    keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t"}
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            metadata = self.path.startswith("/latest/")
+            asked.extend([self.path] * metadata)
+            body = b"role"
+            if self.path.endswith("/role"):
+                body = json.dumps(keys | {"Expiration": "2099-01-01T00:00:00Z"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                monkeypatch.delenv(name)
+            monkeypatch.setenv("HOME", str(tmp_path))
+            monkeypatch.setenv("AWS_REGION", "us-east-1")
+            for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+                monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+            assert storage.exists("s3://bucket/key")
+            once = len(asked)
+            assert once > 0
+            with ThreadPoolExecutor(4) as threads:
+                assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
+            assert len(asked) == once
+        finally:
+            server.shutdown()
 
 
 def every_call(uri: str) -> Iterator[Any]:

@@ -192,10 +192,10 @@ def _records(uri: str) -> list[Trial]:
 
 def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> dict[str, Any] | None:
     """What ``study.json`` holds, where ``config`` may go on with it; None where there is none yet."""
-    if not storage.exists(file):
+    before: dict[str, Any] | None = storage.find_json(file)
+    if before is None:
         return None
     other = "take another --run-name"
-    before: dict[str, Any] = storage.read_json(file)
     if config.resume == "never":
         raise UserError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
     if before["kind"] != kind:
