@@ -31,7 +31,7 @@ from torch import Tensor
 
 from arplus import storage
 from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
-from arplus.errors import ResourceError, UserError
+from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
 
@@ -171,9 +171,8 @@ def find(uri: str) -> str:
     """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`."""
     if is_complete(uri):
         return uri
-    best = storage.join(uri, "best.json")
-    if storage.exists(best):
-        return storage.join(uri, storage.read_json(best)["checkpoint"])
+    if (best := storage.find_json(storage.join(uri, "best.json"))) is not None:
+        return storage.join(uri, best["checkpoint"])
     complete = list_complete(uri)
     if not complete:
         raise UserError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
@@ -202,8 +201,8 @@ def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
             break
         try:
             return uri, load(uri, moments=True)
-        except ResourceError:
-            raise  # storage that does not answer says nothing of the checkpoint
+        except (RefusedError, ResourceError):
+            raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UserError as error:
             log.warning("checkpoint passed over, the one before it is taken: %s", error)
     return None
@@ -217,12 +216,30 @@ def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
     )
 
 
-def retain(run_uri: str, newest: int) -> None:
-    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well."""
-    best = storage.join(run_uri, "best.json")
-    kept = storage.join(run_uri, storage.read_json(best)["checkpoint"]) if storage.exists(best) else None
+def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> None:
+    """Marks a checkpoint of the run that is the best one where the save of it died before it could.
+
+    No later validation would: they are compared with the lowest perplexity, which the checkpoint itself holds.
+    """
+    ppl = progress.best_response_ppl
+    if ppl is None or progress.unvalidated or progress.validation.get("response_ppl") != ppl:
+        return
+    best = storage.find_json(storage.join(run_uri, "best.json"))
+    # One that was marked already stays: a checkpoint after it may still hold the same validation.
+    if best is None or best["response_ppl"] > ppl:
+        mark_best(run_uri, checkpoint_uri, ppl)
+
+
+def retain(run_uri: str, newest: int, *, attempt: int = 0) -> None:
+    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
+
+    What a later attempt than ``attempt`` has begun to write has not died.
+    """
+    best = storage.find_json(storage.join(run_uri, "best.json"))
+    kept = None if best is None else storage.join(run_uri, best["checkpoint"])
     complete = list_complete(run_uri)
-    for uri in sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete)) + complete[:-newest]:
+    incomplete = sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete))
+    for uri in [uri for uri in incomplete if _attempt_and_step(uri)[0] <= attempt] + complete[:-newest]:
         if uri != kept:
             _delete(uri)
 
@@ -244,4 +261,4 @@ def _delete(uri: str) -> None:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    return storage.as_json(value).encode()

@@ -21,6 +21,10 @@ class ResourceError(UserError):
     exit_code = 3
 
 
+class RefusedError(UserError):
+    """Storage refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
+
+
 class RunError(RuntimeError):
     """A job ended before it was done, through nobody's input; the message says what to do. Exit code 1."""
 

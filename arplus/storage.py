@@ -4,26 +4,33 @@ S3 takes endpoint, region and credentials from the usual AWS variables (``AWS_EN
 ``AWS_ACCESS_KEY_ID``, …). A file appears whole or not at all: local files are written under a temporary name and
 renamed; an S3 object exists only once its upload is complete.
 
-A file system's refusal (wrong credentials, no permission, a server that does not answer) is a
-:class:`~arplus.errors.UserError` that names the URI; a lack of space or of the server a
-:class:`~arplus.errors.ResourceError`.
+A file system's error is a :class:`~arplus.errors.UserError` that names the URI: S3's refusal a
+:class:`~arplus.errors.RefusedError`, a lack of space or of the server a :class:`~arplus.errors.ResourceError`. Both may
+pass by themselves, and whoever has much to lose waits for that with :func:`patiently`.
 """
 
 import errno
+import functools
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import NO_CREDENTIALS, ResourceError, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, redacted
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
 """What decides how S3 is reached, for messages."""
@@ -31,7 +38,20 @@ AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACC
 _REFUSED = re.compile(
     r"AWS Error \w*(ACCESS_DENIED|SIGNATURE|INVALID_|TOKEN|CLIENT|NO_SUCH_BUCKET|SKEWED)|HTTP status (30\d|40[0134])"
 )
-"""S3's errors that the user's settings cause; every other one (no answer, overload, …) may pass by itself."""
+"""S3's errors that the user's settings cause, as a rule; every other one is no answer, overload, ….
+
+Overload comes as ACCESS_DENIED too (ray-project/ray#55055), and as a token that the metadata server did not give.
+"""
+
+PATIENCE_S = 600.0
+"""Seconds for which S3 may be away before a job ends: a server that restarts, a network that is down, throttling."""
+PATIENCE_WITH_REFUSALS_S = 60.0
+"""Seconds for which it may refuse what it allowed before."""
+_LONGEST_PAUSE_S = 15.0
+
+
+class _MissingError(UserError):
+    """There is no such file."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -45,13 +65,22 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
             raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
         if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
             raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
-        # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        filesystem = fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
-        return filesystem, path
+        settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
+        return _s3(settings, os.getpid()), path
     if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
     raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
+    """S3 as the environment's ``settings`` say, for all threads of a ``process``: a fork cannot use its parent's.
+
+    One for all calls: each new one asks the machine for credentials again, a good many requests for reading one file.
+    """
+    # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
+    endpoint = dict(settings).get("AWS_ENDPOINT_URL_S3") or dict(settings).get("AWS_ENDPOINT_URL")
+    return fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
 
 
 def is_local(uri: str) -> bool:
@@ -149,9 +178,22 @@ def read_json(uri: str) -> Any:
         raise UserError(f"{uri}: not valid JSON ({error})") from None
 
 
+def find_json(uri: str) -> Any | None:
+    """The parsed content of a JSON file; None where there is no such file. A request less than asking first."""
+    try:
+        return read_json(uri)
+    except _MissingError:
+        return None
+
+
 def write_json(uri: str, value: Any) -> None:
     """Writes a value as readable JSON."""
-    write_bytes(uri, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+    write_bytes(uri, as_json(value).encode())
+
+
+def as_json(value: Any) -> str:
+    """A value as readable JSON: the text of a file."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def delete(uri: str) -> None:
@@ -165,18 +207,40 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
 
+def patiently(uri: str, work: Callable[[], T]) -> T:
+    """The result of ``work``, which is tried again, with growing pauses, while the server of ``uri`` fails.
+
+    :data:`PATIENCE_S` seconds long, and :data:`PATIENCE_WITH_REFUSALS_S` where it refuses. For work on what has
+    answered before: whoever has only just typed an address is to hear at once that it is wrong. A local disk does not
+    get better by waiting. Raises what ``work`` raised last.
+
+    Ray Data's own list (``DataContext.retried_io_errors``) does not come into it: all reading and writing is ours.
+    """
+    began, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return work()
+        except (RefusedError, ResourceError) as error:
+            patience = PATIENCE_S if isinstance(error, ResourceError) else PATIENCE_WITH_REFUSALS_S
+            if is_local(uri) or time.monotonic() + pause > began + patience:
+                raise
+            log.warning("trying again in %.1f s: %s", pause, error)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
 @contextmanager
 def named(uri: str) -> Iterator[None]:
     """Turns a file system's errors into our own, which name ``uri`` and say what to look at; see the module."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{uri}: no such file") from None
+        raise _MissingError(f"{uri}: no such file") from None
     except (OSError, pa.ArrowInvalid) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if not is_local(uri):
             refused = isinstance(error, pa.ArrowInvalid) or _REFUSED.search(reason)
-            kind = UserError if refused else ResourceError
-            raise kind(f"{uri}: S3 refused or did not answer; check {AWS_VARIABLES} ({reason})") from error
+            away = RefusedError if refused else ResourceError
+            raise away(f"{uri}: S3 refused or did not answer; check {AWS_VARIABLES} ({reason})") from error
         kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
         raise kind(f"{uri}: {reason}") from error

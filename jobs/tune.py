@@ -26,7 +26,8 @@ def main() -> None:
     print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")
     print("\n".join(f"  --{name} {value}" for name, value in result["values"].items()))
     print(f"train with it: jobs/train.py --config {result['config']}")
-    print(f"its model: {result['model']}")
+    if result["model"]:
+        print(f"its model: {result['model']}")
     if result["serve"]:
         print(f"see the runs with: {result['serve']}")
     print(f"runs: {result['runs_url']}\ncompare: {result['compare_url']}")

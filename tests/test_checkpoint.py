@@ -271,6 +271,31 @@ def test_retain_keeps_the_best_and_the_newest(run: str, best: int | None, newest
     assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
+@pytest.mark.parametrize(
+    ("there", "changes", "best"),
+    [
+        (None, {}, 20),
+        (60.25, {}, 20),
+        (59.0, {}, 20),
+        (58.5, {}, 10),  # the same, marked in time
+        (50.0, {}, 10),  # the run was set back to before its best
+        (60.25, {"unvalidated": True}, 10),
+        (60.25, {"validation": {"response_ppl": 58.75}}, 10),
+        (60.25, {"validation": {}}, 10),
+        (60.25, {"best_response_ppl": None}, 10),
+    ],
+)
+def test_a_best_that_was_not_marked_in_time_is(
+    any_run: str, there: float | None, changes: dict[str, Any], best: int
+) -> None:
+    before, uri = (checkpoint.save(any_run, state(step)) for step in (10, 20))
+    if there is not None:
+        checkpoint.mark_best(any_run, before, there)
+    progress = Progress(fingerprint="abc", best_response_ppl=58.5, validation={"response_ppl": 58.5})
+    checkpoint.restore_best(any_run, uri, replace(progress, **changes))
+    assert step_of(storage.read_json(storage.join(any_run, "best.json"))["checkpoint"]) == best
+
+
 def test_retain_works_on_s3(s3_server: Any, tmp_path: Path) -> None:
     run = s3_server.uri(f"retain/{tmp_path.name}")
     uris = [checkpoint.save(run, state(step)) for step in (10, 20, 30)]

@@ -1,8 +1,10 @@
 import errno
+import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from pyarrow import fs
 
 from arplus import storage
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import RefusedError, ResourceError, UserError
+from arplus.training.attempt import SupersededError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -46,8 +49,9 @@ def test_megabytes_survive(folder: str) -> None:
 def test_json_round_trip(folder: str) -> None:
     value = {"四川": [1, 2.5, None, "成都"], "b": {"c": True}}
     uri = storage.join(folder, "x.json")
+    assert storage.find_json(uri) is None
     storage.write_json(uri, value)
-    assert storage.read_json(uri) == value
+    assert storage.read_json(uri) == storage.find_json(uri) == value
     assert "四川" in storage.read_bytes(uri).decode()
 
 
@@ -81,8 +85,9 @@ def test_errors_name_the_uri(folder: str) -> None:
         storage.list_files(missing)
     with pytest.raises(UserError, match=f"^{missing}: no such file$"):
         storage.read_json(missing)
-    with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
-        storage.read_json(broken)
+    for read in (storage.read_json, storage.find_json):
+        with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
+            read(broken)
 
 
 def test_a_folder_is_not_read_as_a_file(folder: str) -> None:
@@ -193,6 +198,48 @@ def test_the_endpoint_of_s3_alone_comes_first(s3_server: Any, monkeypatch: pytes
     assert storage.read_bytes(s3_server.uri("endpoint")) == b"x"
 
 
+def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a machine's metadata, as on EC2; once for all threads."""
+    asked: list[str] = []
+    keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t"}
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            metadata = self.path.startswith("/latest/")
+            asked.extend([self.path] * metadata)
+            body = b"role"
+            if self.path.endswith("/role"):
+                body = json.dumps(keys | {"Expiration": "2099-01-01T00:00:00Z"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                monkeypatch.delenv(name)
+            monkeypatch.setenv("HOME", str(tmp_path))
+            monkeypatch.setenv("AWS_REGION", "us-east-1")
+            for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+                monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+            assert storage.exists("s3://bucket/key")
+            once = len(asked)
+            assert once > 0
+            with ThreadPoolExecutor(4) as threads:
+                assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
+            assert len(asked) == once
+        finally:
+            server.shutdown()
+
+
 def every_call(uri: str) -> Iterator[Any]:
     yield lambda: storage.exists(uri)
     yield lambda: storage.read_bytes(uri)
@@ -219,7 +266,7 @@ def test_wrong_credentials_are_the_users_error(s3_server: Any, monkeypatch: pyte
     storage.write_bytes(uri, b"old")
     with monkeypatch.context() as wrong:
         wrong.setenv(name, f"wrong-{name.lower()}")
-        check_refused(uri, UserError)
+        check_refused(uri, RefusedError)
         with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
             Dataset.open(s3_server.uri("some-data-set"))
     assert storage.read_bytes(uri) == b"old"
@@ -229,7 +276,7 @@ def test_no_credentials_are_the_users_error(s3_server: Any, monkeypatch: pytest.
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.aws/credentials either
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name)
-    check_refused(s3_server.uri("guarded"), UserError)
+    check_refused(s3_server.uri("guarded"), RefusedError)
 
 
 def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +285,7 @@ def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, mo
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, UserError), (400, UserError)]
+    ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, RefusedError), (400, RefusedError)]
 )
 def test_a_server_in_trouble_is_told_from_one_that_refuses(
     monkeypatch: pytest.MonkeyPatch, status: int, expected: type[UserError]
@@ -264,3 +311,71 @@ def test_a_server_in_trouble_is_told_from_one_that_refuses(
             check_refused("s3://bucket/key", expected)
         finally:
             server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------- patience
+
+
+class Clock:
+    """Time that passes only where it is slept away."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(storage, "time", clock)
+    return clock
+
+
+def failing(*errors: Exception) -> Callable[[], str]:
+    """Work that fails so, one call after the other, and then succeeds."""
+    left = iter(errors)
+
+    def work() -> str:
+        for error in left:
+            raise error
+        return "done"
+
+    return work
+
+
+def test_s3_may_be_away_or_refuse_for_a_while(clock: Clock) -> None:
+    work = failing(ResourceError("away"), RefusedError("too often"), ResourceError("away"))
+    assert storage.patiently("s3://bucket/run", work) == "done"
+    assert clock.slept == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "patience"),
+    [(ResourceError("x"), storage.PATIENCE_S), (RefusedError("x"), storage.PATIENCE_WITH_REFUSALS_S)],
+)
+def test_patience_ends(clock: Clock, error: UserError, patience: float) -> None:
+    with pytest.raises(type(error)):
+        storage.patiently("s3://bucket/run", failing(*[error] * 1000))
+    assert 0.7 * patience < clock.now <= patience
+    assert max(clock.slept) == 15
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"),
+    [
+        ("s3://bucket/run", UserError("s3://bucket/run: no such file")),
+        ("/a/disk", ResourceError("full")),
+        ("s3://bucket/run", SupersededError("another job's now")),
+    ],
+)
+def test_what_does_not_pass_is_not_waited_for(clock: Clock, uri: str, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        storage.patiently(uri, failing(error))
+    assert clock.slept == []

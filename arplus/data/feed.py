@@ -38,7 +38,6 @@ from ray.data import DataContext
 
 from arplus import storage
 from arplus.config import FeedConfig
-from arplus.data import faults
 from arplus.data.collate import CONTEXT_UNIT, EXACT, Arrays, Draws, Layout, Widths, Window
 from arplus.data.dataset import RowGroup, Split
 from arplus.model.batch import Batch
@@ -100,7 +99,7 @@ class Order:
         """The rows of a window in the order of the epoch's row groups, before they are sorted."""
         parts = []
         for group, begin, rows in self.pieces(epoch, window):
-            table = faults.patiently(functools.partial(_read, group, columns), group.file)
+            table = storage.patiently(group.file, functools.partial(_read, group, columns))
             parts.append(table.slice(begin, rows))
         return pa.concat_tables(parts)
 

@@ -19,7 +19,6 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from arplus import storage
-from arplus.data import faults
 from arplus.data.records import MAX_LINE_BYTES
 from arplus.errors import ResourceError, UserError
 
@@ -98,13 +97,13 @@ def read_blocks(uri: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 class RangeReader(io.RawIOBase):
     """A file read in order, in large ranges, the next one while the last one is used.
 
-    A range that S3 fails to give is asked for again (:func:`arplus.data.faults.patiently`), so a server that is
+    A range that S3 fails to give is asked for again (:func:`arplus.storage.patiently`), so a server that is
     away for a while costs time, not the job.
     """
 
     def __init__(self, uri: str, range_bytes: int = RANGE_BYTES):
         self._uri = uri
-        self._size = faults.patiently(lambda: storage.size(uri), uri)
+        self._size = storage.patiently(uri, lambda: storage.size(uri))
         self._range_bytes = range_bytes
         self._asked = self._given = 0
         self._rest = memoryview(b"")
@@ -149,7 +148,7 @@ class RangeReader(io.RawIOBase):
 
 
 def _read_range(uri: str, start: int, size: int) -> bytes:
-    return faults.patiently(lambda: storage.read_range(uri, start, size), uri) if size else b""
+    return storage.patiently(uri, lambda: storage.read_range(uri, start, size)) if size else b""
 
 
 def _cut_at_lines(stream: BinaryIO, block_bytes: int) -> Iterator[tuple[bytes, int]]:

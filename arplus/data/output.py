@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from arplus import storage
-from arplus.data import card, faults, shards
+from arplus.data import card, shards
 from arplus.data.dataset import MANIFEST
 from arplus.data.lease import Lease, is_unfinished
 from arplus.errors import UserError
@@ -65,7 +65,7 @@ def commit(
         for file in storage.list_files(uri) if storage.exists(uri) else []:
             if storage.join(folder, file.rsplit("/", 1)[-1]) not in ours:
                 storage.delete(file)
-    faults.patiently(lambda: storage.delete(storage.join(output, STAGING)), output)
+    storage.patiently(output, lambda: storage.delete(storage.join(output, STAGING)))
     lease.check()
     small = {
         "vocabulary/characters.txt": characters.to_bytes(),
@@ -76,4 +76,4 @@ def commit(
     for path, data in small.items():
         shards.write(storage.join(output, path), data)
     lease.check()
-    faults.patiently(lambda: storage.write_json(storage.join(output, MANIFEST), manifest), output)
+    storage.patiently(output, lambda: storage.write_json(storage.join(output, MANIFEST), manifest))

@@ -9,7 +9,6 @@ import pyarrow.feather as feather
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.data import faults
 from arplus.data.duplicates import Boundaries, split_hash
 from arplus.data.sessions import hash_words
 
@@ -51,14 +50,14 @@ def write_shard(uri: str, sessions: pa.Table) -> None:
 
 def write(uri: str, data: pa.Buffer | bytes) -> None:
     """Writes a file of ours, patiently."""
-    faults.patiently(lambda: storage.write_bytes(uri, data), uri)
+    storage.patiently(uri, lambda: storage.write_bytes(uri, data))
 
 
 def read_survivors(
     shard: Staged, removed: NDArray[np.int64], boundaries: Boundaries
 ) -> tuple[pa.Table, NDArray[np.int8]]:
     """The staged sessions of a shard that stay, and the split of each; ``removed`` are the others' ids in order."""
-    data = faults.patiently(lambda: storage.read_bytes(shard.uri), shard.uri)
+    data = storage.patiently(shard.uri, lambda: storage.read_bytes(shard.uri))
     sessions = feather.read_table(pa.BufferReader(data))
     if shard.split is not None:
         return sessions, np.full(len(sessions), shard.split, np.int8)

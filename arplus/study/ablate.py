@@ -4,6 +4,7 @@ A run of the study is one row at one size with one seed. With tuned rates the fi
 first; the best of them is that seed's result, and its rate that of the other seeds.
 """
 
+import functools
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from arplus.config import (
     to_dict,
 )
 from arplus.data.dataset import Dataset, Split
+from arplus.errors import UserError
 from arplus.evaluation.evaluate import evaluate, track
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
@@ -217,12 +219,16 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
         asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data)
-        found = evaluate(asked)
-        track(found, asked)
+        found = storage.patiently(study.uri, functools.partial(evaluate, asked))
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions
         trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
         study.save(trial)
+        try:
+            track(found, asked)
+        except UserError as error:  # the tables have what they need
+            again = f"jobs/evaluate.py --checkpoint {asked.checkpoint} --data {asked.data}"
+            log.warning("%s: MLflow lacks its evaluation, which %s logs: %s", trial.name, again, error)
         log.info("%s: test response PPL %.3f", trial.name, found["splits"]["test"]["honest"]["response_ppl"])
 
 
@@ -235,23 +241,24 @@ def _conclude(study: Study, config: AblateConfig, tracker: tracking.Tracker, dat
     """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
     rows = results.rows(study.trials.values())
     study_url, compare_url = tracking.study_url(study.tracked), tracking.compare_url(list(_tracked(study)))
-    version = publish_best(study, dataset)
     unfinished = {t.name: t.problem for t in study.trials.values() if t.outcome in ("failed", "diverged")}
-    result = {
+    result: dict[str, Any] = {
         "study": study.name,
         "rows": results.as_json(rows),
-        "model": version,
+        "model": None,
         "runs_url": study_url,
         "compare_url": compare_url,
         "unfinished": unfinished,
     }
     page = report.page(config, rows, study_url=study_url, compare_url=compare_url, unfinished=unfinished)
-    storage.write_json(storage.join(study.uri, "result.json"), result)
-    storage.write_bytes(storage.join(study.uri, "report.html"), page.encode())
+    study.write("report.html", page)
+    study.write("result.json", storage.as_json(result))
+    result["model"] = publish_best(study, dataset)  # with the tables safe: MLflow may be away
+    study.write("result.json", storage.as_json(result))
     text = report.text(rows)
     tracker.log_text("report.html", page)
     tracker.log_text("tables.txt", text)
-    tracker.log_text("result.json", json.dumps(result, ensure_ascii=False, indent=2))
+    tracker.log_text("result.json", storage.as_json(result))
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:

@@ -88,7 +88,7 @@ def execute(
 
     with attempt.on_sigterm(stop), _quiet():
         tuner.fit()
-    storage.delete(storage.join(study.uri, "ray"))
+    storage.patiently(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
     if len(adapter.failures) >= IN_A_ROW:
         raise RunError(
             f"study {study.name}: {IN_A_ROW} runs in a row failed, the last one so: {adapter.failures[-1]}; "
@@ -222,7 +222,7 @@ class _Adapter(Searcher):
 @contextmanager
 def conducted(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
-    tracker = tracking.Tracker(study.tracked, record=study.record)
+    tracker = tracking.Tracker(study.tracked, record=study.record, keep=study.records)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(study.config.data).name, study.fingerprint, study.config.data, study.kind)
     status: tracking.Status | None = "FAILED"

@@ -6,6 +6,7 @@ rates that are worth a sweep.
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -69,7 +70,8 @@ def find(config: LrFindConfig) -> dict[str, Any]:
         params=flat(config),
     )
     folder = storage.resolve(uri)[1] if storage.is_local(uri) else f"{tempfile.gettempdir()}/arplus/{tracked.run_id}"
-    with tracking.Tracker(tracked, record=Path(folder) / "tracking.jsonl") as tracker:
+    keep = None if storage.is_local(uri) else storage.join(uri, "tracking")
+    with tracking.Tracker(tracked, record=Path(folder) / "tracking.jsonl", keep=keep) as tracker:
         tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
         points = _run(config, scaling, uri)
         for number, point in enumerate(points):
@@ -87,7 +89,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
             "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
         }
         for name, text in files.items():
-            storage.write_bytes(storage.join(uri, name), text.encode())
+            storage.patiently(uri, functools.partial(storage.write_bytes, storage.join(uri, name), text.encode()))
             tracker.log_text(name, text)
         tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}

@@ -1,24 +1,42 @@
 """A study's best model, where colleagues look for it: in its MLflow run and in the model registry."""
 
-from arplus import tracking
+import logging
+
+from arplus import storage, tracking
 from arplus.data.dataset import Dataset
+from arplus.errors import ResourceError, UserError
 from arplus.study.record import Study
 from arplus.training.trainer import log_best
+
+log = logging.getLogger(__name__)
 
 ALIAS = "best"
 """Alias of the registered model's version that is the best run's."""
 
 
-def publish_best(study: Study, dataset: Dataset) -> str:
-    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI."""
+def publish_best(study: Study, dataset: Dataset) -> str | None:
+    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI.
+
+    None, with a warning, where that fails: it is the last that a study does, and can be done again.
+    """
     best = study.best
     assert best is not None
     assert best.score is not None
     run = study.tracked_run(best)
     assert run is not None
-    kept = tracking.Tracker(run, record=study.record.with_name(f"{best.name}.jsonl"))
-    log_best(kept, study.run_uri(best.name), dataset)
-    kept.close("FINISHED")
-    tags = {"study": study.name, "response_ppl": f"{best.score:.4f}"}
-    tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
+    uri, tags = study.run_uri(best.name), {"study": study.name, "response_ppl": f"{best.score:.4f}"}
+    kept = tracking.Tracker(run, record=study.record.with_name(f"{best.name}.jsonl"), keep=study.records)
+    try:
+        storage.patiently(uri, lambda: log_best(kept, uri, dataset))
+        if kept.close("FINISHED"):
+            raise ResourceError("its files did not reach MLflow")
+        tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
+    except UserError as error:
+        kept.close("FINISHED")
+        log.warning(
+            "the best model, of run %s, is not registered in MLflow: %s; the same command again registers it",
+            best.name,
+            error,
+        )
+        return None
     return f"models:/{study.name}@{ALIAS}"

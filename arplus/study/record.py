@@ -93,8 +93,8 @@ class Study:
         """
         uri = storage.join(config.storage, config.run_name)
         file = storage.join(uri, "study.json")
-        before = _compatible(file, config, kind, fingerprint) if storage.exists(file) else None
-        if before is None and storage.exists(storage.join(uri, "config.json")):
+        before = storage.patiently(file, lambda: _compatible(file, config, kind, fingerprint))
+        if before is None and storage.patiently(uri, lambda: storage.exists(storage.join(uri, "config.json"))):
             raise UserError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
         tracked = tracking.start_run(
             config.mlflow or tracking.default_uri(config.storage),
@@ -114,12 +114,8 @@ class Study:
             owner=uuid4().hex,
         )
         facts = {"kind": kind, "fingerprint": fingerprint, "mlflow_run_id": tracked.run_id, "owner": study.owner}
-        storage.write_json(file, facts | {"config": to_dict(config)})
-        if storage.exists(storage.join(uri, "trials")):
-            for record in storage.list_files(storage.join(uri, "trials")):
-                if record.endswith(".json"):  # a killed process may have left a file half-written
-                    trial = Trial(**storage.read_json(record))
-                    study.trials[trial.name] = trial
+        storage.patiently(file, lambda: storage.write_json(file, facts | {"config": to_dict(config)}))
+        study.trials = {trial.name: trial for trial in storage.patiently(uri, lambda: _records(uri))}
         return study
 
     @property
@@ -133,6 +129,11 @@ class Study:
         if storage.is_local(self.uri):
             return Path(storage.resolve(self.uri)[1]) / "tracking.jsonl"
         return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
+
+    @property
+    def records(self) -> str | None:
+        """Where a record that MLflow lacks a part of is kept, for a study whose folder is remote."""
+        return None if storage.is_local(self.uri) else storage.join(self.uri, "tracking")
 
     @property
     def best(self) -> Trial | None:
@@ -150,11 +151,18 @@ class Study:
     def save(self, trial: Trial) -> None:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
         self.check_owner()
-        storage.write_json(self.record_uri(trial.name), asdict(trial))
+        uri = self.record_uri(trial.name)
+        storage.patiently(uri, lambda: storage.write_json(uri, asdict(trial)))
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file into the study's folder."""
+        uri = storage.join(self.uri, name)
+        storage.patiently(uri, lambda: storage.write_bytes(uri, text.encode()))
 
     def check_owner(self) -> None:
         """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
-        if storage.read_json(storage.join(self.uri, "study.json"))["owner"] != self.owner:
+        file = storage.join(self.uri, "study.json")
+        if storage.patiently(file, lambda: storage.read_json(file))["owner"] != self.owner:
             raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
 
     def record_uri(self, name: str) -> str:
@@ -167,15 +175,27 @@ class Study:
 
     def tracked_run(self, trial: Trial) -> tracking.Run | None:
         """A run's MLflow run; None where it has not got as far."""
-        if trial.mlflow_run_id is None and (owner := attempt.read(self.run_uri(trial.name))) is not None:
-            trial.mlflow_run_id = owner.mlflow_run_id
+        if trial.mlflow_run_id is None:
+            uri = self.run_uri(trial.name)
+            if (owner := storage.patiently(uri, lambda: attempt.read(uri))) is not None:
+                trial.mlflow_run_id = owner.mlflow_run_id
         return self.tracked._replace(run_id=trial.mlflow_run_id) if trial.mlflow_run_id else None
 
 
-def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> dict[str, Any]:
-    """What ``study.json`` holds, where ``config`` may go on with it."""
+def _records(uri: str) -> list[Trial]:
+    """The records of a study, in the order of their names."""
+    folder = storage.join(uri, "trials")
+    files = storage.list_files(folder) if storage.exists(folder) else []
+    # A killed process may have left a file half-written.
+    return [Trial(**storage.read_json(file)) for file in files if file.endswith(".json")]
+
+
+def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> dict[str, Any] | None:
+    """What ``study.json`` holds, where ``config`` may go on with it; None where there is none yet."""
+    before: dict[str, Any] | None = storage.find_json(file)
+    if before is None:
+        return None
     other = "take another --run-name"
-    before: dict[str, Any] = storage.read_json(file)
     if config.resume == "never":
         raise UserError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
     if before["kind"] != kind:

@@ -60,7 +60,7 @@ class Run(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Starts the run; it goes on from its newest checkpoint where it has one."""
         self.record_uri: str = config["record"]
-        trial = Trial(**storage.read_json(self.record_uri))
+        trial = self._record()
         self.run = replace(trial.settings, worker_cpus=config["worker_cpus"])
         self.run_uri = storage.join(self.run.storage, self.run.run_name)
         self.best = trial.score
@@ -73,7 +73,7 @@ class Run(tune.Trainable):
             tags={"study": config["study"], "trial": trial.name},
             side_by_side=config["side_by_side"],
         )
-        before = attempt.read(self.run_uri)
+        before = storage.patiently(self.run_uri, lambda: attempt.read(self.run_uri))
         self.before = before and before.owner
         self.owner: str | None = None
         self.thread = threading.Thread(target=self._train, name=trial.name, daemon=True)
@@ -100,13 +100,17 @@ class Run(tune.Trainable):
         if self.thread.is_alive():
             log.warning("%s: did not end within %.0f s", self.run_uri, STOP_S)
         self.queue.shutdown(force=True)
-        outcome = Trial(**storage.read_json(self.record_uri)).outcome
-        if outcome == "stopped" and (own := self._own()) is not None:
+        own = storage.patiently(self.run_uri, self._own)
+        if self._record().outcome == "stopped" and own is not None:
             # The study has decided so; for the run itself it was the end of a process.
             assert self.run.mlflow is not None
             run = tracking.Run(self.run.mlflow, "", own.mlflow_run_id)
             with _patience():
                 tracking.end_run(run, "FINISHED", {"outcome": f"stopped early after {self.examples:,} examples"})
+
+    def _record(self) -> Trial:
+        """What the study has written down of the trial."""
+        return Trial(**storage.patiently(self.record_uri, lambda: storage.read_json(self.record_uri)))
 
     def _own(self) -> Attempt | None:
         """The run's attempt, if it is one of this trial's; another job may have taken the run over."""

@@ -221,32 +221,33 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     settings = with_values(run_settings(config), best.values, source="the best trial")
     settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
     file = storage.join(study.uri, "best_config.json")
-    storage.write_json(file, to_dict(settings))
-    model = publish_best(study, dataset)
+    study.write("best_config.json", storage.as_json(to_dict(settings)))
     compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]
     runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
     for trial in study.trials.values():
         study.save(trial)
-    result = {
+    result: dict[str, Any] = {
         "study": study.name,
         "best": best.name,
         "values": best.values,
         "response_ppl": best.score,
         "config": file,
-        "model": model,
+        "model": None,
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),
         "compare_url": tracking.compare_url(runs),
         "trials": [asdict(trial) | {"config": None} for trial in study.trials.values()],
     }
-    storage.write_json(storage.join(study.uri, "result.json"), result)
-    storage.write_bytes(storage.join(study.uri, "trials.csv"), as_csv(study).encode())
+    study.write("trials.csv", as_csv(study))
+    study.write("result.json", storage.as_json(result))
+    result["model"] = publish_best(study, dataset)  # with the numbers safe: MLflow may be away
+    study.write("result.json", storage.as_json(result))
     figures = {key: value for key, value in best.final.items() if isinstance(value, int | float)}
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
-    tracker.log_text("best_config.json", json.dumps(to_dict(settings), ensure_ascii=False, indent=2))
+    tracker.log_text("best_config.json", storage.as_json(to_dict(settings)))
     tracker.log_text("trials.csv", as_csv(study))
-    tracker.log_text("result.json", json.dumps(result, ensure_ascii=False, indent=2))
+    tracker.log_text("result.json", storage.as_json(result))
     tracker.set_tags(
         {"best": best.name, "best.run": run.run_id} | {f"best.{k}": _value(v) for k, v in best.values.items()}
     )

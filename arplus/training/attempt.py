@@ -45,8 +45,8 @@ class Attempt:
 
 def read(run_uri: str) -> Attempt | None:
     """The attempt that the run belongs to; None where it has never been started."""
-    uri = _uri(run_uri)
-    return Attempt(**storage.read_json(uri)) if storage.exists(uri) else None
+    found = storage.find_json(_uri(run_uri))
+    return None if found is None else Attempt(**found)
 
 
 def take_over(run_uri: str, mlflow_run_id: str) -> Attempt:

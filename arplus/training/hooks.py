@@ -21,7 +21,7 @@ from arplus.training.attempt import Attempt, StoppedError, Watch
 from arplus.training.audit import Audit
 from arplus.training.engine import Engine
 from arplus.training.loop import Ask, Hooks, describe, memory_bytes
-from arplus.training.saver import Saver, patiently
+from arplus.training.saver import Saver
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class RunHooks(Hooks):
         """Writes the audit and gathers the train state on all workers; rank 0's saver does the rest."""
         began = time.monotonic()
         if self.audit is not None:
-            patiently(self.job.run_uri, self.audit.flush)
+            storage.patiently(self.job.run_uri, self.audit.flush)
         weights, moments = self.engine.weights(), self.engine.moments()
         dist.barrier()  # every worker's rows are durable before the checkpoint that covers them
         if self.saver is not None:

@@ -1,29 +1,17 @@
 """Checkpoints off the training path: serialised, hashed and written by a background thread of rank 0."""
 
-import logging
 import threading
-import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import TrainState
-from arplus.errors import ResourceError
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-PATIENCE_S = 600.0
-"""Seconds that a server may be away before a write to it fails."""
-_LONGEST_WAIT_S = 15.0
 
 
 class Saver:
     """Writes train states, one at a time; an error stays in :attr:`error` and no further one is written."""
 
     def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
-        """``check`` raises when the run is no longer this attempt's; it is asked before and after the upload."""
+        """``check`` raises when the run is no longer this attempt's; it is asked before each of the steps of a save."""
         self.run_uri = run_uri
         self.attempt = attempt
         self.keep = keep
@@ -50,28 +38,18 @@ class Saver:
 
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
-            patiently(self.run_uri, lambda: self._write(state, best))
+            # Two parts: what fails after the manifest must not have the checkpoint written again.
+            self.newest = storage.patiently(self.run_uri, lambda: self._write(state))
+            storage.patiently(self.run_uri, lambda: self._tidy(best))
         except Exception as error:
             self.error = error
 
-    def _write(self, state: TrainState, best: float | None) -> None:
+    def _write(self, state: TrainState) -> str:
         self.check()
-        uri = checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
-        self.newest = uri
-        if best is not None:
-            checkpoint.mark_best(self.run_uri, uri, best)
-        checkpoint.retain(self.run_uri, self.keep)
+        return checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
 
-
-def patiently(uri: str, work: Callable[[], T]) -> T:
-    """The result of ``work``, which is tried again for ten minutes while the server of ``uri`` is away."""
-    began, wait = time.monotonic(), 1.0
-    while True:
-        try:
-            return work()
-        except ResourceError as error:
-            if storage.is_local(uri) or time.monotonic() - began > PATIENCE_S:
-                raise
-            log.warning("trying again in %.0f s: %s", wait, error)
-        time.sleep(wait)
-        wait = min(2 * wait, _LONGEST_WAIT_S)
+    def _tidy(self, best: float | None) -> None:
+        self.check()  # best.json, and the checkpoints that go, are the run's, not this attempt's
+        if best is not None and self.newest is not None:
+            checkpoint.mark_best(self.run_uri, self.newest, best)
+        checkpoint.retain(self.run_uri, self.keep, attempt=self.attempt)

@@ -1,6 +1,7 @@
 """One training run as a Ray Train job: workers, engine, feed, tracking and checkpoints put together."""
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -34,7 +35,6 @@ from arplus.training.hooks import EndedError, Job, Part, RunHooks
 from arplus.training.loop import fit, total_steps
 from arplus.training.memory import checkpoint_bytes
 from arplus.training.resume import Start, find_start
-from arplus.training.saver import patiently
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +53,22 @@ def train(
     :class:`RunError` for a run that diverged, failed too often, was stopped, or was taken over by another job.
     """
     config = resolved(config)
-    dataset = Dataset.open(config.data)
+    # A study has read the data before; anyone else is to hear at once where it cannot be.
+    dataset = storage.patiently(config.data, lambda: Dataset.open(config.data)) if part else Dataset.open(config.data)
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
     run_uri = storage.join(config.storage, config.run_name)
-    start = find_start(config, run_uri, dataset)
+    start = storage.patiently(run_uri, lambda: find_start(config, run_uri, dataset))
     tracked = _tracked(config, dataset, start, part)
-    storage.write_json(storage.join(run_uri, "config.json"), to_dict(config))
-    if start.checkpoint is None:
-        storage.delete(storage.join(run_uri, "audit"))  # of attempts that came to nothing
+    storage.patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "config.json"), to_dict(config)))
+    if start.checkpoint is None:  # the audit of attempts that came to nothing
+        storage.patiently(run_uri, lambda: storage.delete(storage.join(run_uri, "audit")))
     job = Job(
         config=config,
         run_uri=run_uri,
         tracked=tracked,
-        attempt=attempt.take_over(run_uri, tracked.run_id),
+        attempt=storage.patiently(run_uri, lambda: attempt.take_over(run_uri, tracked.run_id)),
         start=start.checkpoint,
         progress_bar=part is None and sys.stderr.isatty(),
         versions=node.versions(),
@@ -76,8 +77,9 @@ def train(
     tracker = tracking.Tracker(tracked, record=job.record, keep=job.records)
     tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
-    if storage.exists(card := storage.join(config.data, "data_card.html")):
-        tracker.log_text("data_card.html", storage.read_bytes(card).decode())
+    card = storage.join(config.data, "data_card.html")
+    if storage.patiently(card, lambda: storage.exists(card)):
+        tracker.log_text("data_card.html", storage.patiently(card, lambda: storage.read_bytes(card)).decode())
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
@@ -88,10 +90,10 @@ def train(
         kept = elastic.room_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_sigterm(stop), kept:
             outcome = _run_workers(job, scaling, callbacks)
-        patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
+        storage.patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
         tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
         if part is None:
-            patiently(run_uri, lambda: log_best(tracker, run_uri, dataset))
+            storage.patiently(run_uri, lambda: log_best(tracker, run_uri, dataset))
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -106,12 +108,13 @@ def train(
 
 
 def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | None) -> tracking.Run:
-    """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer.
+    """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer; a study's waits for it.
 
     A run that goes on, perhaps by night and by itself, does not wait for its server: what is not sent is recorded.
     """
     uri = config.mlflow or tracking.default_uri(config.storage)
-    try:
+
+    def begin() -> tracking.Run:
         return tracking.start_run(
             uri,
             config.experiment,
@@ -122,6 +125,10 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | N
             parent_run_id=part.parent_run_id if part else None,
             resume_run_id=start.mlflow_run_id,
         )
+
+    try:
+        # A study's server has answered before, and its next run would find it no better.
+        return storage.patiently(uri, begin) if part and start.mlflow_run_id is None else begin()
     except ResourceError as error:
         if start.mlflow_run_id is None:
             raise
@@ -226,8 +233,11 @@ def _run(job: Job) -> dict[str, Any]:
     config = job.config
     device = workers.set_up(job.part.side_by_side if job.part else 1)
     _agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    mine, start = _agreed(lambda: patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
-    dataset, model, state = _agreed(lambda: patiently(job.run_uri, lambda: load(config, start)))
+    mine, start = _agreed(lambda: storage.patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
+    dataset, model, state = _agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
+    if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
+        best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
+        _agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)

@@ -17,7 +17,7 @@ import pytest
 
 from arplus import storage
 from arplus.config import PrepareConfig, SynthesizeConfig
-from arplus.data import faults, stages
+from arplus.data import stages
 from arplus.data.lease import Lease
 from arplus.data.prepare import prepare
 from arplus.data.synthesize import synthesize
@@ -227,22 +227,6 @@ def test_a_full_disk_is_told_plainly(tmp_path: Path, records: Path, monkeypatch:
         assert not list(small.rglob("*.arrow")), "what was staged is removed"
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
-
-
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "PATIENCE", 2.0)
-    calls: list[int] = []
-
-    def fail() -> None:
-        calls.append(1)
-        raise ResourceError("s3://bucket/x: did not answer")
-
-    with pytest.raises(ResourceError, match="did not answer"):
-        faults.patiently(fail, "s3://bucket/x")
-    assert len(calls) == 3
-    with pytest.raises(ResourceError):
-        faults.patiently(fail, "/local/x")
-    assert len(calls) == 4
 
 
 def test_s3_in_and_out_while_the_server_is_killed_and_restarted(

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from prepared import write_dataset
 
-from arplus.config import PAPER_ROWS, AblateConfig, checked, preset, tiny
+from arplus import storage
+from arplus.config import PAPER_ROWS, AblateConfig, checked, preset, tiny, to_dict
 from arplus.data.dataset import Dataset
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
 from arplus.study import ablate
 from arplus.study.ablate import Row
 from arplus.study.record import Study, Trial
@@ -60,6 +61,29 @@ def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
     found = ablate._rows(config, size, study(**scores))
     assert [(row.preset, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
     assert found[0] == tried[2], "the first seed's run is not made again"
+
+
+def test_an_evaluation_is_saved_although_mlflow_is_away(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AblateConfig(row=("arplus",), seeds=1, data=dataset.uri)
+    sizes = [dataset.split("train")]
+    (row,) = ablate._rows(config, sizes[0], study())
+    trial = done(row, 30.0)
+    trial.config = to_dict(ablate.settings(config, row))
+    mine = replace(study(**{row.name: trial}), uri=str(tmp_path))
+    storage.write_json(str(tmp_path / "study.json"), {"owner": ""})
+
+    def away(*_: object) -> None:
+        raise ResourceError("MLflow cannot be used")
+
+    splits = {"test": {"honest": {"response_ppl": 30.5}}}
+    monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
+    monkeypatch.setattr(ablate, "track", away)
+    ablate._evaluate(config, mine, dataset, sizes)
+    record = storage.read_json(mine.record_uri(row.name))
+    assert record["final"]["evaluation"] == splits
+    assert f"jobs/evaluate.py --checkpoint {mine.run_uri(row.name)} --data {dataset.uri} logs: MLflow" in caplog.text
 
 
 def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:

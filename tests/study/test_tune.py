@@ -13,6 +13,7 @@ from prepared import write_dataset
 
 from arplus import cli, tracking
 from arplus.config import TuneConfig, preset, study_settings, tiny, to_dict
+from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.study import execute, tune
 from arplus.study.record import Study, named
@@ -111,6 +112,25 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     assert {a.path for a in client.list_artifacts(version.run_id, "checkpoint")} >= {"checkpoint/weights.safetensors"}
     assert result["runs_url"].endswith(f"#/experiments/{experiment.experiment_id}/runs")
     assert all(run.info.run_id in result["compare_url"] for run in runs.values())
+
+
+def test_without_mlflow_the_tables_are_written_and_the_lack_is_said(
+    finished: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, result = finished
+    study = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
+    before = {name: (folder(config) / name).read_text() for name in ("result.json", "trials.csv", "best_config.json")}
+    for name in before:
+        (folder(config) / name).unlink()
+    study.tracked = study.tracked._replace(uri="http://127.0.0.1:9")
+    tracker = tracking.Tracker(study.tracked, record=tmp_path / "r.jsonl")
+    found = tune._conclude(study.config, study, tracker, Dataset.open(config.data))  # type: ignore[arg-type]
+    tracker.close(timeout=0.1)
+    assert found["model"] is None
+    assert found["trials"] == result["trials"]
+    assert json.loads((folder(config) / "result.json").read_text()) == found
+    assert (folder(config) / "trials.csv").read_text() == before["trials.csv"]
+    assert "is not registered in MLflow: its files did not reach MLflow; the same command again" in caplog.text
 
 
 def test_the_same_command_again_repeats_nothing(finished: tuple) -> None:

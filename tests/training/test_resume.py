@@ -9,7 +9,7 @@ from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import PAPER_ROWS, TrainConfig, preset, tiny, to_dict
-from arplus.errors import ResourceError, UserError
+from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.training import attempt
 from arplus.training.resume import Start, find_start
@@ -129,14 +129,15 @@ def test_damage_alone_is_not_a_new_run(config, data):
         start(config, data)
 
 
-def test_storage_that_is_away_is_not_damage(config, data, monkeypatch):
+@pytest.mark.parametrize("error", [ResourceError("no answer"), RefusedError("asked too often")])
+def test_storage_that_is_away_is_not_damage(config, data, monkeypatch, error):
     save(config, 10), save(config, 20)
 
     def away(*_, **__):
-        raise ResourceError("no answer")
+        raise error
 
     monkeypatch.setattr(checkpoint, "load", away)
-    with pytest.raises(ResourceError):
+    with pytest.raises(type(error)):
         start(config, data)
 
 

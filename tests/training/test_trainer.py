@@ -16,6 +16,7 @@ from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.training import node, preflight
 from arplus.training.engine import NonFiniteLossError
+from arplus.training.hooks import Part
 from arplus.training.resume import Start
 from arplus.training.trainer import _tracked, train
 
@@ -86,6 +87,16 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
         assert resumed[name] == final[name], "the same number of workers resumes to the bit"
 
 
+def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(data: str, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, run_name="unmarked", max_steps=3)
+    train(config)
+    best = tmp_path / "unmarked" / "best.json"
+    marked = best.read_text()
+    best.write_text(json.dumps({"checkpoint": "checkpoints/gone", "response_ppl": 1e9}))
+    train(config)
+    assert best.read_text() == marked
+
+
 def test_a_run_is_not_resumed_on_other_data(finished: tuple, tmp_path: Path) -> None:
     config, _ = finished
     other = write_dataset(tmp_path, {"train": [[40]], "valid": [[5]]}, fingerprint="another")
@@ -125,6 +136,24 @@ def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, cap
         _tracked(config, dataset, Start(None, None), None)
     assert _tracked(config, dataset, Start(None, "abc"), None).run_id == "abc"
     assert caplog.messages[-1].startswith("going on without MLflow until it answers: ")
+
+
+def test_a_studys_run_waits_for_mlflow(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs that do not would end the study."""
+    config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
+    answers: list[Any] = [ResourceError("away"), ResourceError("away"), tracking.Run("", "", "new")]
+
+    def start_run(*_: Any, **__: Any) -> tracking.Run:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(tracking, "start_run", start_run)
+    part = Part(parent_run_id="study", tags={})
+    assert _tracked(config, dataset, Start(None, None), part).run_id == "new"
+    answers.append(ResourceError("away"))
+    assert _tracked(config, dataset, Start(None, "abc"), part).run_id == "abc", "one that goes on need not wait"
 
 
 def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None:
