@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (wi
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
@@ -17,6 +18,7 @@ from arplus.config import (
     checked,
     dotted_names,
     flag,
+    flat,
     from_dict,
     preset,
     tiny,
@@ -32,9 +34,9 @@ C = TypeVar("C", bound=TrainConfig)
 def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
-    ``--help`` prints every setting with its default and exits 0. Raises :class:`UserError` for an unknown flag (with
-    the list of valid ones) and for a value that fails a check; exits 2 with tyro's message for a value that is not of
-    the flag's type.
+    ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. Raises
+    :class:`UserError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
+    with tyro's message for a value that is not of the flag's type.
     """
     valid = [flag(name) for name in dotted_names(type(default))]
     for argument in arguments:
@@ -44,12 +46,22 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
     config = tyro.cli(
         type(default),
         default=default,
-        args=list(arguments),
+        args=_with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)}),
         prog=prog,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
     )
     return checked(config)
+
+
+def _with_true(arguments: Sequence[str], switches: set[str]) -> list[str]:
+    """``arguments`` with True after those of ``switches`` that stand alone: ``--audit`` is ``--audit True``."""
+    found = []
+    for argument, following in pairwise([*arguments, "--"]):
+        found.append(argument)
+        if argument.startswith("--") and flag(argument.removeprefix("--")) in switches and following.startswith("-"):
+            found.append("True")
+    return found
 
 
 class Command(NamedTuple, Generic[C]):

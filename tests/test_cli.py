@@ -67,6 +67,30 @@ def test_flags_override_the_default_in_both_spellings() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "audit", "rezero"),
+    [
+        (["--audit"], True, True),
+        (["--audit", "--epochs", "2"], True, True),
+        (["--epochs", "2", "--model.rezero", "False", "--audit"], True, False),
+        (["--audit", "--model.rezero=False"], True, False),
+        (["--audit", "True", "--model.rezero", "False"], True, False),
+        (["--audit", "False", "--model.rezero"], False, True),
+        (["--run-name", "audit"], False, True),
+    ],
+)
+def test_a_bools_flag_may_stand_alone(arguments: list[str], audit: bool, rezero: bool) -> None:
+    config = train("arplus", *arguments)
+    assert (config.audit, config.model.rezero) == (audit, rezero)
+
+
+def test_a_bools_flag_takes_no_other_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train("arplus", "--audit", "yes")
+    assert caught.value.code == 2
+    assert "audit" in capsys.readouterr().err
+
+
 def test_an_unknown_flag_lists_the_valid_ones() -> None:
     with pytest.raises(UserError) as caught:
         parse(SynthesizeConfig(output="o"), "--record", "3")
