@@ -26,7 +26,8 @@ from arplus.config import (
     to_dict,
 )
 from arplus.data.dataset import Dataset, Split
-from arplus.evaluation.evaluate import evaluate, track
+from arplus.evaluation.delivery import destination, track
+from arplus.evaluation.evaluate import evaluate
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
 from arplus.study import execute, report, results
@@ -217,8 +218,9 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
         asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data)
+        to = destination(asked)
         found = evaluate(asked)
-        track(found, asked)
+        track(found, to)
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions
         trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
