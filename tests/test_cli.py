@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,24 @@ def test_a_file_of_another_preset_is_refused(file: Any) -> None:
 
 def test_the_preset_cannot_be_renamed() -> None:
     assert "--preset: " in message_of("ar", "--preset", "arplus")
+
+
+def test_a_job_of_one_preset_takes_none(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def only(*arguments: str) -> TrainConfig:
+        return cli.preset_command(arguments, lambda run: run, prog="job", description="Does it.", only="arplus").config
+
+    assert only("--tiny", "--epochs", "2") == replace(tiny(preset("arplus")), epochs=2)
+    for arguments, message in {
+        ("arplus",): "job takes no preset; leave 'arplus' out",
+        ("--config", file({"preset": "ar"})): "is of preset 'ar', not 'arplus'; job takes no other",
+        ("--preset", "ar"): "--preset: only names what the defaults are; leave it out",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            only(*arguments)
+        assert message in str(caught.value)
+    with pytest.raises(SystemExit):
+        only("--help")
+    assert "PRESET" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--epochs", "1"], ["--tiny"]])
