@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (wi
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import tyro
@@ -17,6 +18,7 @@ from arplus.config import (
     checked,
     dotted_names,
     flag,
+    flat,
     from_dict,
     preset,
     tiny,
@@ -32,9 +34,9 @@ C = TypeVar("C", bound=TrainConfig)
 def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
-    ``--help`` prints every setting with its default and exits 0. Raises :class:`UserError` for an unknown flag (with
-    the list of valid ones) and for a value that fails a check; exits 2 with tyro's message for a value that is not of
-    the flag's type.
+    ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. Raises
+    :class:`UserError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
+    with tyro's message for a value that is not of the flag's type.
     """
     valid = [flag(name) for name in dotted_names(type(default))]
     for argument in arguments:
@@ -44,12 +46,22 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
     config = tyro.cli(
         type(default),
         default=default,
-        args=list(arguments),
+        args=_with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)}),
         prog=prog,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
     )
     return checked(config)
+
+
+def _with_true(arguments: Sequence[str], switches: set[str]) -> list[str]:
+    """``arguments`` with True after those of ``switches`` that stand alone: ``--audit`` is ``--audit True``."""
+    found = []
+    for argument, following in pairwise([*arguments, "--"]):
+        found.append(argument)
+        if argument.startswith("--") and flag(argument.removeprefix("--")) in switches and following.startswith("-"):
+            found.append("True")
+    return found
 
 
 class Command(NamedTuple, Generic[C]):
@@ -65,23 +77,33 @@ def train_command(arguments: Sequence[str], *, prog: str) -> Command[TrainConfig
 
 
 def preset_command(
-    arguments: Sequence[str], widen: Callable[[TrainConfig], C], *, prog: str, description: str
+    arguments: Sequence[str],
+    widen: Callable[[TrainConfig], C],
+    *,
+    prog: str,
+    description: str,
+    only: str | None = None,
 ) -> Command[C]:
     """Reads ``PRESET [--tiny] [--config FILE] [--dry-run] [settings by dotted name]``.
 
     ``widen`` makes the job's settings, with its own defaults, of the preset's. Later ones win: the preset, ``--tiny``,
     the file, the settings. A file that a run wrote (``config.json``) names its preset, so PRESET can then be left out.
-    Raises :class:`UserError` as :func:`parse` does.
+    A job that has ``only`` one preset takes no PRESET. Raises :class:`UserError` as :func:`parse` does.
     """
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if only is not None:
+        if name is not None:
+            raise UserError(f"{prog} takes no preset; leave {name!r} out")
+        name = only
     shrink, dry_run = _take_switch(rest, "--tiny"), _take_switch(rest, "--dry-run")
     file = _take_value(rest, "--config")
     values: Any = storage.read_json(file) if file else {}
     if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
         raise UserError(f"{file}: must hold a JSON object of settings, with a preset's name if it names one")
     if name is not None and values.get("preset", name) != name:
-        raise UserError(f"{file}: is of preset {values['preset']!r}, not {name!r}; leave PRESET out or make them agree")
+        advice = f"{prog} takes no other" if only else "leave PRESET out or make them agree"
+        raise UserError(f"{file}: is of preset {values['preset']!r}, not {name!r}; {advice}")
     name = name or values.get("preset")
     if name is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
@@ -89,14 +111,16 @@ def preset_command(
     default = widen(tiny(row) if shrink else row)
     if values:
         default = from_dict(type(default), _merged(to_dict(default), values), source=str(file))
+    choice = "" if only else f"PRESET is one of {', '.join(PRESETS)}. "
     description = (
-        f"{description} PRESET is one of {', '.join(PRESETS)}. --tiny shrinks it to seconds of training, --config FILE "
-        f"reads settings from a JSON file such as a run's config.json, --dry-run prints what would be done and starts "
-        f"nothing. The defaults below are those of {default.preset}."
+        f"{description} {choice}--tiny shrinks the model to seconds of training, --config FILE reads settings from a "
+        f"JSON file such as a run's config.json, --dry-run prints what would be done and starts nothing. The defaults "
+        f"below are those of {default.preset}."
     )
-    config = parse(default, rest, prog=f"{prog} PRESET", description=description)
+    config = parse(default, rest, prog=prog if only else f"{prog} PRESET", description=description)
     if config.preset != default.preset:
-        raise UserError(f"--preset: only names what PRESET chose; write {prog} {config.preset} …")
+        advice = "leave it out" if only else f"write {prog} {config.preset} …"
+        raise UserError(f"--preset: only names what the defaults are; {advice}")
     return Command(config, dry_run)
 
 

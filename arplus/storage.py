@@ -149,11 +149,26 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file whole or not at all, making its folder where needed."""
     filesystem, path = resolve(uri)
     with named(uri):
-        if isinstance(filesystem, fs.S3FileSystem):
-            with filesystem.open_output_stream(path, compression=None) as stream:  # ".gz" is our business
-                stream.write(data)
-        else:
-            _write_local(Path(path), data)
+        _write(filesystem, path, data)
+
+
+def check_writable(uri: str) -> None:
+    """Raises :class:`UserError` or :class:`ResourceError` where :func:`write_bytes` would; what is there stays."""
+    filesystem, path = resolve(uri)
+    probe = f"{path}.{uuid4().hex[:8]}.tmp"
+    with named(uri):
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            raise UserError(f"{uri}: is a folder; name a file")
+        _write(filesystem, probe, b"")
+        filesystem.delete_file(probe)
+
+
+def _write(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    if isinstance(filesystem, fs.S3FileSystem):
+        with filesystem.open_output_stream(path, compression=None) as stream:  # ".gz" is our business
+            stream.write(data)
+    else:
+        _write_local(Path(path), data)
 
 
 def _write_local(target: Path, data: bytes) -> None:

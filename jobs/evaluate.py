@@ -2,20 +2,20 @@
 
 import sys
 
-from arplus import cli, cluster, storage
+from arplus import cli, cluster
 from arplus.config import EvaluateConfig
-from arplus.evaluation.evaluate import evaluate, table, track
+from arplus.evaluation.delivery import deliver, destination
+from arplus.evaluation.evaluate import evaluate, table
 
 
 def main() -> None:
     """Reads the command line, evaluates, and gives the metrics as table, JSON and in the training run's MLflow run."""
     config = cli.parse(EvaluateConfig(), sys.argv[1:], prog="jobs/evaluate.py", description=EvaluateConfig.__doc__)
+    to = destination(config)
     cluster.connect()
     result = evaluate(config)
     print(table(result))
-    if config.json is not None:
-        storage.write_json(config.json, result)
-    track(result, config)
+    deliver(result, config, to)
 
 
 if __name__ == "__main__":

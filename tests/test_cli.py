@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ def test_flags_override_the_default_in_both_spellings() -> None:
     assert config == SynthesizeConfig(
         output="somewhere", records=77, part_records=5, persona_answers=0.5, chatterbot=True
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "audit", "rezero"),
+    [
+        (["--audit"], True, True),
+        (["--audit", "--epochs", "2"], True, True),
+        (["--epochs", "2", "--model.rezero", "False", "--audit"], True, False),
+        (["--audit", "--model.rezero=False"], True, False),
+        (["--audit", "True", "--model.rezero", "False"], True, False),
+        (["--audit", "False", "--model.rezero"], False, True),
+        (["--run-name", "audit"], False, True),
+    ],
+)
+def test_a_bools_flag_may_stand_alone(arguments: list[str], audit: bool, rezero: bool) -> None:
+    config = train("arplus", *arguments)
+    assert (config.audit, config.model.rezero) == (audit, rezero)
+
+
+def test_a_bools_flag_takes_no_other_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train("arplus", "--audit", "yes")
+    assert caught.value.code == 2
+    assert "audit" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_lists_the_valid_ones() -> None:
@@ -149,6 +174,24 @@ def test_a_file_of_another_preset_is_refused(file: Any) -> None:
 
 def test_the_preset_cannot_be_renamed() -> None:
     assert "--preset: " in message_of("ar", "--preset", "arplus")
+
+
+def test_a_job_of_one_preset_takes_none(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def only(*arguments: str) -> TrainConfig:
+        return cli.preset_command(arguments, lambda run: run, prog="job", description="Does it.", only="arplus").config
+
+    assert only("--tiny", "--epochs", "2") == replace(tiny(preset("arplus")), epochs=2)
+    for arguments, message in {
+        ("arplus",): "job takes no preset; leave 'arplus' out",
+        ("--config", file({"preset": "ar"})): "is of preset 'ar', not 'arplus'; job takes no other",
+        ("--preset", "ar"): "--preset: only names what the defaults are; leave it out",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            only(*arguments)
+        assert message in str(caught.value)
+    with pytest.raises(SystemExit):
+        only("--help")
+    assert "PRESET" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--epochs", "1"], ["--tiny"]])

@@ -247,6 +247,17 @@ def test_no_container_is_root_in_the_end():
         assert re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE)[-1] == "1000"
 
 
+def test_ray_up_finds_in_the_image_what_it_calls():
+    """Ray rsyncs through `docker exec`, runs ssh on the head, and reads HOME from the image's variables."""
+    base = (ROOT / "docker" / "Dockerfile").read_text().split("FROM base")[0]
+    (installed,) = re.findall(r"apt-get install (.*) \\", base)
+    assert {"openssh-client", "rsync"} <= set(installed.split())
+    (home,) = re.findall(r"\bHOME=(\S+)", base)
+    assert "--create-home --uid 1000 ray" in base
+    assert home == "/home/ray"
+    assert [path for path in aws()["file_mounts"] if path.startswith(f"{home}/")] == list(aws()["file_mounts"])
+
+
 def test_everything_runs_the_same_ray():
     from importlib.metadata import version
 

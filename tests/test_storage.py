@@ -40,6 +40,16 @@ def test_what_is_written_is_read(folder: str) -> None:
     assert storage.read_bytes(uri) == b""
 
 
+def test_asking_whether_a_file_can_be_written_writes_nothing(folder: str) -> None:
+    storage.write_bytes(storage.join(folder, "old"), b"old")
+    storage.check_writable(storage.join(folder, "old"))
+    storage.check_writable(storage.join(folder, "new"))
+    assert storage.list_files(folder) == [storage.join(folder, "old")]
+    assert storage.read_bytes(storage.join(folder, "old")) == b"old"
+    with pytest.raises(UserError, match=f"^{folder}: is a folder; name a file$"):
+        storage.check_writable(folder)
+
+
 def test_megabytes_survive(folder: str) -> None:
     data = os.urandom(12 << 20)  # more than one part of an S3 upload
     storage.write_bytes(storage.join(folder, "large"), data)

@@ -164,9 +164,13 @@ class AblateConfig(StudyConfig):
             yield "row", f"names no preset of {', '.join(PRESETS)} (got {unknown[0]!r})"
         elif len(set(self.rows)) < len(self.rows):
             yield "row", "names a preset twice"
-        base = PRESETS["arplus"].model
-        if self.model != (tiny(PRESETS["arplus"]).model if self.tiny else base):
+        base = tiny(PRESETS["arplus"]) if self.tiny else PRESETS["arplus"]
+        if self.model != base.model:
             yield "model", "is what the rows differ in; an ablation takes no --model settings"
+        if self.lr != "common" and self.optimizer.lr != base.optimizer.lr:
+            yield "optimizer.lr", f"needs --lr common; with --lr {self.lr} every row has a rate of its own"
+        if self.optimizer.eps != base.optimizer.eps:
+            yield "optimizer.eps", "is each row's own; leave it out"
         if self.feed.subset is not None:
             yield "feed", "--feed.subset is what --sessions sets; leave it out"
 

@@ -193,7 +193,8 @@ def synthesize(config: SynthesizeConfig) -> Counts:
 
     A folder is filled with ``part-00000.jsonl.gz`` …, of ``config.part_records`` lines each. Locally nothing appears
     under the output's name before all is written. On S3 parts appear one by one, and are removed should it fail.
-    Raises :class:`UserError` where the output cannot be written, or is a folder that holds files already.
+    Raises :class:`UserError` where the output cannot be written, is a file already, or is a folder that holds files;
+    and :class:`ResourceError` where it lacks space, or S3 does not answer.
     """
     counts = Counts()
     lines = generate(config, counts)
@@ -201,10 +202,12 @@ def synthesize(config: SynthesizeConfig) -> Counts:
     single = path.endswith(_FILE_ENDINGS)
     if not single and path.endswith((".gz", ".zst", ".json")):
         raise UserError(f"{config.output}: a single file must end in {', '.join(_FILE_ENDINGS)}; else name a folder")
-    try:
+    with storage.named(config.output):
         info = filesystem.get_file_info(path)
         if single and info.type == fs.FileType.Directory:
             raise UserError(f"{config.output}: is a folder")
+        if single and info.type == fs.FileType.File:
+            raise UserError(f"{config.output}: the file exists; delete it or name another --output")
         if not single and info.type == fs.FileType.File:
             raise UserError(f"{config.output}: is a file; name a folder, or a file that ends in .jsonl.gz")
         if info.type == fs.FileType.Directory and filesystem.get_file_info(fs.FileSelector(path)):
@@ -216,8 +219,6 @@ def synthesize(config: SynthesizeConfig) -> Counts:
                 _write(filesystem, target, lines, path)
             else:
                 _write_parts(filesystem, target, lines, config)
-    except OSError as error:
-        raise UserError(f"{config.output}: cannot be written ({error})") from error
     return counts
 
 

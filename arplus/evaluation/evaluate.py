@@ -3,11 +3,8 @@
 Each worker holds the model, one a GPU, or a CPU where there is none.
 """
 
-import json
 import pickle
-import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import checkpoint, storage, tracking
+from arplus import checkpoint, storage
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, special_ids
 from arplus.data.collate import Draws, Layout, Window
@@ -253,27 +250,6 @@ def nats_by_row(model: ARPlus, batch: Batch) -> Tensor:
     )
     B, T = batch.response_BT.shape
     return nats_GN.new_zeros(2, B).index_add(1, index_N // (T - 1), nats_GN)
-
-
-def track(result: dict[str, Any], config: EvaluateConfig) -> None:
-    """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/honest/bleu`` and so on."""
-    state = checkpoint.load(result["checkpoint"])
-    run = tracking.start_run(
-        config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage),
-        state.config.experiment,
-        state.config.run_name,
-        tags={},
-        params={},
-        resume_run_id=state.mlflow_run_id,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        tracker = tracking.Tracker(run, record=Path(folder) / "tracking.jsonl")
-        for name, found in result["splits"].items():
-            metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
-            tracker.log(metrics, step=state.progress.examples)
-        names = "_".join(result["splits"])
-        tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
-        tracker.close("FINISHED")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ from arplus.config import (
 )
 from arplus.data.dataset import Dataset, Split
 from arplus.errors import UserError
-from arplus.evaluation.evaluate import evaluate, track
+from arplus.evaluation.delivery import destination, track
+from arplus.evaluation.evaluate import evaluate
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
 from arplus.study import execute, report, results
@@ -225,7 +226,7 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[
         trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
         study.save(trial)
         try:
-            track(found, asked)
+            track(found, destination(asked))
         except UserError as error:  # the tables have what they need
             again = f"jobs/evaluate.py --checkpoint {asked.checkpoint} --data {asked.data}"
             log.warning("%s: MLflow lacks its evaluation, which %s logs: %s", trial.name, again, error)

@@ -26,10 +26,10 @@ from arplus import storage, tracking
 from arplus.config import LrFindConfig, flat
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UserError
-from arplus.training import preflight, workers
+from arplus.training import node, preflight, workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.loop import seed_dropout
-from arplus.training.trainer import code_version, feeds, load, resolved
+from arplus.training.trainer import feeds, load, resolved
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def find(config: LrFindConfig) -> dict[str, Any]:
             "kind": "lr range test",
             "preset": config.preset,
             "fingerprint": dataset.fingerprint,
-            "git_commit": code_version(),
-        },
+        }
+        | node.code_tags(),
         params=flat(config),
     )
     folder = storage.resolve(uri)[1] if storage.is_local(uri) else f"{tempfile.gettempdir()}/arplus/{tracked.run_id}"

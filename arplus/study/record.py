@@ -19,9 +19,9 @@ from uuid import uuid4
 from arplus import storage, tracking
 from arplus.config import StudyConfig, TrainConfig, flat, from_dict, to_dict
 from arplus.errors import UserError
-from arplus.training import attempt, resume
+from arplus.training import attempt, node, resume
 from arplus.training.attempt import SupersededError
-from arplus.training.trainer import code_version, resolved
+from arplus.training.trainer import resolved
 
 C = TypeVar("C", bound=StudyConfig)
 Outcome = Literal["running", "finished", "stopped", "diverged", "failed"]
@@ -100,7 +100,7 @@ class Study:
             config.mlflow or tracking.default_uri(config.storage),
             config.experiment,
             config.run_name,
-            tags={"kind": kind, "preset": config.preset, "fingerprint": fingerprint, "git_commit": code_version()},
+            tags={"kind": kind, "preset": config.preset, "fingerprint": fingerprint} | node.code_tags(),
             params=flat(config),
             resume_run_id=before["mlflow_run_id"] if before else None,
         )

@@ -5,6 +5,7 @@ Ray runs :func:`look` on every node, so that this module imports little.
 
 import hashlib
 import shutil
+import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +66,19 @@ def check_versions(name: str, there: dict[str, str], here: dict[str, str]) -> No
     different = [f"{k} {v} there, {here[k]} here" for k, v in there.items() if v != here[k]]
     if different:
         raise ResourceError(f"node {name}: other versions ({'; '.join(different)}); start all nodes from one image")
+
+
+def code_tags() -> dict[str, str]:
+    """Which code runs, as an MLflow run's tags: its version and hash, and its commit where it is a git checkout.
+
+    A submitted job has the hash alone: neither ``.git`` nor git reach the nodes.
+    """
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return {"code": _code()}
+    return {"code": _code(), "git_commit": commit}
 
 
 def _code() -> str:

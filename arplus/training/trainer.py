@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -119,7 +118,8 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | N
             uri,
             config.experiment,
             config.run_name,
-            tags={"preset": config.preset, "fingerprint": dataset.fingerprint, "git_commit": code_version()}
+            tags={"preset": config.preset, "fingerprint": dataset.fingerprint}
+            | node.code_tags()
             | (part.tags if part else {}),
             params=flat(config),
             parent_run_id=part.parent_run_id if part else None,
@@ -183,15 +183,6 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
         return Feed(order, layout, place, config.feed, STATIC if config.compile else EXACT)
 
     return feed("train", True), feed("valid", False)
-
-
-def code_version() -> str:
-    """The commit of the code that runs, "unknown" outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:

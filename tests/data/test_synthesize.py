@@ -18,7 +18,7 @@ from arplus.data.language import language
 from arplus.data.personas import Persona, agrees, persona_question
 from arplus.data.records import Reject, parse_line
 from arplus.data.synthesize import Counts, chatterbot_records, generate, synthesize
-from arplus.errors import UserError
+from arplus.errors import ResourceError, UserError
 
 
 def config(**changes):
@@ -297,17 +297,27 @@ def test_outputs_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "old.jsonl").write_text("mine")
     (tmp_path / "folder.jsonl").mkdir()
     for name, message in {
         "full": "not empty",
         "file": "is a file",
         "folder.jsonl": "is a folder",
         "x.gz": "must end in",
-        "file/below": "cannot be written",
+        "file/below": "file/below: File exists",
+        "old.jsonl": "the file exists; delete it or name another",
     }.items():
         with pytest.raises(UserError, match=message):
             synthesize(config(output=str(tmp_path / name), records=10))
-    assert (tmp_path / "full" / "a").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert {(tmp_path / name).read_text() for name in ("full/a", "file", "old.jsonl")} == {"mine"}
+
+
+def test_s3_that_does_not_answer_is_a_lack_of_resources(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
+    with pytest.raises(ResourceError, match=r"^s3://bucket/raw: S3 refused or did not answer"):
+        synthesize(config(output="s3://bucket/raw", records=10))
 
 
 @pytest.mark.parametrize("name", ["parts", "x.jsonl.gz"])

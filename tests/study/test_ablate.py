@@ -7,7 +7,7 @@ import pytest
 from prepared import write_dataset
 
 from arplus import storage
-from arplus.config import PAPER_ROWS, AblateConfig, checked, preset, tiny, to_dict
+from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, checked, preset, tiny, to_dict
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.study import ablate
@@ -106,11 +106,21 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
         ({"row": ("arplus", "no-bert")}, "--row: names no preset"),
         ({"row": ("ar", "ar")}, "--row: names a preset twice"),
         ({"model": preset("ar").model}, "takes no --model settings"),
+        ({"optimizer": OptimizerConfig(lr=1e-3)}, "--optimizer.lr: needs --lr common; with --lr paper"),
+        ({"optimizer": OptimizerConfig(lr=1e-3), "lr": "tuned"}, "--optimizer.lr: needs --lr common; with --lr tuned"),
+        ({"optimizer": OptimizerConfig(lr=1e-3, eps=1e-8), "lr": "common"}, "--optimizer.eps: is each row's own"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         checked(replace(AblateConfig(), **changes))  # type: ignore[arg-type]
+
+
+def test_settings_that_hold_for_all_rows_pass() -> None:
+    for run in (preset("arplus"), tiny(preset("arplus"))):
+        config = AblateConfig(tiny=run != preset("arplus"), model=run.model)
+        checked(replace(config, optimizer=replace(run.optimizer, clip=0.5)))
+        checked(replace(config, optimizer=replace(run.optimizer, lr=1e-3), lr="common"))
 
 
 def test_more_sessions_than_there_are(dataset: Dataset) -> None:

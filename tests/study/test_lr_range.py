@@ -14,6 +14,7 @@ from prepared import write_dataset
 from arplus.config import LrFindConfig, from_dict, preset, study_settings, tiny, to_dict
 from arplus.errors import RunError, UserError
 from arplus.study import lr_range
+from arplus.training import node
 
 RATES = [1e-6 * 10 ** (i / 20) for i in range(121)]
 
@@ -76,6 +77,7 @@ def test_a_real_range_test_leaves_curve_plot_and_bounds(tmp_path: Path) -> None:
     (run,) = client.search_runs([client.get_experiment_by_name("arplus").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.tags["kind"] == "lr range test"
+    assert run.data.tags["code"] == node.versions()["arplus"]
     assert [m.value for m in client.get_metric_history(run.info.run_id, "lr_range/lr")] == rates
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"lr_range.csv", "lr_range.json", "lr_range.svg"}
     with pytest.raises(UserError, match=r"--resume never: .*rates exists"):

@@ -17,6 +17,7 @@ from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.study import execute, tune
 from arplus.study.record import Study, named
+from arplus.training import node
 from arplus.training.attempt import SupersededError
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
@@ -96,6 +97,7 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["sweep", "trial-0001", "trial-0002"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.tags["code"] for run in runs.values()} == {node.versions()["arplus"]}
     parent = runs.pop("sweep")
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
     assert all(run.data.tags["attempts"] == "1" for run in runs.values())

@@ -121,6 +121,14 @@ def test_other_versions(config: TrainConfig, dataset: Dataset, monkeypatch: pyte
     assert f"other versions (torch {theirs['torch']} there, 1.0 here)" in said
 
 
+def test_the_code_has_a_version_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = node.code_tags()
+    assert here["code"] == node.versions()["arplus"]
+    assert len(here["git_commit"]) == 40, "the tests run in a checkout"
+    monkeypatch.setenv("PATH", "")
+    assert node.code_tags() == {"code": here["code"]}
+
+
 @pytest.mark.parametrize(
     ("limit", "says"), [("MIN_SHM", "free in /dev/shm, and training needs"), ("MIN_DISK", "free for temporary files")]
 )

@@ -66,6 +66,7 @@ def test_mlflow_has_the_run(finished: tuple) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.lr"] == "0.002"
     assert run.data.tags["fingerprint"] == "test"
+    assert run.data.tags["code"] == node.versions()["arplus"]
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps[-1] == 2 * EXAMPLES
     assert steps == sorted(steps)

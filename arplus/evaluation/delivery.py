@@ -1,0 +1,89 @@
+"""Where an evaluation's metrics go, which is asked before the work: a JSON file, and the training run's MLflow run."""
+
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arplus import checkpoint, storage, tracking
+from arplus.config import EvaluateConfig
+from arplus.errors import ResourceError
+from arplus.evaluation.evaluate import GROUPS
+from arplus.tracking.run import absolute_uri
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """What MLflow is to know of the checkpoint that is evaluated."""
+
+    mlflow: str
+    """Tracking URI."""
+    run_id: str | None
+    """The training's MLflow run; None for a checkpoint that has none, such as an export."""
+    experiment: str
+    run_name: str
+    examples: int
+    """Examples that the checkpoint was trained on: the step of its metrics."""
+    records: str
+    """Folder for the record of what MLflow misses: beside the checkpoint, where training keeps its own."""
+
+
+def destination(config: EvaluateConfig) -> Destination:
+    """Where the metrics will go.
+
+    Raises :class:`UserError` or :class:`ResourceError` where MLflow does not answer or --json cannot be written.
+    """
+    state = checkpoint.load(config.checkpoint)
+    mlflow = config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage)
+    tracking.check_reachable(mlflow)
+    if config.json is not None:
+        storage.check_writable(config.json)
+    return Destination(
+        mlflow=mlflow,
+        run_id=state.mlflow_run_id,
+        experiment=state.config.experiment,
+        run_name=state.config.run_name,
+        examples=state.progress.examples,
+        records=storage.join(storage.absolute(config.checkpoint), "tracking"),
+    )
+
+
+def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> None:
+    """Writes the metrics to the JSON file and to MLflow; where one of them fails, the other has them all the same."""
+    try:
+        if config.json is not None:
+            storage.write_json(config.json, result)
+    finally:
+        track(result, to)
+
+
+def track(result: dict[str, Any], to: Destination) -> None:
+    """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/honest/bleu`` and so on.
+
+    Where its server has gone away meanwhile, they stay in a record, and a warning says how to send them.
+    """
+    run = _run(to)
+    record = Path(tempfile.mkdtemp(prefix="arplus-evaluation-"), "tracking.jsonl")
+    tracker = tracking.Tracker(run, record=record, keep=to.records)
+    for name, found in result["splits"].items():
+        metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
+        tracker.log(metrics, step=to.examples)
+    names = "_".join(result["splits"])
+    tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
+    if tracker.close("FINISHED") == 0:
+        shutil.rmtree(record.parent)
+
+
+def _run(to: Destination) -> tracking.Run:
+    try:
+        return tracking.start_run(to.mlflow, to.experiment, to.run_name, tags={}, params={}, resume_run_id=to.run_id)
+    except ResourceError as error:
+        if to.run_id is None:
+            raise
+        log.warning("%s", error)
+        return tracking.Run(absolute_uri(to.mlflow), "", to.run_id)
