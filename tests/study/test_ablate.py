@@ -79,7 +79,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
 
     splits = {"test": {"honest": {"response_ppl": 30.5}}}
     monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
-    monkeypatch.setattr(ablate, "track", away)
+    monkeypatch.setattr(ablate, "destination", away)
     ablate._evaluate(config, mine, dataset, sizes)
     record = storage.read_json(mine.record_uri(row.name))
     assert record["final"]["evaluation"] == splits
