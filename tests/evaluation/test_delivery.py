@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def test_what_mlflow_misses_can_be_replayed(
 ) -> None:
     """Its server goes away during the evaluation."""
     caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the local record stays where MLflow missed some of it
     close = tracking.Tracker.close
     monkeypatch.setattr(tracking.Tracker, "close", lambda self, status: close(self, status, timeout=0.5))
     config = replace(config, json=f"{tmp_path}/metrics.json")
