@@ -199,7 +199,7 @@ train_configs = st.builds(
             "lambda1": st.just(0.0) | positive,
             "max_steps": st.none() | st.integers(1),
             "seed": st.integers(0, 2**63 - 1),
-            "worker_cpus": st.none() | positive,
+            "worker_cpus": st.none() | st.floats(0.2, 1e3),
             "zero": st.integers(0, 3),
             "precision": st.sampled_from(["auto", "fp32", "bf16"]),
         }

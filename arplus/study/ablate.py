@@ -216,7 +216,7 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
-        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data)
+        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
         found = evaluate(asked)
         track(found, asked)
         trial.final["evaluation"] = found["splits"]
