@@ -148,7 +148,7 @@ def _tallies(order: Order, config: EvaluateConfig) -> list[Tally]:
     dataset = ray.data.range(n, override_num_blocks=n).map_batches(
         Evaluator,
         fn_constructor_args=(order, config),
-        batch_size=None,
+        batch_size=1,  # a window; Ray Data refuses None beside a GPU
         compute=ActorPoolStrategy(size=min(gpus or int(cpus) - 1, n)),
         # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
         num_cpus=0 if gpus else 1,
