@@ -1,16 +1,23 @@
-"""The one way in which jobs join Ray: a running cluster where there is one, else one started on this machine."""
+"""The one way in which jobs join Ray, and what of it they may take.
 
+They join a running cluster where there is one; else they start one on this machine.
+"""
+
+import functools
 import logging
+import math
 import os
 import secrets
 import socket
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from ray._private import services
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from arplus.config import Device
 from arplus.errors import ResourceError, UserError, redacted
 
 log = logging.getLogger(__name__)
@@ -83,6 +90,49 @@ def _start(cpus: int | None) -> None:
         logging_level=logging.WARNING,
         runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
     )
+
+
+class Offer(NamedTuple):
+    """What a job may take of the connected cluster."""
+
+    cpus: float
+    """CPUs; infinite where nodes that are yet to start bring their own."""
+    gpus: int
+    """GPUs, one a worker; 0 where it computes on CPUs."""
+
+
+def offer(device: Device, gpus: int) -> Offer:
+    """What the cluster has for a job with ``--device``, which takes ``gpus`` GPUs at most, or at least with "gpu".
+
+    Only "gpu" counts on nodes that do not live yet: no part of Ray 2.60 says what an autoscaler could start
+    (``get_max_resources_from_cluster_config`` is None, since neither of its autoscalers reports its configuration).
+    Raises :class:`ResourceError` for "gpu" where no GPU can ever come.
+    """
+    alive = ray.cluster_resources()
+    found = Offer(alive.get("CPU", 0.0), int(alive.get("GPU", 0)))
+    if device == "cpu":
+        return found._replace(gpus=0)
+    if device == "gpu" and found.gpus < gpus:
+        if _may_grow():
+            _say(f"--device gpu: {found.gpus} of {gpus} GPUs are alive; waiting until the cluster has started the rest")
+            return Offer(math.inf, gpus)
+        if not found.gpus:
+            raise ResourceError("--device gpu: this machine has no GPU; leave it out, or submit the job to a cluster")
+    if not found.gpus and _may_grow():
+        _say("no GPU of the cluster is alive, so this runs on CPUs; --device gpu asks its autoscaler for GPUs")
+    return found
+
+
+def _may_grow() -> bool:
+    """Whether nodes may join: to all clusters but the one that ends with this process."""
+    node = ray._private.worker.global_worker.node
+    return node is None or not node.is_head()
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Logs a line once, however often it is true."""
+    log.info(line)
 
 
 def quiet() -> None:

@@ -199,7 +199,7 @@ train_configs = st.builds(
             "lambda1": st.just(0.0) | positive,
             "max_steps": st.none() | st.integers(1),
             "seed": st.integers(0, 2**63 - 1),
-            "worker_cpus": st.none() | positive,
+            "worker_cpus": st.none() | st.floats(0.2, 1e3),
             "zero": st.integers(0, 3),
             "precision": st.sampled_from(["auto", "fp32", "bf16"]),
         }
@@ -268,6 +268,8 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
         ({"max_steps": 0}, "--max-steps: "),  # a union with None, whose error pydantic places below the field
         ({"max_steps": "many"}, "--max-steps: "),
         ({"worker_cpus": math.inf}, "--worker-cpus: must be finite"),
+        ({"worker_cpus": 0.1}, "--worker-cpus: input should be greater than or equal to 0.2"),
+        ({"device": "cuda"}, "--device: input should be 'auto', 'gpu' or 'cpu'"),
         ({"epochs": 1.5}, "--epochs: "),
         ({"epochs": None}, "--epochs: "),
         ({"model": {"dropout": 1.0}}, "--model.dropout: input should be less than 1"),

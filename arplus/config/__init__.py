@@ -43,9 +43,11 @@ from arplus.config.studies import (
 )
 from arplus.config.training import (
     AR,
+    MIN_WORKER_CPUS,
     PAPER_ROWS,
     PEAK_TFLOPS,
     PRESETS,
+    Device,
     EstimateConfig,
     FeedConfig,
     ObjectiveConfig,
@@ -57,6 +59,7 @@ from arplus.config.training import (
 
 __all__ = [
     "AR",
+    "MIN_WORKER_CPUS",
     "PAPER_ROWS",
     "PEAK_TFLOPS",
     "PRESETS",
@@ -64,6 +67,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "AblateConfig",
     "ChatConfig",
+    "Device",
     "Dimension",
     "EstimateConfig",
     "EvaluateConfig",

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from arplus.config.training import Device
+
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
 
@@ -139,6 +141,9 @@ class EvaluateConfig:
     tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
+    device: Device = "auto"
+    """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
+    has started it; cpu takes none."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples a batch; the paper-compatible metrics are means over batches, so they depend on it."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0

@@ -20,7 +20,7 @@ FORMS = (
 _NOT_A_TRIALS = frozenset(
     {
         *("preset", "data", "storage", "run_name", "mlflow", "experiment", "resume"),  # where and what a trial is
-        *("workers", "worker_cpus", "zero", "accumulation", "compile", "max_failures"),  # how the same is computed
+        *("workers", "device", "worker_cpus", "zero", "accumulation", "compile", "max_failures"),  # how it is computed
         *("epochs", "max_steps", "validate_every"),  # the budget, which is equal for all
         *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "audit"),
     }

@@ -29,7 +29,7 @@ class StudyConfig(TrainConfig):
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
     concurrency: Annotated[int, Gt(0)] | None = None
-    """Runs side by side; by default as many as the cluster has GPUs for, or, without GPUs, whole CPUs."""
+    """Runs side by side; by default as many as the cluster has living GPUs for, or, on CPUs, whole CPUs, or one."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

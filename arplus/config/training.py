@@ -10,6 +10,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from arplus.config.model import ModelConfig
 from arplus.errors import UserError
 
+Device = Literal["auto", "gpu", "cpu"]
+"""What workers compute on; :func:`arplus.cluster.offer` makes resources of it."""
+MIN_WORKER_CPUS = 0.2
+"""The smallest share of a CPU that a worker is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -91,9 +96,12 @@ class TrainConfig:
     run_name: str = ""
     """Name of the run and of its folder; the preset's name where empty."""
     workers: int | str = 1
-    """Training workers, one GPU each where there are GPUs: N, or MIN:MAX for as many of them as the cluster has room
-    for at any time, which may change in mid-run."""
-    worker_cpus: Annotated[float, Gt(0)] | None = None
+    """Training workers, one GPU each where they train on GPUs: N, or MIN:MAX for as many of them as the cluster has
+    room for at any time, which may change in mid-run."""
+    device: Device = "auto"
+    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one a worker and waits until the cluster
+    has started them; cpu takes none."""
+    worker_cpus: Annotated[float, Ge(MIN_WORKER_CPUS)] | None = None
     """CPUs a worker; by default what leaves one whole CPU to the data feed."""
     zero: Annotated[int, Ge(0), Le(3)] = 1
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned."""
@@ -169,6 +177,8 @@ class TrainConfig:
                 f"must be at least workers × accumulation = {self.world_sizes[-1]} × {self.accumulation} = {parts}, "
                 f"an example for each (got {self.batch_size})",
             )
+        if self.compile and self.device == "cpu":
+            yield "compile", "needs GPUs, and --device cpu takes none; leave one out"
         if self.compile and self.zero == 3:
             yield "compile", "needs --zero 0, 1 or 2: stage 3 gathers each module's parameters between its kernels"
 

@@ -1,6 +1,6 @@
 """A checkpoint's metrics on exactly all examples of a split, computed window by window through Ray Data.
 
-Each worker holds the model, one a GPU, or a CPU where there is none.
+Each worker holds the model, one a GPU, or a CPU where there is none (``--device``).
 """
 
 import pickle
@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import checkpoint, storage
+from arplus import checkpoint, cluster, storage
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, special_ids
 from arplus.data.collate import Draws, Layout, Window
@@ -135,19 +135,19 @@ def _evaluate(config: EvaluateConfig, dataset: Dataset, split: Split) -> Tally:
 
 
 def _tallies(order: Order, config: EvaluateConfig) -> list[Tally]:
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if cpus < 2:
-        raise ResourceError(f"evaluation needs 2 CPUs (one for a model, one for Ray Data); the cluster has {cpus}")
+    cpus, gpus = cluster.offer(config.device, 1)
+    if not gpus and cpus < 2:
+        raise ResourceError(f"evaluation needs 2 CPUs (one for a model, one for Ray Data); the cluster has {cpus:g}")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     n = order.windows
     dataset = ray.data.range(n, override_num_blocks=n).map_batches(
         Evaluator,
         fn_constructor_args=(order, config),
-        batch_size=None,
-        compute=ActorPoolStrategy(size=min(gpus or cpus - 1, n)),
-        num_cpus=1,
+        batch_size=1,  # a window; Ray Data refuses None beside a GPU
+        compute=ActorPoolStrategy(size=min(gpus or int(cpus) - 1, n)),
+        # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
+        num_cpus=0 if gpus else 1,
         num_gpus=1 if gpus else 0,
     )
     return [pickle.loads(row["tally"]) for row in dataset.iter_rows()]
@@ -162,7 +162,8 @@ class Evaluator:
         self.order = order
         self.config = config
         self.layout = Layout.of(self.state.config.model, self.state.sizes)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # A GPU that is not this actor's own is in sight too (ray#54868).
+        self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self.model = build_model(self.state).to(self.device)
         self.special = special_ids(self.state.sizes.characters)
 

@@ -219,7 +219,7 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
-        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data)
+        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
         found = storage.patiently(study.uri, functools.partial(evaluate, asked))
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import ray
-
-from arplus.config import StudyConfig
+from arplus import cluster
+from arplus.config import MIN_WORKER_CPUS, StudyConfig
 from arplus.errors import ResourceError
-from arplus.training.preflight import FEED_CPUS, MIN_WORKER_CPUS, driver_cpus
+from arplus.training.preflight import FEED_CPUS, driver_cpus
 
 
 class Room(NamedTuple):
@@ -19,8 +18,8 @@ class Room(NamedTuple):
 
 def find_room(config: StudyConfig, runs: int) -> Room:
     """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
-    cluster = ray.cluster_resources()
-    return fit(config, runs, cluster.get("CPU", 0.0), int(cluster.get("GPU", 0)), driver_cpus())
+    cpus, gpus = cluster.offer(config.device, config.world_sizes[-1] * (config.concurrency or 1))
+    return fit(config, runs, cpus, gpus, driver_cpus())
 
 
 def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, driver: float = 0.0) -> Room:
@@ -56,7 +55,8 @@ def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: in
     if gpus and runs * workers > gpus:
         return (
             f"{flags}: {runs} run(s) side by side × {workers} workers × 1 GPU = {runs * workers} GPUs, and the cluster "
-            f"has {gpus}; lower --workers or --concurrency"
+            f"has {gpus} alive; lower --workers or --concurrency, or take --device gpu, which waits for more, or "
+            "--device cpu"
         )
     total = runs * workers * share + FEED_CPUS + driver
     driven = f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else ""

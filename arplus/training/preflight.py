@@ -16,16 +16,14 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from arplus import storage
-from arplus.config import TrainConfig
+from arplus import cluster, storage
+from arplus.config import MIN_WORKER_CPUS, TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.training import node
 
 FEED_CPUS = 1
 """Whole logical CPUs that workers must leave to Ray Data; without one its tasks wait for ever (ray#64588)."""
-MIN_WORKER_CPUS = 0.2
-"""The smallest share of a CPU that a worker is given by default."""
 NODE_S = 30.0
 """Seconds that all nodes have for their answers."""
 MIN_SHM = 128 << 20
@@ -35,16 +33,18 @@ MIN_DISK = 1 << 30
 
 
 def scaling(config: TrainConfig) -> ScalingConfig:
-    """Workers and their resources on the connected cluster: a GPU each where there are any, CPUs as they are left.
+    """Workers and their resources on the connected cluster: a GPU each as ``--device`` says, CPUs as they are left.
 
-    A cluster with an autoscaler counts as large as it may become. Raises :class:`ResourceError` with the sum shown when
-    it is too small for the fewest workers that the run may have.
+    Raises :class:`ResourceError` with the sum shown when it is too small for the fewest workers that the run may have.
     """
-    cpus, gpus = _cluster_has("CPU"), _cluster_has("GPU")
     driver = driver_cpus()
     fewest, wanted = config.world_sizes[0], config.world_sizes[-1]
+    cpus, gpus = cluster.offer(config.device, wanted)
     if gpus and fewest > gpus:
-        raise ResourceError(f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus:g}")
+        raise ResourceError(
+            f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus} alive; lower --workers, or "
+            "take --device gpu, which waits for more, or --device cpu"
+        )
     free = cpus - FEED_CPUS - driver
     share = config.worker_cpus or min(1.0, max(free / wanted, min(MIN_WORKER_CPUS, free / fewest)))
     if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
@@ -70,11 +70,6 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     )
 
 
-def _cluster_has(resource: str) -> float:
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return max(ray.cluster_resources().get(resource, 0.0), float(most.get(resource, 0)))
-
-
 def driver_cpus() -> float:
     """CPUs that this job's own driver holds (``ray job submit --entrypoint-num-cpus``)."""
     from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
@@ -94,8 +89,11 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     :class:`UserError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for GPUs or
     space that are missing, and for a node that does not answer.
     """
-    if config.compile and not _cluster_has("GPU"):
-        raise ResourceError("--compile: the cluster has no GPU, and on CPUs compiled layers take longer; leave it out")
+    if config.compile and not cluster.offer(config.device, 1).gpus:
+        raise ResourceError(
+            "--compile: the cluster has no GPU alive, and on CPUs compiled layers take longer; leave it out, or take "
+            "--device gpu where an autoscaler starts GPU nodes"
+        )
     _check_storage(config, checkpoint_bytes)
     marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
     storage.write_bytes(marker, b"")

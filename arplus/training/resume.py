@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 MAY_DIFFER = frozenset(
     {
         *("run_name", "storage", "data", "mlflow"),  # where things are; the data is compared by its fingerprint
-        *("workers", "worker_cpus", "zero", "accumulation", "compile", "feed.prefetch"),  # how the same is computed
+        *("workers", "device", "worker_cpus", "zero", "accumulation", "compile", "feed.prefetch"),  # how it is computed
         *("epochs", "max_steps"),  # a run may be extended
         *("validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"),
         *("resume", "max_failures", "audit"),

@@ -43,6 +43,8 @@ def run(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
+            # Ray hides no GPU from a worker that has none (ray#54868), and torch and DeepSpeed would take it.
+            worker_runtime_env={} if scaling.use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             callbacks=list(callbacks),
         ),
     )

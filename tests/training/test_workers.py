@@ -1,10 +1,13 @@
-"""How many cores a worker takes."""
+"""What a worker takes of its machine: cores, and no GPU that is not its own."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from arplus.training import workers
+from arplus.config import TrainConfig
+from arplus.training import preflight, workers
 
 
 @pytest.mark.parametrize(("machine", "expected"), [(1, 1), (64, 2)])
@@ -14,3 +17,12 @@ def test_cores_are_the_machines_or_those_that_ray_was_given(
     """A container with a quota of two cores sees all of its host's; Ray, and the fixture's cluster, have two."""
     monkeypatch.setattr(os, "cpu_count", lambda: machine)
     assert workers.cores() == expected
+
+
+def test_a_worker_without_a_gpu_of_its_own_sees_none(ray_cluster: None, tmp_path: Path) -> None:
+    """Ray 2.60 leaves a node's GPUs in sight of workers that took none, as with --device cpu."""
+
+    def sees(_: dict[str, Any]) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert workers.run(sees, {}, preflight.scaling(TrainConfig(device="cpu")), str(tmp_path)) == ""
