@@ -323,6 +323,7 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
         (TrainConfig, {"model": {"tied_generator": True}}, "--model.embedding-size: must equal d_model = 512"),
         (TrainConfig, {"compile": True, "zero": 3}, "--compile: needs --zero 0, 1 or 2"),
+        (TrainConfig, {"compile": True, "device": "cpu"}, "--compile: needs GPUs, and --device cpu takes none"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
         (PrepareConfig, {"input": "i", "output": "o", "test": 1.5}, "--test: must be a share below 1 or a whole"),
