@@ -48,7 +48,8 @@ def on_a_cluster(settings: dict[str, Any], cpus: int, gpus: int, joining: int) -
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("device_worker.py"), *map(str, (cpus, gpus, joining))],
         input=json.dumps(settings),
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        # Without what this process's own cluster, if it has one, left there: its port, for one.
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
         timeout=150,
