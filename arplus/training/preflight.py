@@ -46,7 +46,11 @@ def scaling(config: TrainConfig) -> ScalingConfig:
             "take --device gpu, which waits for more, or --device cpu"
         )
     free = cpus - FEED_CPUS - driver
-    share = config.worker_cpus or min(1.0, max(free / wanted, min(MIN_WORKER_CPUS, free / fewest)))
+    # A feed's task needs a whole CPU of one node. If as many CPUs are left as there are nodes, one of them has it,
+    # wherever the workers go; of two nodes with two CPUs each, four workers of 3/4 would leave a half to either.
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    spread = free - FEED_CPUS * max(nodes - 1, 0)
+    share = config.worker_cpus or min(1.0, max(spread / wanted, min(MIN_WORKER_CPUS, free / fewest)))
     if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
         share = max(share, MIN_WORKER_CPUS)
         fit = max(int(free / share + 1e-6), 0)

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from prepared import write_dataset
 from ray.experimental.internal_kv import _internal_kv_put
 
+from arplus import cluster
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, RunError, UserError
@@ -46,6 +48,18 @@ def test_workers_leave_one_of_two_cpus_to_the_feed(workers: int | str, asked: ob
     found = preflight.scaling(TrainConfig(workers=workers))
     assert found.num_workers == asked
     assert found.resources_per_worker == {"CPU": cpus}
+
+
+@pytest.mark.parametrize(("nodes", "of_each", "workers", "share"), [(2, 2, 4, 0.5), (3, 4, 8, 1.0), (2, 8, 20, 0.7)])
+def test_the_feed_has_a_whole_cpu_wherever_the_workers_go(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, of_each: int, workers: int, share: float
+) -> None:
+    """With as many CPUs left as there are nodes, one node at least has a whole one."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": of_each}}] * nodes)
+    monkeypatch.setattr(cluster, "offer", lambda *_: cluster.Offer(nodes * of_each, 0))
+    found = preflight.scaling(TrainConfig(workers=workers))
+    assert found.resources_per_worker == {"CPU": share}
+    assert nodes * of_each - workers * share >= nodes
 
 
 def test_more_workers_than_there_is_room_for_are_right_where_fewer_do() -> None:
