@@ -5,7 +5,7 @@ import pytest
 import zstandard
 
 from arplus.data.lines import RangeReader, input_files, read_blocks
-from arplus.errors import UserError
+from arplus.errors import RefusedError, UserError
 
 LINES = b"".join(b'{"n": %d, "text": "%s"}\n' % (i, b"x" * (i % 70)) for i in range(20_000))
 HALF = LINES[: len(LINES) // 2]
@@ -96,7 +96,7 @@ def test_a_file_is_read_in_ranges_and_a_failed_one_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(LINES)
-    failures = [UserError("s3://bucket/x: S3 refused or did not answer")] * 2
+    failures = [RefusedError("s3://bucket/x: S3 refused or did not answer")] * 2
 
     def read_range(uri: str, start: int, size: int) -> bytes:
         if start > 10_000 and failures:
