@@ -59,8 +59,12 @@ def on_a_cluster(settings: dict[str, Any], cpus: int, gpus: int, joining: int) -
     return found
 
 
+@pytest.mark.soak
 def test_gpus_are_asked_for_where_none_is_alive(settings: dict[str, Any]) -> None:
-    """A cluster that scales to zero: a head of two CPUs, and a GPU node that joins while the evaluation waits."""
+    """A cluster that scales to zero: a head of two CPUs, and a GPU node that joins while the evaluation waits.
+
+    Half a minute.
+    """
     found = on_a_cluster(settings | {"device": "gpu"}, cpus=2, gpus=0, joining=1)
     assert found["scaling"] == {"auto": ON_CPUS, "cpu": ON_CPUS, "gpu": ON_GPUS}
     assert found["side_by_side"] == {"auto": 1, "cpu": 1, "gpu": 1}

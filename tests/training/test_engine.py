@@ -43,20 +43,19 @@ def test_dropout_is_the_same_at_every_stage(spawn: Callable) -> None:
 
 def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
     """DeepSpeed switches an autocast off that it did not switch on itself."""
-    for precision, dtype in (("bf16", "torch.bfloat16"), ("fp32", "torch.float32")):
-        stages = [config(zero=stage, precision=precision) for stage in range(4)]
-        assert spawn(1, dtypes_of_products, stages) == [[dtype, dtype]] * 4
+    stages = [config(zero=stage, precision="bf16") for stage in range(4)]
+    assert spawn(1, dtypes_of_products, stages) == [["torch.bfloat16"] * 2] * 4
 
 
 def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
     reference = torch.tensor(plain_run(config(), 8)[0])
-    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in range(4)], 8):
+    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in (0, 3)], 8):
         assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_gradient_that_is_not_finite_reaches_no_weights(spawn: Callable, workers: int) -> None:
-    for said, same in spawn(workers, after_a_bad_gradient, [config(workers=workers, zero=s) for s in range(4)]):
+def test_a_gradient_that_is_not_finite_reaches_no_weights(spawn: Callable) -> None:
+    """One worker's gradient is bad, and both stop."""
+    for said, same in spawn(2, after_a_bad_gradient, [config(workers=2, zero=stage) for stage in range(4)]):
         assert "gradient norm" in said
         assert same
 
