@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -69,9 +68,8 @@ def find(config: LrFindConfig) -> dict[str, Any]:
         | node.code_tags(),
         params=flat(config),
     )
-    folder = storage.resolve(uri)[1] if storage.is_local(uri) else f"{tempfile.gettempdir()}/arplus/{tracked.run_id}"
-    keep = None if storage.is_local(uri) else storage.join(uri, "tracking")
-    with tracking.Tracker(tracked, record=Path(folder) / "tracking.jsonl", keep=keep) as tracker:
+    record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
+    with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
         tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
         points = _run(config, scaling, uri)
         for number, point in enumerate(points):

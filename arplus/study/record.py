@@ -10,7 +10,6 @@ Nothing of Ray Tune's own state is read again: it is pickled code, up to ten sec
 were begun since.
 """
 
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -126,14 +125,12 @@ class Study:
     @property
     def record(self) -> Path:
         """The local record of what is tracked on the study itself."""
-        if storage.is_local(self.uri):
-            return Path(storage.resolve(self.uri)[1]) / "tracking.jsonl"
-        return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
+        return tracking.record_of(self.tracked, self.uri)
 
     @property
     def records(self) -> str | None:
         """Where a record that MLflow lacks a part of is kept, for a study whose folder is remote."""
-        return None if storage.is_local(self.uri) else storage.join(self.uri, "tracking")
+        return tracking.keep_of(self.uri)
 
     @property
     def best(self) -> Trial | None:

@@ -12,7 +12,16 @@ Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only mod
 
 from arplus.tracking.client import check_reachable, end_children, end_run, register_model, start_run
 from arplus.tracking.replay import replay
-from arplus.tracking.run import Run, compare_url, default_uri, open_command, run_url, study_url
+from arplus.tracking.run import (
+    Run,
+    compare_url,
+    default_uri,
+    keep_of,
+    open_command,
+    record_of,
+    run_url,
+    study_url,
+)
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
@@ -24,7 +33,9 @@ __all__ = [
     "default_uri",
     "end_children",
     "end_run",
+    "keep_of",
     "open_command",
+    "record_of",
     "register_model",
     "replay",
     "run_url",

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,3 +78,15 @@ def open_command(uri: str) -> str | None:
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
     return f"{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(absolute_uri(uri))}"
+
+
+def record_of(run: Run, uri: str) -> Path:
+    """The local record of what is tracked: in the folder ``uri`` of the run, a temporary one where that is remote."""
+    if storage.is_local(uri):
+        return Path(storage.resolve(uri)[1]) / "tracking.jsonl"
+    return Path(tempfile.gettempdir(), "arplus", f"{run.run_id}.jsonl")
+
+
+def keep_of(uri: str) -> str | None:
+    """Where a record that MLflow lacks a part of is kept, for a run whose folder ``uri`` is remote."""
+    return None if storage.is_local(uri) else storage.join(uri, "tracking")

@@ -1,7 +1,6 @@
 """What a run does around its loop: log lines, tracking, the audit, checkpoints, and what rank 0 watches for."""
 
 import logging
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,14 +60,12 @@ class Job:
     @property
     def record(self) -> Path:
         """The local JSONL record of what is tracked: in the run's folder, a temporary one where that is remote."""
-        if storage.is_local(self.run_uri):
-            return Path(storage.resolve(self.run_uri)[1]) / "tracking.jsonl"
-        return Path(tempfile.gettempdir(), "arplus", f"{self.tracked.run_id}.jsonl")
+        return tracking.record_of(self.tracked, self.run_uri)
 
     @property
     def records(self) -> str | None:
         """Where a record that MLflow lacks a part of is kept, for a run whose folder is remote."""
-        return None if storage.is_local(self.run_uri) else storage.join(self.run_uri, "tracking")
+        return tracking.keep_of(self.run_uri)
 
 
 class EndedError(Exception):
