@@ -1,4 +1,4 @@
-"""A prepared data set of random examples, for tests that do not need the prepare job."""
+"""A prepared data set of random examples and a random model, for tests that do not need the jobs that make them."""
 
 from itertools import chain
 from pathlib import Path
@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from arplus import storage
-from arplus.config import special_ids
+from arplus.checkpoint import Progress, TrainState
+from arplus.config import preset, special_ids, tiny
 from arplus.data.dataset import FORMAT, MANIFEST, Dataset
 from arplus.data.examples import SCHEMA
-from arplus.text import Vocabulary
+from arplus.model.arplus import ARPlus
+from arplus.text import Vocabulary, sizes
 
 CHARACTERS = Vocabulary([chr(0x4E00 + i) for i in range(40)])
 PERSONA_WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "女", *(f"词{i}" for i in range(20))])
@@ -63,3 +66,22 @@ def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: 
     manifest = {"format": FORMAT, "fingerprint": fingerprint, "splits": splits}
     storage.write_json(str(folder / MANIFEST), manifest)
     return Dataset.open(str(folder))
+
+
+def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTERS) -> TrainState:
+    """A model of random weights; the gates of ReZero are opened, so that every part of it matters."""
+    torch.manual_seed(0)
+    config = tiny(preset(preset_name))
+    model = ARPlus(config.model, sizes(characters, PERSONA_WORDS))
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.r"):
+            parameter.data.fill_(0.5)
+    return TrainState(
+        config=config,
+        progress=Progress(fingerprint="test"),
+        schedule={},
+        characters=characters,
+        persona_words=PERSONA_WORDS,
+        weights=model.weights(),
+        moments={},
+    )

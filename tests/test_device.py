@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 import ray
-import torch
-from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
+from prepared import random_state, write_dataset
 
 from arplus import checkpoint, cluster
-from arplus.checkpoint import Progress, TrainState
-from arplus.config import preset, tiny
 from arplus.errors import ResourceError
-from arplus.model.arplus import ARPlus
-from arplus.text import sizes
 
 EXAMPLES = 150
 ON_CPUS = [2, False, {"CPU": 0.5}]
@@ -29,18 +24,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An evaluation of three windows, so that there is work for as many workers."""
     folder = tmp_path_factory.mktemp("evaluation")
     dataset = write_dataset(folder / "data", {"train": [[9]], "valid": [[9]], "test": [[EXAMPLES]]})
-    torch.manual_seed(0)
-    config = tiny(preset("arplus"))
-    state = TrainState(
-        config=config,
-        progress=Progress(fingerprint="test"),
-        schedule={},
-        characters=CHARACTERS,
-        persona_words=PERSONA_WORDS,
-        weights=ARPlus(config.model, sizes(CHARACTERS, PERSONA_WORDS)).weights(),
-        moments={},
-    )
-    return {"checkpoint": checkpoint.write(str(folder / "checkpoint"), state), "data": dataset.uri, "batch_size": 1}
+    return {
+        "checkpoint": checkpoint.write(str(folder / "checkpoint"), random_state()),
+        "data": dataset.uri,
+        "batch_size": 1,
+    }
 
 
 def on_a_cluster(settings: dict[str, Any], cpus: int, gpus: int, joining: int) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
+from prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 
 from arplus import checkpoint
-from arplus.checkpoint import Progress, TrainState
-from arplus.config import EvaluateConfig, Sampling, preset, tiny
+from arplus.config import EvaluateConfig, Sampling
 from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Order, as_batch
@@ -21,7 +20,7 @@ from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
-from arplus.text import Vocabulary, sizes
+from arplus.text import Vocabulary
 
 EXAMPLES = 141
 
@@ -30,25 +29,6 @@ EXAMPLES = 141
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(
         tmp_path_factory.mktemp("data"), {"train": [[9]], "valid": [[20]], "test": [[100, 41]], "none": [[]]}
-    )
-
-
-def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTERS) -> TrainState:
-    """A model of random weights; the gates of ReZero are opened, so that every part of it matters."""
-    torch.manual_seed(0)
-    config = tiny(preset(preset_name))
-    model = ARPlus(config.model, sizes(characters, PERSONA_WORDS))
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate.r"):
-            parameter.data.fill_(0.5)
-    return TrainState(
-        config=config,
-        progress=Progress(fingerprint="test"),
-        schedule={},
-        characters=characters,
-        persona_words=PERSONA_WORDS,
-        weights=model.weights(),
-        moments={},
     )
 
 
