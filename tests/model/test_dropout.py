@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from arplus.model.dropout import Dropout, draw_levels, dropout
+from arplus.model.dropout import Dropout, draw_dropped, draw_levels, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,3 +76,35 @@ def test_it_is_off_in_evaluation():
     x = torch.randn(5, 5)
     assert Dropout(0.5).eval()(x) is x
     assert Dropout(0.0).train()(x) is x
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.003, 0.999])
+def test_dropped_places_are_ascending_and_their_share_is_p(p):
+    torch.manual_seed(0)
+    n = 400_000
+    places = draw_dropped(n, p)
+    assert places.dtype == torch.int32
+    assert (places.diff() > 0).all()
+    assert places[0] >= 0
+    assert places[-1] < n
+    assert len(places) == pytest.approx(n * p, abs=5 * (n * p * (1 - p)) ** 0.5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropped_places_are_independent(p):
+    torch.manual_seed(1)
+    dropped = torch.zeros(400_000)
+    dropped[draw_dropped(400_000, p)] = 1
+    for distance in (1, 2, 3, 10):
+        together = (dropped[distance:] * dropped[:-distance]).mean().item()
+        assert together == pytest.approx(p * p, abs=0.005)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9])
+def test_every_place_is_dropped_as_often(p):
+    """The first and the last too; over many short draws, some of which run out of gaps and draw more."""
+    torch.manual_seed(2)
+    count = torch.zeros(12)
+    for _ in range(4_000):
+        count[draw_dropped(12, p)] += 1
+    assert (count - 4_000 * p).abs().max() < 5 * (4_000 * p * (1 - p)) ** 0.5

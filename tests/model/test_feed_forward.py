@@ -1,21 +1,27 @@
-"""The chunked wide feed-forward against the same mask and torch's autograd; what it keeps."""
+"""The wide feed-forward counted from what is dropped, against a mask and torch's autograd; what it keeps."""
 
 import pytest
 import torch
 from torch.nn import functional
 
 from arplus.model import feed_forward
-from arplus.model.dropout import draw_kept, draw_levels, scale_of
+from arplus.model.dropout import draw_dropped
 from arplus.model.feed_forward import Wide
 
 R, FF, P = 6, 40, 0.25
 
 
-def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several chunks, the last one shorter."""
-    monkeypatch.setattr(feed_forward, "_CHUNK", 4)
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sizes go the way of large ones."""
+    monkeypatch.setattr(feed_forward, "_LEAST", 0)
+
+
+@pytest.mark.parametrize("p", [P, 1e-4, 0.999])
+def test_value_and_gradients(p: float) -> None:
+    """Also where nothing is dropped, or nearly all."""
     torch.manual_seed(0)
-    wide = Wide(R, FF, P).train()
+    wide = Wide(R, FF, p).train()
     x = torch.randn(2, 5, R, requires_grad=True)
     gradient = torch.randn(2, 5, R)
     inputs = (x, *wide.parameters())
@@ -24,15 +30,29 @@ def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     found = torch.autograd.grad(ours, inputs, gradient)
 
     torch.manual_seed(1)
-    levels = draw_levels(P)
-    kept = torch.cat([draw_kept(torch.Size([n, FF]), levels) for n in (4, 4, 2)]).view(2, 5, FF)
-    assert kept.min() == 0
-    expanded = functional.linear(x, wide.expand_weight, wide.expand_bias) * kept * scale_of(levels)
+    kept = torch.ones(2, 5, FF)
+    kept.view(-1)[draw_dropped(10 * FF, p)] = 0
+    assert (kept == 0).any() == (p > 1e-4)
+    expanded = functional.linear(x, wide.expand_weight, wide.expand_bias) * kept / (1 - p)
     theirs = functional.linear(expanded, wide.contract_weight, wide.contract_bias)
     expected = torch.autograd.grad(theirs, inputs, gradient)
-    torch.testing.assert_close(ours, theirs)
+    # What is left is a difference, with the rounding of the whole.
+    atol = 1e-6 / (1 - p)
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, atol=10 * atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 60])
+def test_the_expectation_is_that_of_no_dropout(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way, sums over rows or a mask."""
+    monkeypatch.setattr(feed_forward, "_LEAST", least)
+    torch.manual_seed(0)
+    wide, x = Wide(R, FF, P), torch.randn(1, R)
+    dropped = wide.train()(x.expand(100_000, R))
+    error = dropped.std(0) / 100_000**0.5
+    assert error.min() > 1e-5
+    assert ((dropped.mean(0) - wide.eval()(x)[0]).abs() < 5 * error).all()
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -42,11 +62,14 @@ def test_evaluation_drops_nothing() -> None:
     torch.testing.assert_close(wide(x), expected)
 
 
-def test_autocast_computes_in_bf16() -> None:
+def test_autocast_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products there, whatever the size."""
     torch.manual_seed(0)
     wide, x = Wide(R, FF, P).train(), torch.randn(50, R, requires_grad=True)
     torch.manual_seed(1)
-    exact = wide(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(feed_forward, "_LEAST", 1 << 60)
+        exact = wide(x)
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = wide(x)
@@ -57,9 +80,10 @@ def test_autocast_computes_in_bf16() -> None:
     assert all(p.grad is not None for p in (x, *wide.parameters()))
 
 
-def test_it_keeps_a_byte_an_element() -> None:
+def test_nothing_wide_is_kept() -> None:
+    """Twelve bytes for each dropped element, where a mask and floats would be five for each of all."""
     kept: list[int] = []
-    wide, x = Wide(R, FF, P).train(), torch.randn(100, R, requires_grad=True)
+    wide, x = Wide(R, FF, 0.1).train(), torch.randn(100, R, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         wide(x)
-    assert max(kept) == 100 * FF
+    assert max(kept) < 100 * FF
