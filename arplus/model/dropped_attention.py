@@ -1,7 +1,7 @@
 """Attention under dropout on the CPU, where torch has no fused kernel for it.
 
-Its backward pass is written out, so that it keeps the weights once and a byte an element for the mask, 5 bytes instead
-of 9, scales what is narrow, and copies keys once. Shape suffixes are those of :mod:`arplus.model.batch`.
+Its backward pass is written out, so that it keeps the weights once and no mask, scales what is narrow, and copies keys
+once. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arplus.model.dropout import draw_kept, draw_levels, scale_of
+from arplus.model.dropout import draw_dropped, drop_
 
 
 def dropped_attention(
@@ -20,7 +20,7 @@ def dropped_attention(
 
     Every row of the mask must have a True.
     """
-    attended_BHTC: Tensor = _DroppedAttention.apply(query_BHTC, key_BHSC, value_BHSC, mask, draw_levels(p))
+    attended_BHTC: Tensor = _DroppedAttention.apply(query_BHTC, key_BHSC, value_BHSC, mask, p)
     return attended_BHTC
 
 
@@ -28,7 +28,7 @@ class _DroppedAttention(torch.autograd.Function):
     """All in the dtype of the query; Z stands for B·H."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, levels: int) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> Tensor:
         query_ZTC, key_ZSC, value_ZSC = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
         score_ZTS = _scaled(query_ZTC, key_ZSC.transpose(1, 2), 1 / math.sqrt(query.shape[-1]))
         if mask is not None:
@@ -36,21 +36,20 @@ class _DroppedAttention(torch.autograd.Function):
             score_BHTS = score_ZTS.unflatten(0, query.shape[:2])
             score_BHTS += torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         weight_ZTS = score_ZTS.softmax(-1)
-        kept_ZTS = draw_kept(weight_ZTS.shape, levels)
-        ctx.save_for_backward(query_ZTC, key_ZSC, value_ZSC, weight_ZTS, kept_ZTS)
-        ctx.levels = levels
-        dropped_ZTS = torch.mul(weight_ZTS, kept_ZTS, out=score_ZTS)
-        return _scaled(dropped_ZTS, value_ZSC, scale_of(levels)).view(query.shape)
+        place_M = draw_dropped(weight_ZTS.numel(), p)
+        ctx.save_for_backward(query_ZTC, key_ZSC, value_ZSC, weight_ZTS, place_M)
+        ctx.scale = 1 / (1 - p)
+        dropped_ZTS = drop_(score_ZTS.copy_(weight_ZTS), place_M)
+        return _scaled(dropped_ZTS, value_ZSC, ctx.scale).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query_ZTC, key_ZSC, value_ZSC, weight_ZTS, kept_ZTS = ctx.saved_tensors
+        query_ZTC, key_ZSC, value_ZSC, weight_ZTS, place_M = ctx.saved_tensors
         (gradient,) = gradients
         B, H = gradient.shape[:2]
-        scaled_ZTC = gradient.reshape(query_ZTC.shape) * scale_of(ctx.levels)
-        kept_ZTS = kept_ZTS.to(weight_ZTS.dtype)
-        d_weight_ZTS = (scaled_ZTC @ value_ZSC.transpose(1, 2)).mul_(kept_ZTS)
-        d_value_ZSC = kept_ZTS.mul_(weight_ZTS).transpose(1, 2) @ scaled_ZTC
+        scaled_ZTC = gradient.reshape(query_ZTC.shape) * ctx.scale
+        d_weight_ZTS = drop_(scaled_ZTC @ value_ZSC.transpose(1, 2), place_M)
+        d_value_ZSC = drop_(weight_ZTS.clone(), place_M).transpose(1, 2) @ scaled_ZTC
         d_score_ZTS = torch._softmax_backward_data(d_weight_ZTS, weight_ZTS, -1, weight_ZTS.dtype)
         factor = 1 / math.sqrt(query_ZTC.shape[-1])
         d_query_ZTC = _scaled(d_score_ZTS, key_ZSC, factor)

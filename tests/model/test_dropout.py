@@ -1,56 +1,42 @@
 """Dropout: right in distribution, scaled, reproducible, the same elements in the backward pass."""
 
-import math
-import statistics
-
 import pytest
 import torch
 
-from arplus.model.dropout import Dropout, draw_dropped, draw_levels, dropout
+from arplus.model.dropout import Dropout, draw_dropped, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.003])
 def test_share_and_scale(p, dtype):
-    """Each call drops with a multiple of 1/256 next to p, and scales the rest by just that one."""
-    x = torch.ones(3, 500, 401, dtype=dtype)
-    n = x.numel()
-    for seed in range(4):
-        torch.manual_seed(seed)
-        levels = draw_levels(p)
-        assert levels in (math.floor(p * 256), math.ceil(p * 256))
-        torch.manual_seed(seed)
-        y = dropout(x, p, training=True)
-        assert y.dtype == dtype
-        share = levels / 256
-        assert (y == 0).sum().item() == pytest.approx(n * share, abs=5 * (n * share * (1 - share)) ** 0.5)
-        torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - share)], dtype=dtype))
+    torch.manual_seed(0)
+    y = dropout(torch.ones(3, 500, 401, dtype=dtype), p, training=True)
+    assert y.dtype == dtype
+    assert (y == 0).sum().item() == pytest.approx(y.numel() * p, abs=5 * (y.numel() * p * (1 - p)) ** 0.5)
+    torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - p)], dtype=dtype))
 
 
 def test_bf16_does_not_round_the_scale():
     """A factor of 1.108 or 1.113, rounded by itself, would be 1.109 and shift every mean."""
     torch.manual_seed(0)
     x = torch.linspace(1, 2, 100_000, dtype=torch.bfloat16)
-    y = dropout(x, 26 / 256, training=True)
+    y = dropout(x, 0.1, training=True)
     of_kept = y[y != 0].double().sum() / x[y != 0].double().sum()
-    assert of_kept.item() == pytest.approx(256 / 230, rel=5e-4)
+    assert of_kept.item() == pytest.approx(1 / 0.9, rel=5e-4)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.003, 0.999])
-def test_the_mean_share_is_p(p):
-    torch.manual_seed(0)
-    levels = [draw_levels(p) for _ in range(20_000)]
-    assert max(levels) < 256
-    assert statistics.mean(levels) / 256 == pytest.approx(min(p, 255 / 256), abs=1e-4)
-
-
-def test_elements_are_independent():
-    """Neighbours share a random word of 64 bits; they must not share their fate."""
-    torch.manual_seed(1)
-    kept = (dropout(torch.ones(400_000), 0.5, training=True) != 0).float()
-    for distance in (1, 2, 3, 4, 8):
-        together = (kept[distance:] * kept[:-distance]).mean().item()
-        assert together == pytest.approx(0.25, abs=0.005)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_any_layout(layout):
+    x = {
+        "contiguous": torch.ones(30, 40),
+        "transposed": torch.ones(40, 30).t(),
+        "expanded": torch.ones(40).expand(30, 40),
+    }
+    torch.manual_seed(3)
+    y = dropout(x[layout], 0.5, training=True)
+    torch.manual_seed(3)
+    assert y.equal(dropout(torch.ones(30, 40), 0.5, training=True))
+    assert x[layout].eq(1).all()
 
 
 def test_the_gradient_is_that_of_the_same_elements():

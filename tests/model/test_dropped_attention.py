@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arplus.model.dropout import draw_kept, draw_levels, scale_of
+from arplus.model.dropout import draw_dropped, drop_
 from arplus.model.dropped_attention import dropped_attention
 
 B, H, T, S, C, P = 3, 2, 5, 7, 4, 0.25
@@ -27,13 +27,12 @@ def test_value_and_gradients(masked: str) -> None:
     found = torch.autograd.grad(ours, (query, key, value), gradient)
 
     torch.manual_seed(1)
-    levels = draw_levels(P)
-    kept = draw_kept(torch.Size([B, H, T, S_]), levels)
+    kept = drop_(torch.ones(B, H, T, S_, dtype=torch.float64), draw_dropped(B * H * T * S_, P))
     assert kept.min() == 0
     score = query @ key.transpose(-1, -2) / C**0.5
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
-    theirs = (score.softmax(-1) * kept * scale_of(levels)) @ value
+    theirs = (score.softmax(-1) * kept / (1 - P)) @ value
     expected = torch.autograd.grad(theirs, (query, key, value), gradient)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(found, expected, strict=True):
