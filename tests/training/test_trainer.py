@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,10 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
         assert resumed[name] == final[name], "the same number of workers resumes to the bit"
 
 
-def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(data: str, tmp_path: Path) -> None:
-    config = settings(data, tmp_path, run_name="unmarked", max_steps=3)
-    train(config)
-    best = tmp_path / "unmarked" / "best.json"
+def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(finished: tuple, tmp_path: Path) -> None:
+    config = replace(finished[0], storage=str(tmp_path))
+    shutil.copytree(Path(finished[0].storage) / "two", tmp_path / "two")
+    best = tmp_path / "two" / "best.json"
     marked = best.read_text()
     best.write_text(json.dumps({"checkpoint": "checkpoints/gone", "response_ppl": 1e9}))
     train(config)
