@@ -230,7 +230,7 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> None:
         mark_best(run_uri, checkpoint_uri, ppl)
 
 
-def retain(run_uri: str, newest: int, *, attempt: int = 0) -> None:
+def retain(run_uri: str, newest: int, *, attempt: int) -> None:
     """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
 
     What a later attempt than ``attempt`` has begun to write has not died.

@@ -266,7 +266,7 @@ def test_retain_keeps_the_best_and_the_newest(run: str, best: int | None, newest
         uri = checkpoint.save(run, state(step))
         if step == best:
             checkpoint.mark_best(run, uri, 60.25)
-    checkpoint.retain(run, newest)
+    checkpoint.retain(run, newest, attempt=0)
     assert list(map(step_of, checkpoint.list_complete(run))) == kept
     assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == [f"step-{step:08d}" for step in kept]
 
@@ -300,7 +300,7 @@ def test_retain_works_on_s3(s3_server: Any, tmp_path: Path) -> None:
     run = s3_server.uri(f"retain/{tmp_path.name}")
     uris = [checkpoint.save(run, state(step)) for step in (10, 20, 30)]
     checkpoint.mark_best(run, uris[0], 60.25)
-    checkpoint.retain(run, 1)
+    checkpoint.retain(run, 1, attempt=0)
     assert checkpoint.list_complete(run) == [uris[0], uris[2]]
     assert len(storage.list_files(storage.join(run, "checkpoints"))) == 2 * (len(FILES) + 1)
 
@@ -317,5 +317,5 @@ def test_retain_that_dies_leaves_no_half_checkpoint(run: str, monkeypatch: pytes
 
     monkeypatch.setattr(storage, "delete", dying)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.retain(run, 1)
+        checkpoint.retain(run, 1, attempt=0)
     assert list(map(step_of, checkpoint.list_complete(run))) == [20]

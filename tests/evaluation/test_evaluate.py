@@ -49,7 +49,8 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
     assert set(found["splits"]) == {"test"}, "by default test and the evaluation sets, where they have examples"
     result = found["splits"]["test"]
     model = checkpoint.build_model(state)
-    losses = model(whole_split(dataset, model))
+    with torch.no_grad():
+        losses = model(whole_split(dataset, model))
     expected = math.exp(float(losses.sum_dialogue / losses.count_dialogue))
     assert result["examples"] == EXAMPLES
     assert result["honest"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
