@@ -88,6 +88,8 @@ class TrainState:
 def save(run_uri: str, state: TrainState, *, attempt: int = 0, check: Callable[[], object] = lambda: None) -> str:
     """Writes a checkpoint of an attempt (0: none in particular) and returns its URI; ``check`` as in :func:`write`."""
     name = f"step-{state.progress.step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+    if state.progress.unvalidated:
+        name += "-unvalidated"  # another folder than the same step's after its validation, which must not overwrite it
     return write(storage.join(run_uri, "checkpoints", name), state, check=check)
 
 
@@ -185,10 +187,10 @@ def is_complete(uri: str) -> bool:
 
 
 def list_complete(run_uri: str) -> list[str]:
-    """URIs of a run's complete checkpoints, oldest first: by attempt, then by step."""
+    """URIs of a run's complete checkpoints, oldest first: by attempt, then by step, then the validated."""
     ending = f"/{_MANIFEST}"
     complete = [uri.removesuffix(ending) for uri in _files(run_uri) if uri.endswith(ending)]
-    return sorted(complete, key=_attempt_and_step)
+    return sorted(complete, key=_age)
 
 
 def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
@@ -197,7 +199,7 @@ def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
     One that is damaged is passed over with a warning.
     """
     for uri in reversed(list_complete(run_uri)):
-        if _attempt_and_step(uri)[0] <= after:
+        if _age(uri)[0] <= after:
             break
         try:
             return uri, load(uri, moments=True)
@@ -239,14 +241,15 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
     kept = None if best is None else storage.join(run_uri, best["checkpoint"])
     complete = list_complete(run_uri)
     incomplete = sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete))
-    for uri in [uri for uri in incomplete if _attempt_and_step(uri)[0] <= attempt] + complete[:-newest]:
+    for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
         if uri != kept:
             _delete(uri)
 
 
-def _attempt_and_step(uri: str) -> tuple[int, int]:
-    found = re.search(r"/step-(\d+)(?:-attempt-(\d+))?$", uri)
-    return (int(found[2] or 0), int(found[1])) if found else (0, 0)
+def _age(uri: str) -> tuple[int, int, bool]:
+    """Attempt, step, and whether that step's validation is in it."""
+    found = re.search(r"/step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?$", uri)
+    return (int(found[2] or 0), int(found[1]), found[3] is None) if found else (0, 0, True)
 
 
 def _files(run_uri: str) -> list[str]:

@@ -319,3 +319,13 @@ def test_retain_that_dies_leaves_no_half_checkpoint(run: str, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         checkpoint.retain(run, 1, attempt=0)
     assert list(map(step_of, checkpoint.list_complete(run))) == [20]
+
+
+def test_a_validated_checkpoint_is_newer_than_the_same_step_before(run: str) -> None:
+    """The first stays whole while the second is written."""
+    after = state(10)
+    before = replace(after, progress=replace(after.progress, unvalidated=True))
+    uris = [checkpoint.save(run, each, attempt=3) for each in (before, after)]
+    assert checkpoint.list_complete(run) == uris
+    assert checkpoint.newest(run, after=2)[0] == uris[1]
+    assert checkpoint.newest(run, after=3) is None

@@ -14,6 +14,7 @@ from arplus import config as config_module
 from arplus.config import (
     PAPER_ROWS,
     PRESETS,
+    ChatConfig,
     EvaluateConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -132,6 +133,11 @@ def test_sampling_is_the_papers() -> None:
         "max_characters": 15,
         "min_characters": 1,
     }
+
+
+def test_the_shortest_reply_is_no_longer_than_the_longest() -> None:
+    with pytest.raises(UserError, match=r"--sampling.min-characters: must be at most max_characters = 5 \(got 6\)"):
+        checked(ChatConfig(checkpoint="c", sampling=Sampling(min_characters=6, max_characters=5)))
 
 
 def test_the_largest_vocabularies_prepared_are_the_papers() -> None:

@@ -125,6 +125,14 @@ class Sampling:
     min_characters: Annotated[int, Ge(0)] = 1
     """Shortest reply: until then no special token, which would end it, can be drawn."""
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if self.min_characters > self.max_characters:
+            yield (
+                "min_characters",
+                f"must be at most max_characters = {self.max_characters} (got {self.min_characters})",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:

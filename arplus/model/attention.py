@@ -58,6 +58,9 @@ class QueryKeyValue(Linear):
 
     def forward(self, x_BSD: Tensor, parts: int = 3) -> Tensor:
         """(B, S, parts · D): the last ``parts`` of the three, so that 2 are the keys and values alone."""
+        if parts == 3:
+            # Not a slice of all: autocast keeps no bf16 copy of a slice, and its gradient is filled up with zeros.
+            return linear(x_BSD, self.weight, self.bias)
         rows = parts * self.in_features
         return linear(x_BSD, self.weight[-rows:], self.bias[-rows:])
 

@@ -30,12 +30,18 @@ def draw_dropped(n: int, p: float) -> Tensor:
 
     The gaps between them are drawn, which are geometric: p · n numbers instead of n.
     """
-    assert n < 1 << 30, "places would overflow 32 bits"
+    if n >= 1 << 30:
+        raise ValueError(
+            f"dropout of {n:,} elements at once, of at most 2**30: lower --batch-size or raise --accumulation"
+        )
+    if n == 0:
+        return torch.empty(0, dtype=torch.int32)
     places: list[Tensor] = []
     last = -1
     while last < n - 1:
         expected = (n - 1 - last) * p
         gaps = torch.rand(int(expected + 4 * math.sqrt(expected)) + 1).neg_().log1p_().div_(math.log1p(-p))
+        gaps.clamp_(max=1.001 * n)  # a tiny p makes gaps that 32 bits do not hold; the factor is for rounding
         places.append(gaps.int().add_(1).cumsum(0, dtype=torch.int32).add_(last))
         last = int(places[-1][-1])
     drawn = torch.cat(places) if len(places) > 1 else places[0]

@@ -44,7 +44,8 @@ def draw(logits_BV: Tensor, uniform_BR: Tensor, settings: Sampling) -> Tensor:
     """
     if settings.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / settings.temperature
+    # From the highest, so that no temperature makes them infinite.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / settings.temperature
     p_BV = top_probabilities(logits_BV, top_k=settings.top_k, top_p=0)
     tried_BR = _inverse(p_BV, uniform_BR[:, :-1])
     id_B = tried_BR[:, 0].clone()

@@ -237,7 +237,7 @@ class Engine:
 def bf16_is_used(precision: str, device: torch.device) -> bool:
     """Whether the forward pass runs in bf16 autocast: where asked for, or ("auto") on a GPU that has bf16."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ASK_EVERY = 16
-"""Batches of a validation between two questions whether to end."""
+"""Batches of a validation between two questions what rank 0 asks for."""
 
 
 class Ask(IntFlag):
@@ -75,11 +75,8 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
     """
     total = total_steps(config, train)
     if progress.unvalidated:
-        metrics = validate(engine, valid, config, hooks)
-        if metrics is None:
+        if not _validated(engine, valid, progress, config, hooks):
             return
-        progress.unvalidated = False
-        hooks.on_validation(progress, metrics)
         hooks.checkpoint(progress)
     meter = Meter(total_steps=total, config=config)
     while progress.step < total:
@@ -98,18 +95,15 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
             at_end = progress.step >= total or progress.epoch_step == train.steps
             if progress.step % config.log_every == 0 or at_end:
                 hooks.on_log(progress, meter.take(progress))
-            asked = Ask(result.asked)
-            if at_end or _due(config.validate_every, progress.step):
-                metrics = None if Ask.END in asked else validate(engine, valid, config, hooks)
-                if metrics is None:
-                    progress.unvalidated = True
-                    asked |= Ask.END
-                else:
-                    hooks.on_validation(progress, metrics)
-                meter.restart()
             if progress.epoch_step == train.steps:
                 progress.epoch += 1
                 progress.epoch_step = 0
+            asked = Ask(result.asked)
+            if at_end or _due(config.validate_every, progress.step):
+                progress.unvalidated = True
+                if Ask.END in asked or not _validated(engine, valid, progress, config, hooks):
+                    asked |= Ask.END
+                meter.restart()
             due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
             if at_end or due or hooks.wants_checkpoint(asked):
                 hooks.checkpoint(progress)
@@ -124,15 +118,37 @@ def total_steps(config: TrainConfig, train: Feed) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def validate(engine: Engine, feed: Feed, config: TrainConfig, hooks: Hooks) -> dict[str, float] | None:
+def _validated(engine: Engine, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> bool:
+    """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
+
+    Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take itself:
+    what rank 0 asks for is done in it, and a checkpoint that is saved in it holds that it is still due.
+    """
+    assert progress.unvalidated
+
+    def ended() -> bool:
+        asked = _asked(engine, hooks)
+        if Ask.END not in asked and hooks.wants_checkpoint(asked):
+            hooks.checkpoint(progress)
+        return Ask.END in asked
+
+    metrics = validate(engine, valid, config, ended)
+    if metrics is None:
+        return False
+    progress.unvalidated = False
+    hooks.on_validation(progress, metrics)
+    return True
+
+
+def validate(engine: Engine, feed: Feed, config: TrainConfig, ended: Callable[[], bool]) -> dict[str, float] | None:
     """Losses over exactly all examples of a split, summed over the workers: means are a target's, not a batch's.
 
-    None where rank 0 asks to end meanwhile: whoever stops a job waits seconds, and a validation may take minutes.
+    None once ``ended``, which is asked every :data:`ASK_EVERY` batches on all workers.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     with closing(feed.batches(epoch=0)) as steps:
         for number, step in enumerate(steps):
-            if number % ASK_EVERY == 0 and _asked_to_end(engine, hooks):
+            if number % ASK_EVERY == 0 and ended():
                 return None
             for batch in step.micro_batches:
                 losses = engine.evaluate(batch)
@@ -150,11 +166,11 @@ def validate(engine: Engine, feed: Feed, config: TrainConfig, hooks: Hooks) -> d
     }
 
 
-def _asked_to_end(engine: Engine, hooks: Hooks) -> bool:
-    """Whether rank 0 asks to end; all workers ask at the same batch, so that they leave at the same one."""
-    asked = torch.tensor(int(hooks.ask() & Ask.END), device=engine.device)
+def _asked(engine: Engine, hooks: Hooks) -> Ask:
+    """What rank 0 asks for; all workers ask at the same batch, so that they do it, or leave, at the same one."""
+    asked = torch.tensor(int(hooks.ask()), device=engine.device)
     dist.all_reduce(asked)
-    return bool(asked)
+    return Ask(int(asked))
 
 
 def seed_dropout(seed: int, step: int) -> None:

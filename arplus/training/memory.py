@@ -45,7 +45,8 @@ def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
 def activation_bytes(model: ModelConfig, sizes: VocabularySizes, examples: int) -> int:
     """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
 
-    Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted.
+    Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
+    on a GPU: the same functions on a CPU keep less of what they drop.
     """
     with torch.device("meta"):
         network = ARPlus(model, sizes)

@@ -49,6 +49,18 @@ def test_the_gradient_is_that_of_the_same_elements():
     torch.testing.assert_close(y.detach(), x.detach() * scale)
 
 
+def test_nothing_and_next_to_nothing_can_be_dropped():
+    assert dropout(torch.ones(0, 5), 0.1, training=True).shape == (0, 5)
+    torch.manual_seed(0)
+    x = torch.ones(1000)
+    assert all(dropout(x, 1e-9, training=True).equal(x) for _ in range(50))
+
+
+def test_more_elements_than_places_are_refused():
+    with pytest.raises(ValueError, match="lower --batch-size"):
+        draw_dropped(1 << 30, 0.1)
+
+
 def test_a_seed_gives_the_same_elements_again():
     x = torch.ones(1001)
     torch.manual_seed(5)

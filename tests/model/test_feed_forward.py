@@ -13,8 +13,9 @@ R, FF, P = 6, 40, 0.25
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small sizes go the way of large ones."""
+    """Small sizes go the way of large ones, and so do high rates."""
     monkeypatch.setattr(feed_forward, "_LEAST", 0)
+    monkeypatch.setattr(feed_forward, "_MOST", 1.0)
 
 
 @pytest.mark.parametrize("p", [P, 1e-4, 0.999])
@@ -81,9 +82,11 @@ def test_autocast_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_wide_is_kept() -> None:
-    """Twelve bytes for each dropped element, where a mask and floats would be five for each of all."""
-    kept: list[int] = []
-    wide, x = Wide(R, FF, 0.1).train(), torch.randn(100, R, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+    """Twelve bytes for each dropped element, where a mask and floats would be five for each of all; no weight twice."""
+    R, FF, N = 30, 400, 100
+    kept: list[torch.Tensor] = []
+    wide, x = Wide(R, FF, 0.1).train(), torch.randn(N, R, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         wide(x)
-    assert max(kept) < 100 * FF
+    own = {p.data_ptr() for p in wide.parameters()}
+    assert 0 < max(t.nbytes for t in kept if t.data_ptr() not in own) < N * FF

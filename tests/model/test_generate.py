@@ -55,6 +55,11 @@ def test_draw_at_the_ends_never_takes_an_impossible_id():
     assert draw(logits, ends, Sampling(temperature=1, top_p=0)).tolist() == [1, 3]
 
 
+def test_a_tiny_temperature_takes_the_best_id():
+    logits = torch.tensor([[3.0, 5.0, -torch.inf]])
+    assert draw(logits, torch.tensor([[0.999, 0.5]]), Sampling(temperature=1e-38)).tolist() == [1]
+
+
 def test_filtering_keeps_at_least_the_best_id():
     logits = torch.randn(4, 30)
     kept = top_probabilities(logits, top_k=0, top_p=1e-9) > 0

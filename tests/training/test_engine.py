@@ -11,9 +11,12 @@ from engine_worker import (
     curves,
     cut_and_whole,
     dtypes_of_products,
+    large_curves,
     plain_run,
     train_parts,
 )
+
+from arplus.training.engine import bf16_is_used
 
 STEPS = 30
 
@@ -30,15 +33,22 @@ def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable,
 
 
 def test_dropout_is_the_same_at_every_stage(spawn: Callable) -> None:
-    """What computes its backward pass itself under dropout finds its weights gathered at stage 3, too."""
+    """What computes its backward pass itself finds its weights gathered at stage 3, too."""
     start = config()
     dropping = replace(start, model=replace(start.model, dropout=0.1, ff_bottleneck=8))
     stages = [replace(dropping, zero=stage) for stage in (0, 3)]
-    plain, gathered = (torch.tensor(curve) for curve in spawn(1, curves, stages, 8))
+    plain, gathered = (torch.tensor(curve) for curve in spawn(1, large_curves, stages, 8))
     assert (plain - gathered).abs().max() <= 1e-4
     assert (plain - torch.tensor(plain_run(start, 8)[0])).abs().max() > 1e-3
-    two = spawn(2, curves, [replace(stage, workers=2) for stage in stages], 8)
+    two = spawn(2, large_curves, [replace(stage, workers=2) for stage in stages], 8)
     assert (torch.tensor(two[0]) - torch.tensor(two[1])).abs().max() <= 1e-4
+
+
+def test_auto_takes_no_bf16_that_a_gpu_only_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a T4 does, whose products in bf16 are slower than in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not bf16_is_used("auto", torch.device("cuda"))
+    assert bf16_is_used("bf16", torch.device("cuda"))
 
 
 def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:

@@ -1,6 +1,7 @@
 """A validation that is cut short is made up for, in the same place, by whoever goes on with the run."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,14 +29,19 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 
 
 class Recorder(Hooks):
-    """Notes what happens; asks to end in the ``end_in``-th validation batch, where it is given one."""
+    """Notes what happens; asks to end, or once to save, in the given validation batch."""
 
-    def __init__(self, events: list[str], end_in: int | None = None) -> None:
+    def __init__(self, events: list[str], end_in: int | None = None, save_in: int | None = None) -> None:
         self.events = events
         self.end_in = end_in
+        self.save_in = save_in
         self.validated = 0
+        self.saved: list[Progress] = []
 
     def ask(self) -> Ask:
+        if self.save_in is not None and self.validated >= self.save_in:
+            self.save_in = None
+            return Ask.SAVE
         return Ask.END if self.end_in is not None and self.validated >= self.end_in else Ask.NOTHING
 
     def on_step(self, progress: Progress, step: Step) -> None:
@@ -46,6 +52,7 @@ class Recorder(Hooks):
         self.events.append(f"validated {progress.step}")
 
     def checkpoint(self, progress: Progress) -> None:
+        self.saved.append(replace(progress))
         self.events.append(f"saved {progress.step} epoch {progress.epoch} step {progress.epoch_step}")
 
 
@@ -98,6 +105,24 @@ def test_a_validation_that_is_cut_short_is_made_up_for(undisturbed: list[str], v
     run(progress, Recorder(events))
     assert not progress.unvalidated
     assert events == undisturbed
+
+
+@pytest.mark.parametrize("validation", [1, 2, 4])
+def test_a_validation_does_not_put_off_a_checkpoint(undisturbed: list[str], validation: int) -> None:
+    """A node that is taken away leaves minutes, and a validation may take them; the run goes on from either save."""
+    events: list[str] = []
+    hooks = Recorder(events, save_in=VALID * (validation - 1) + 2)
+    run(Progress(fingerprint=""), hooks)
+    early, late = hooks.saved[validation - 1 : validation + 1]
+    assert (early.unvalidated, late.unvalidated) == (True, False)
+    assert early.step == late.step
+    where = f"saved {early.step} epoch {early.epoch} step {early.epoch_step}"
+    at = events.index(where)
+    assert events[at - 1 : at + 3] == [f"step {early.step}", where, f"validated {early.step}", where]
+    assert events[:at] + events[at + 1 :] == undisturbed
+    again: list[str] = events[:at]
+    run(early, Recorder(again))
+    assert again == undisturbed
 
 
 def test_who_is_told_to_end_again_leaves_it_due() -> None:
