@@ -1,12 +1,10 @@
-# make demo | test | check | soak | clean. The first one that is called sets up .venv (about 2.5 GB, some minutes).
+# make demo | test | check | soak | clean. The first one that is called sets up .venv (README.md).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-# Runs on this machine alone need no cluster token; on a cluster Ray's token authentication stays on (cluster/README.md).
-export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
@@ -27,7 +25,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; try: make PYTHON=python3.12")'
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python lacks venv; on Debian: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV) (about 2.5 GB, some minutes) ..."
+	@echo "Setting up $(VENV) (2.5 GB with a CPU build of torch, more with a CUDA build; some minutes) ..."
 	@rm -f $@
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[demo,test]'

@@ -1,6 +1,7 @@
 """What every job shares: a command line made from the configuration's types, logging, and exit codes.
 
-Exit codes: 0 done, 2 the user's error, 3 missing resources, 1 anything else (with a traceback where it is a bug).
+Exit codes: 0 done, 2 the user's error, 3 missing resources, 130 interrupted, 1 anything else (with a traceback where
+it is a bug).
 """
 
 import logging
@@ -125,9 +126,17 @@ def preset_command(
 
 
 def _take_switch(arguments: list[str], name: str) -> bool:
-    found = name in arguments
-    arguments[:] = [argument for argument in arguments if argument != name]
-    return found
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option != name:
+            continue
+        follows = not equals and arguments[i + 1 : i + 2] in (["True"], ["False"])
+        value = arguments[i + 1] if follows else value if equals else "True"
+        if value not in ("True", "False"):
+            raise UserError(f"{name}: must be True or False (got {value!r})")
+        del arguments[i : i + 1 + follows]
+        return value == "True"
+    return False
 
 
 def _take_value(arguments: list[str], name: str) -> str | None:

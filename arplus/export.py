@@ -74,15 +74,17 @@ Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (d
 | --- | --- |
 {rows}
 
+    import json
     from safetensors.torch import load_file
     from arplus.config import ModelConfig, VocabularySizes
-    from arplus.errors import UserError
-from arplus.model.arplus import ARPlus
+    from arplus.model.arplus import ARPlus
+
+    config = json.load(open("config.json"))
     model = ARPlus(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
 persona_words={state.sizes.persona_words}))
     model.load_weights(load_file("weights.safetensors"))
 
-with `config` read from `config.json`. PersonalDialog's terms are non-commercial; they bind what is trained on it.
+PersonalDialog's terms are non-commercial; they bind what is trained on it.
 
 ```json
 {json.dumps(to_dict(config.model), indent=2)}

@@ -27,14 +27,15 @@ VARIATION_SELECTOR = "\ufe0f"
 """U+FE0F, which stays behind where an emoji was stripped; it shows nothing."""
 
 
-def compact(text: str) -> str:
-    """``text`` without any white space (what :meth:`str.isspace` calls so: NBSP and U+3000 are, U+200B is not)."""
-    return "".join(text.split())
-
-
 def clean(text: str) -> str:
-    """``text`` as the model sees it: no white space and no U+FE0F. Nothing else changes (no NFKC)."""
-    return compact(text).replace(VARIATION_SELECTOR, "")
+    """``text`` as the model sees it: no white space and no U+FE0F. Nothing else changes (no NFKC).
+
+    White space is what :meth:`str.isspace` calls so: NBSP and U+3000 are, U+200B is not.
+    """
+    text = text.replace(" ", "")
+    if text.isprintable() and VARIATION_SELECTOR not in text:  # so there is no other white space
+        return text
+    return "".join(text.split()).replace(VARIATION_SELECTOR, "")
 
 
 class Vocabulary:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# An S3 server, an MLflow server and a Ray cluster of two nodes, as processes of this machine that listen on the
-# loopback alone: cluster/local.sh up | down | status. See README.md. Needs `make setup`, and Linux.
+# An S3 server, an MLflow server and a Ray cluster of two nodes, as processes of this machine: cluster/local.sh up |
+# down | status. See README.md, also for which ports are open beyond the loopback. Needs `make setup`, and Linux.
 #
 # `up` starts what does not run, so it also brings back a server or a node that died. Everything is kept in
 # .cache/cluster (or ARPLUS_CLUSTER), a private folder: addresses and secrets (env), logs, the buckets, MLflow's runs.

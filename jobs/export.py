@@ -1,4 +1,4 @@
-"""Turns the paper code's weights into a checkpoint of ours: ``python jobs/export.py --from-reference FILE …``."""
+"""A checkpoint for others, or the paper code's weights in our form: ``python jobs/export.py --checkpoint URI …``."""
 
 import sys
 
@@ -8,7 +8,7 @@ from arplus.export import export
 
 
 def main() -> None:
-    """Reads the command line, converts, and prints where the result is."""
+    """Reads the command line, exports, and prints where the result is."""
     config = cli.parse(ExportConfig(), sys.argv[1:], prog="jobs/export.py", description=ExportConfig.__doc__)
     print(export(config))
 

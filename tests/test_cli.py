@@ -137,6 +137,18 @@ def test_dry_run_is_a_switch_anywhere() -> None:
     assert (command.config.epochs, command.config.seed) == (2, 1)
 
 
+def test_a_switch_takes_its_value_too() -> None:
+    def command(*arguments: str) -> cli.Command:
+        return cli.train_command(["ar", *arguments, "--seed", "1"], prog="jobs/train.py")
+
+    small = tiny(preset("ar")).model
+    for arguments in (["--tiny"], ["--tiny", "True"], ["--tiny=True"]):
+        assert command(*arguments).config.model == small
+    assert command("--tiny", "False", "--dry-run=False") == command()
+    with pytest.raises(UserError, match="--tiny: must be True or False"):
+        command("--tiny=yes")
+
+
 def test_later_ones_win_preset_tiny_file_flags(file: Any) -> None:
     settings = file({"batch_size": 16, "epochs": 7, "optimizer": {"lr": 0.5, "clip": 3.0}})
     row, small = preset("ar"), tiny(preset("ar"))

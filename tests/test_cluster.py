@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -237,6 +238,16 @@ def test_the_dockerfile_is_clean():
 def test_a_broken_dockerfile_is_caught():
     broken = (ROOT / "docker" / "Dockerfile").read_text().replace("python:3.11-slim-bookworm", "python:latest")
     assert "DL3007" in hadolint(broken).stdout
+
+
+def test_the_image_has_what_the_jobs_need(tmp_path):
+    """All but what tests and benchmarks need; the Dockerfile's own command says what is installed."""
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    (command,) = re.findall(r"^RUN (python -c .*?) > requirements.txt", text, flags=re.MULTILINE | re.DOTALL)
+    found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    assert {"torch", "jieba"} <= needed == set(found.stdout.split())
 
 
 def test_no_container_is_root_in_the_end():

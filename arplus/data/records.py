@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from arplus.text import FEMALE, MALE, VARIATION_SELECTOR
+from arplus.text import FEMALE, MALE, VARIATION_SELECTOR, clean
 
 HASH_BYTES = 16
 """Bytes of every hash that duplicates are found by."""
@@ -168,7 +168,7 @@ def make_profile(gender: str, location: str, tags: str) -> Profile:
     plain = _without_tags(gender, location)
     if tags == "":
         return plain
-    tags = _squeezed(tags)
+    tags = clean(tags)
     words = list(dict.fromkeys(tags.split(";")))
     if "" in words:
         words.remove("")
@@ -182,16 +182,8 @@ def make_profile(gender: str, location: str, tags: str) -> Profile:
 
 @lru_cache(maxsize=1 << 14)
 def _without_tags(gender: str, location: str) -> Profile:
-    text = f"{_GENDERS[gender]}\t{_squeezed(location)}"
+    text = f"{_GENDERS[gender]}\t{clean(location)}"
     return Profile(text, text)
-
-
-def _squeezed(text: str) -> str:
-    """``text`` without white space and U+FE0F."""
-    text = text.replace(" ", "")
-    if text.isprintable() and VARIATION_SELECTOR not in text:  # so there is no other white space
-        return text
-    return "".join(text.split()).replace(VARIATION_SELECTOR, "")
 
 
 def _parse_profile(raw: Any) -> Any:

@@ -10,8 +10,6 @@ from arplus.config import Sampling, special_ids
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 
-GREEDY = Sampling(temperature=0)
-"""The likeliest character each time."""
 _DRAWS = 4
 """Random numbers a character: for top_p = 0.9 three leave one row in a thousand to the fourth, which takes a sort."""
 

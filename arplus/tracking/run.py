@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import UserError, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, redacted
 
 
 class Run(NamedTuple):
@@ -26,9 +26,12 @@ class Run(NamedTuple):
 def default_uri(storage_uri: str) -> str:
     """``MLFLOW_TRACKING_URI`` where it is set, else a sqlite file ``mlflow.db`` under the storage folder.
 
-    Raises :class:`UserError` for storage that is not a local folder: a sqlite file cannot live in a bucket.
+    Raises :class:`UserError` for storage that is not a local folder, as a sqlite file cannot live in a bucket, and for
+    an address with a password in it, since it will be written down.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        if redacted(uri) != uri:
+            raise UserError(f"MLFLOW_TRACKING_URI={redacted(uri)}: {NO_CREDENTIALS}")
         return uri
     if "://" in storage_uri and not storage_uri.startswith("file://"):
         raise UserError(

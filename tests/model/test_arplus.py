@@ -8,12 +8,12 @@ import torch
 from small_models import SIZES, make_batch, make_model, small
 from torch._dynamo.utils import counters
 
-from arplus.config import PAPER_ROWS, PRESETS, VocabularySizes, special_ids
+from arplus.config import PAPER_ROWS, PRESETS, Sampling, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
 from arplus.model.attention import Attention
 from arplus.model.batch import Batch
 from arplus.model.cost import forward_backward_flops, live_parameters
-from arplus.model.generate import GREEDY, generate
+from arplus.model.generate import generate
 
 LIVE = {
     "ar": 23_777_280,
@@ -213,7 +213,9 @@ def test_shared_layers_are_applied_in_order_and_then_again(preset):
     batch = make_batch(shared.config)
     for one, other in zip(copied(batch), shared(batch), strict=True):
         torch.testing.assert_close(one, other)
-    torch.testing.assert_close(generate(copied, batch, GREEDY), generate(shared, batch, GREEDY))
+    torch.testing.assert_close(
+        generate(copied, batch, Sampling(temperature=0)), generate(shared, batch, Sampling(temperature=0))
+    )
 
 
 @torch.no_grad()

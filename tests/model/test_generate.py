@@ -9,9 +9,10 @@ from small_models import SIZES, make_batch, make_model, small
 from arplus.config import Sampling, checked, from_dict, special_ids
 from arplus.errors import UserError
 from arplus.model.batch import Batch
-from arplus.model.generate import GREEDY, draw, generate, top_probabilities
+from arplus.model.generate import draw, generate, top_probabilities
 
 IDS = special_ids(SIZES.characters)
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.mark.parametrize(

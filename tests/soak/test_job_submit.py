@@ -40,10 +40,17 @@ def test_the_readmes_commands(cluster: Cluster, data: str) -> None:
         "train.py arplus": "train.py arplus --tiny --max-steps 20",
         "--workers 4": "--workers 2",
         "--mlflow http://MLFLOW": "--mlflow $MLFLOW_TRACKING_URI",
+        "lr_find.py arplus": "lr_find.py arplus --tiny --steps 30",
+        "tune.py arplus": "tune.py arplus --tiny --examples 400",
+        "--trials 16": "--trials 2",
+        "ablate.py": "ablate.py --tiny --row ar --row arplus --max-steps 10",
+        "--seeds 3": "--seeds 1",
+        "--entrypoint-num-gpus 1": "",
+        "benchmark.py train": "benchmark.py train --rounds 1 --batches 1 --batch-size 8",
     }
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ray job submit")]
-    for job in ("synthesize", "prepare", "train", "evaluate", "chat", "export"):
-        (line,) = (line for line in lines if f"jobs/{job}.py" in line)
+    assert len(lines) == len(list(ROOT.glob("jobs/*.py"))), "one of each job"
+    for line in lines:
         for before, after in changes.items():
             line = line.replace(before, after)
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=600)

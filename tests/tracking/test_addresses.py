@@ -14,6 +14,10 @@ def test_the_default_is_a_sqlite_file_under_local_storage(tmp_path, monkeypatch)
         default_uri("s3://bucket/runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert default_uri("s3://bucket/runs") == "http://127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:p1anted@127.0.0.1:5000")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        default_uri("s3://bucket/runs")
+    assert "p1anted" not in str(error.value)
 
 
 @pytest.mark.parametrize("uri", ["runs/mlruns", "file:///x", "postgresql://u:hunter2@h/db"])
