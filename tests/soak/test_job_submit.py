@@ -43,7 +43,7 @@ def test_the_readmes_commands(cluster: Cluster, data: str) -> None:
         "lr_find.py arplus": "lr_find.py arplus --tiny --steps 30",
         "tune.py arplus": "tune.py arplus --tiny --examples 400",
         "--trials 16": "--trials 2",
-        "ablate.py": "ablate.py --tiny --row ar --row arplus --max-steps 10",
+        "ablate.py": "ablate.py --tiny --row ar --row arplus --examples 400",
         "--seeds 3": "--seeds 1",
         "--entrypoint-num-gpus 1": "",
         "benchmark.py train": "benchmark.py train --rounds 1 --batches 1 --batch-size 8",
