@@ -40,6 +40,7 @@ from arplus.config.studies import (
     TuneConfig,
     run_settings,
     study_settings,
+    with_values,
 )
 from arplus.config.training import (
     AR,
@@ -98,4 +99,5 @@ __all__ = [
     "tiny",
     "to_dict",
     "unknown_key",
+    "with_values",
 ]

@@ -4,12 +4,13 @@ Their settings are those of a run and a few more, so that their command lines ar
 flags more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from arplus.config.checks import from_dict, to_dict
 from arplus.config.space import parse_space
 from arplus.config.training import PAPER_ROWS, PRESETS, TrainConfig, tiny
 
@@ -178,6 +179,18 @@ class AblateConfig(StudyConfig):
 def run_settings(config: TrainConfig) -> TrainConfig:
     """The settings of a run within those of a study."""
     return TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
+
+
+def with_values(run: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
+    """A run's settings with others by dotted name. Raises :class:`UserError` naming ``source`` for what cannot be."""
+    plain = to_dict(run)
+    for name, value in values.items():
+        *path, last = name.split(".")
+        section = plain
+        for key in path:
+            section = section[key]
+        section[last] = value
+    return from_dict(TrainConfig, plain, source=source)
 
 
 def study_settings(kind: type[Any], run: TrainConfig) -> Any:

@@ -59,7 +59,7 @@ def execute(
     Raises :class:`StoppedError` where this process was told to end, with every run saved; ``on_stop`` is called as soon
     as it is. Raises :class:`RunError` where :data:`IN_A_ROW` runs failed, none in between.
     """
-    adapter = _Adapter(study, source, room, show)
+    adapter = _Adapter(study, source, room, scheduler, show)
     _set_environment()
     filesystem, path = storage.resolve(storage.join(study.uri, "ray"))
     tuner = tune.Tuner(
@@ -117,21 +117,34 @@ def asha(budget: int, validations: int, reduction: float, known: Iterable[Trial]
         stop_last_trials=False,  # the run ends by itself, with its last checkpoint and final metrics
     )
     for trial in known:
-        past = cast(Any, SimpleNamespace(trial_id=trial.name))
-        scheduler.on_trial_add(cast(Any, None), past)
-        for result in trial.results:
-            scheduler.on_trial_result(cast(Any, None), past, result)
+        _replay(scheduler, trial.name, trial.results)
     return scheduler
+
+
+def _replay(scheduler: TrialScheduler, trial_id: str, results: list[dict[str, float]]) -> None:
+    """Tells a scheduler of a trial's validations so far; a rung that knows a trial takes no later value of it."""
+    past = cast(Any, SimpleNamespace(trial_id=trial_id))
+    scheduler.on_trial_add(cast(Any, None), past)
+    for result in results:
+        scheduler.on_trial_result(cast(Any, None), past, cast(Any, result))
 
 
 class _Adapter(Searcher):
     """The study as Ray Tune's searcher, which learns of all that happens before Tune acts on it."""
 
-    def __init__(self, study: Study, source: Source, room: Room, show: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        source: Source,
+        room: Room,
+        scheduler: TrialScheduler | None,
+        show: Callable[[], None],
+    ) -> None:
         super().__init__()
         self.study = study
         self.source = source
         self.room = room
+        self.scheduler = scheduler
         self.show = show
         self.again = [trial for trial in study.trials.values() if not trial.ended]
         self.live: dict[str, Trial] = {}
@@ -145,11 +158,13 @@ class _Adapter(Searcher):
         """The next run, written down before it starts."""
         trial = None
         if not self.stopping and len(self.failures) < IN_A_ROW:
-            trial = self.again.pop(0) if self.again else self.source.next()
+            trial = self._again() or self.source.next()
         if trial is None:
             return Searcher.FINISHED
         trial.outcome, trial.problem = "running", ""
         self.study.save(trial)
+        if self.scheduler is not None:
+            _replay(self.scheduler, trial_id, trial.results)
         self.live[trial_id], self.names[trial_id] = trial, trial.name
         self.show()
         return {
@@ -158,6 +173,13 @@ class _Adapter(Searcher):
             "parent_run_id": self.study.tracked.run_id,
             **self.room._asdict(),
         }
+
+    def _again(self) -> Trial | None:
+        if not self.again:
+            return None
+        trial = self.again.pop(0)
+        self.study.renew(trial)
+        return trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Notes a validation."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from arplus import storage, tracking
-from arplus.config import StudyConfig, TrainConfig, flat, from_dict, to_dict
+from arplus.config import StudyConfig, TrainConfig, flat, from_dict, run_settings, to_dict, with_values
 from arplus.errors import UserError
 from arplus.training import attempt, node, resume
 from arplus.training.attempt import SupersededError
@@ -30,6 +30,8 @@ OBJECTIVE = "best_response_ppl"
 with λ1."""
 MAY_DIFFER = (resume.MAY_DIFFER - {"epochs", "max_steps", "validate_every"}) | {"trials", "concurrency"}
 """Settings that may change when a study goes on."""
+_RENEWED = MAY_DIFFER & resume.MAY_DIFFER - {"run_name", "storage"}
+"""Those that its unfinished runs then take on."""
 
 
 @dataclass(kw_only=True)
@@ -144,6 +146,13 @@ class Study:
         self.trials[name] = trial
         self.save(trial)
         return trial
+
+    def renew(self, trial: Trial) -> None:
+        """Gives a run that is to go on the study's settings of today, where it may differ from those it began with."""
+        there, today = flat(trial.settings), flat(run_settings(self.config))
+        changed = {name: today[name] for name in today if name in _RENEWED and today[name] != there[name]}
+        changed |= {"storage": f"{self.uri}/runs"}
+        trial.config = to_dict(with_values(trial.settings, changed, source=trial.name))
 
     def save(self, trial: Trial) -> None:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""

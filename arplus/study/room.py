@@ -1,11 +1,11 @@
 """How many runs of a study fit on the cluster side by side."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from arplus import cluster
 from arplus.config import MIN_WORKER_CPUS, StudyConfig
 from arplus.errors import ResourceError
-from arplus.training.preflight import FEED_CPUS, driver_cpus
+from arplus.training.preflight import FEED_CPUS, cpu_nodes, driver_cpus
 
 
 class Room(NamedTuple):
@@ -14,25 +14,30 @@ class Room(NamedTuple):
     side_by_side: int
     worker_cpus: float
     """CPUs a worker of each of them."""
+    device: Literal["gpu", "cpu"]
+    """Where all of them train: one that starts while a GPU node is away waits for it, as another kind would differ."""
 
 
 def find_room(config: StudyConfig, runs: int) -> Room:
     """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
     cpus, gpus = cluster.offer(config.device, config.world_sizes[-1] * (config.concurrency or 1))
-    return fit(config, runs, cpus, gpus, driver_cpus())
+    return fit(config, runs, cpus, gpus, driver=driver_cpus(), nodes=cpu_nodes())
 
 
-def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, driver: float = 0.0) -> Room:
+def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float = 0.0, nodes: int = 1) -> Room:
     """As many runs as there are GPUs for, a GPU a worker; without GPUs, as many as have a whole CPU a worker, or one.
 
-    One whole CPU is left to all runs' data feeds together: their tasks wait for each other and end. ``driver`` is what
-    the job's own driver holds. Raises :class:`ResourceError` with the sum shown where not even one run fits, or not the
-    ``--concurrency`` asked for.
+    One whole CPU of one node is left to all runs' data feeds together: their tasks wait for each other and end. For
+    that, as in :func:`arplus.training.preflight.scaling`, as many CPUs are left as the cluster has ``nodes``, where
+    enough remain. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
+    not even one run fits, or not the ``--concurrency`` asked for.
     """
     workers, taken = config.world_sizes[-1], FEED_CPUS + driver
 
     def share(n: int) -> float:
-        return config.worker_cpus or min(1.0, (cpus - taken) / (n * workers))
+        free = cpus - taken
+        spread = free - FEED_CPUS * max(nodes - 1, 0)
+        return config.worker_cpus or min(1.0, max(spread, min(n * workers * MIN_WORKER_CPUS, free)) / (n * workers))
 
     def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
         enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6
@@ -46,7 +51,7 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, driver: float = 
         while wanted < runs and fits(wanted + 1, least):
             wanted += 1
     # Ray keeps resources to four decimals.
-    return Room(wanted, int(share(wanted) * 1e4) / 1e4)
+    return Room(wanted, int(share(wanted) * 1e4) / 1e4, "gpu" if gpus else "cpu")
 
 
 def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:

@@ -53,15 +53,15 @@ class Validations(ray.train.UserCallback):
 class Run(tune.Trainable):
     """The trial.
 
-    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id``, ``side_by_side``
-    and ``worker_cpus``.
+    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id`` and what a
+    :class:`arplus.study.room.Room` says.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts the run; it goes on from its newest checkpoint where it has one."""
         self.record_uri: str = config["record"]
         trial = self._record()
-        self.run = replace(trial.settings, worker_cpus=config["worker_cpus"])
+        self.run = replace(trial.settings, worker_cpus=config["worker_cpus"], device=config["device"])
         self.run_uri = storage.join(self.run.storage, self.run.run_name)
         self.best = trial.score
         self.final: dict[str, Any] | None = None

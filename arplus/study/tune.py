@@ -15,10 +15,10 @@ from arplus.config import (
     Dimension,
     TrainConfig,
     TuneConfig,
-    from_dict,
     parse_space,
     run_settings,
     to_dict,
+    with_values,
 )
 from arplus.data.dataset import Dataset
 from arplus.study import execute, lr_range
@@ -105,18 +105,6 @@ def plan(config: TuneConfig) -> str:
     run = budgeted(run_settings(config), budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
     return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
-
-
-def with_values(run: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
-    """A run's settings with others by dotted name. Raises :class:`UserError` naming ``source`` for what cannot be."""
-    plain = to_dict(run)
-    for name, value in values.items():
-        *path, last = name.split(".")
-        section = plain
-        for key in path:
-            section = section[key]
-        section[last] = value
-    return from_dict(TrainConfig, plain, source=source)
 
 
 def budgeted(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:

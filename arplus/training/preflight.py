@@ -48,8 +48,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     free = cpus - FEED_CPUS - driver
     # A feed's task needs a whole CPU of one node. If as many CPUs are left as there are nodes, one of them has it,
     # wherever the workers go; of two nodes with two CPUs each, four workers of 3/4 would leave a half to either.
-    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-    spread = free - FEED_CPUS * max(nodes - 1, 0)
+    spread = free - FEED_CPUS * max(cpu_nodes() - 1, 0)
     share = config.worker_cpus or min(1.0, max(spread / wanted, min(MIN_WORKER_CPUS, free / fewest)))
     if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
         share = max(share, MIN_WORKER_CPUS)
@@ -72,6 +71,11 @@ def scaling(config: TrainConfig) -> ScalingConfig:
         use_gpu=gpus > 0,
         resources_per_worker={"CPU": share} | ({"GPU": 1} if gpus else {}),
     )
+
+
+def cpu_nodes() -> int:
+    """Living nodes of the connected cluster that have CPUs."""
+    return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
 
 def driver_cpus() -> float:

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arplus import storage
-from arplus.config import StudyConfig, TuneConfig
+from arplus.config import StudyConfig, TuneConfig, run_settings
 from arplus.errors import RefusedError
 from arplus.study.record import Study
 from arplus.tracking import Run
@@ -54,3 +56,18 @@ def test_a_study_waits_for_storage_that_refuses(
     with refusing():
         assert begin(config).trials["trial-0001"].outcome == "finished"
     assert study.records == f"{study.uri}/tracking"
+
+
+def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path) -> None:
+    """Two GPUs less, another folder: but never other numbers."""
+    folder = str(tmp_path / "old")
+    began = TuneConfig(storage=folder, run_name="s", experiment="e", mlflow=f"sqlite:///{tmp_path}/m.db", workers=4)
+    study = begin(began)
+    run = replace(run_settings(began), run_name="t", storage=f"{study.uri}/runs", max_steps=7, seed=3, log_every=9)
+    trial = study.add("t", {"seed": 3}, run)
+    (tmp_path / "old").rename(tmp_path / "new")
+    study = begin(replace(began, storage=str(tmp_path / "new"), workers=2, zero=1))
+    trial = study.trials["t"]
+    study.renew(trial)
+    today = replace(run, workers=2, zero=1, storage=f"{study.uri}/runs", log_every=began.log_every)
+    assert trial.settings == today

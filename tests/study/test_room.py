@@ -35,10 +35,26 @@ def test_runs_side_by_side(
 ) -> None:
     config = replace(CONFIG, **changes)
     room = fit(config, runs, cpus, gpus)
-    assert room == expected
+    assert room == (*expected, "gpu" if gpus else "cpu")
     used = room.side_by_side * config.world_sizes[-1]
     assert used * room.worker_cpus + 1 <= cpus
     assert not gpus or used <= gpus
+
+
+@pytest.mark.parametrize(
+    ("changes", "cpus", "gpus", "expected"),
+    [
+        ({"workers": 4}, 4, 0, (1, 0.5)),
+        ({"workers": 2, "concurrency": 3}, 6, 0, (3, 0.6666)),
+        ({}, 8, 8, (8, 0.75)),
+        ({}, 2, 0, (1, 0.2)),
+    ],
+)
+def test_one_of_two_nodes_has_a_whole_cpu_left(
+    changes: dict[str, Any], cpus: float, gpus: int, expected: tuple[int, float]
+) -> None:
+    """Wherever the workers go; so little is left of two nodes of one CPU that it takes the fewest."""
+    assert fit(replace(CONFIG, **changes), 99, cpus, gpus, nodes=2)[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -59,6 +75,6 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_sum(
 
 
 def test_the_jobs_own_driver_takes_its_share() -> None:
-    assert fit(CONFIG, 8, 4, 0, driver=1.0) == (2, 1.0)
+    assert fit(CONFIG, 8, 4, 0, driver=1.0) == (2, 1.0, "cpu")
     with pytest.raises(ResourceError, match=r"\+ 1 CPU for the data feed \+ 1 CPUs for the job's driver .* = 2.2 CPUs"):
         fit(CONFIG, 8, 2, 0, driver=1.0)

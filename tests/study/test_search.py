@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 
-from arplus.config import Dimension, TuneConfig, parse_space, preset, run_settings, study_settings, tiny, to_dict
+from arplus.config import (
+    Dimension,
+    TuneConfig,
+    parse_space,
+    preset,
+    run_settings,
+    study_settings,
+    tiny,
+    to_dict,
+    with_values,
+)
 from arplus.errors import UserError
 from arplus.study import execute
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.study.search import make_search
-from arplus.study.tune import budgeted, with_values
+from arplus.study.tune import budgeted
 
 CONFIG: TuneConfig = study_settings(TuneConfig, tiny(preset("arplus")))
 LR = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-1))]
@@ -114,6 +124,17 @@ def test_asha_of_a_sweep_that_goes_on_knows_the_validations_so_far() -> None:
     trial: Any = SimpleNamespace(trial_id="new")
     asha.on_trial_add(None, trial)  # type: ignore[arg-type]
     assert asha.on_trial_result(None, trial, {"examples": 100, OBJECTIVE: 41.0}) == "STOP"  # type: ignore[arg-type]
+
+
+def test_a_trial_that_goes_on_keeps_its_place_on_the_rungs_it_had_reached() -> None:
+    """Its next validation is later and better, and would push the others down."""
+    asha = execute.asha(800, 8, 3.0, [ended({}, 50.0, examples=100)])
+    assert asha is not None
+    execute._replay(asha, "again", [{"examples": 100, OBJECTIVE: 49.0}])
+    trials: list[Any] = [SimpleNamespace(trial_id=name) for name in ("again", "new")]
+    for trial, examples, ppl in zip(trials, (200, 100), (44.0, 48.5), strict=True):
+        asha.on_trial_add(None, trial)  # type: ignore[arg-type]
+        assert asha.on_trial_result(None, trial, {"examples": examples, OBJECTIVE: ppl}) == "CONTINUE"  # type: ignore[arg-type]
 
 
 def test_one_validation_leaves_nothing_to_stop() -> None:
