@@ -141,3 +141,16 @@ def test_planted_secrets_are_found_nowhere(s3_server: Any, tmp_path: Path, ray_f
     assert "runs/failing/checkpoints/step-00000001-attempt-1/config.json" in names_of("plateau_patience")
     assert "mlflow.db" in names_of("optimizer.plateau_patience")
     assert "data_card" in names_of("<html")
+
+
+def test_trials_are_handed_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune's own list of variables has AWS's, in a runtime_env that the dashboard shows."""
+    from ray.tune.execution.class_cache import _ActorClassCache
+
+    from arplus.study import execute, trial
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "p1anted")
+    execute._set_environment()
+    handed = _ActorClassCache().get(trial.Run)._default_options["runtime_env"]["env_vars"]
+    assert "PL_DISABLE_FORK" in handed
+    assert "p1anted" not in handed.values()

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -283,7 +284,13 @@ def check_outcome(study: Study) -> None:
 
 
 def _set_environment() -> None:
-    """Ray Tune's own files and loggers off; they have settings in the environment alone."""
+    """Ray Tune's own files and loggers off, by the environment alone; AWS's keys stay where they are.
+
+    Tune would put them into the runtime_env of every trial, which Ray writes to its logs and shows on its dashboard. A
+    trial has its node's.
+    """
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "600")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner and end ignore verbose=0

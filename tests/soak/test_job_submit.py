@@ -1,4 +1,4 @@
-"""`ray job submit` as the README says, with a token, on two nodes, one of which is killed: about 12 minutes."""
+"""`ray job submit` as the README says, with a token, on two nodes, one of which is killed: about 13 minutes."""
 
 import json
 import logging
