@@ -5,6 +5,7 @@ The result is a checkpoint like any other, so evaluation, chat and ``--init-from
 """
 
 import json
+import os
 from dataclasses import replace
 
 from arplus import checkpoint, storage
@@ -16,12 +17,19 @@ from arplus.model.cost import live_parameters
 from arplus.model.reference import infer, load_reference, parse_state
 from arplus.text import Vocabulary
 
+_MARKS = {"manifest.json", "README.md"}
+"""Files that are together in an export alone."""
+_FILES = _MARKS | {"weights.safetensors", "optimizer.safetensors", "state.json", "config.json"}
+_FILES |= {"characters.txt", "persona_words.txt"}
+
 
 def export(config: ExportConfig) -> str:
     """Writes the export and returns its URI.
 
-    Raises :class:`UserError` where the source is no checkpoint, or where weights, preset and vocabularies do not fit.
+    Raises :class:`UserError` where the source is no checkpoint, where weights, preset and vocabularies do not fit, and
+    where the output holds anything but a previous export, for all in it is deleted.
     """
+    _check_output(config)
     state = from_reference(config) if config.from_reference else checkpoint.load(str(config.checkpoint))
     state = replace(state, moments={}, mlflow_run_id=None)
     return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
@@ -90,6 +98,25 @@ PersonalDialog's terms are non-commercial; they bind what is trained on it.
 {json.dumps(to_dict(config.model), indent=2)}
 ```
 """
+
+
+def _check_output(config: ExportConfig) -> None:
+    output = storage.absolute(config.output)
+    if config.checkpoint and f"{_real(checkpoint.find(config.checkpoint))}/".startswith(f"{_real(output)}/"):
+        raise UserError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
+    # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
+    found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()
+    if found and not _MARKS <= found <= _FILES:
+        raise UserError(
+            f"--output {config.output}: is there, and is not a previous export alone; name a new or an empty folder, "
+            "or delete what is in it first"
+        )
+
+
+def _real(uri: str) -> str:
+    """A path that is the same for all names of a folder."""
+    path = storage.resolve(uri)[1]
+    return os.path.realpath(path) if storage.is_local(uri) else path
 
 
 def _check_size(flag: str, vocabulary: Vocabulary, size: int) -> None:
