@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
+"""Names of checkpoints' folders."""
 
 
 @dataclass(kw_only=True)
@@ -188,9 +190,7 @@ def is_complete(uri: str) -> bool:
 
 def list_complete(run_uri: str) -> list[str]:
     """URIs of a run's complete checkpoints, oldest first: by attempt, then by step, then the validated."""
-    ending = f"/{_MANIFEST}"
-    complete = [uri.removesuffix(ending) for uri in _files(run_uri) if uri.endswith(ending)]
-    return sorted(complete, key=_age)
+    return sorted((uri for uri, complete in _folders(run_uri).items() if complete), key=_age)
 
 
 def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
@@ -240,7 +240,7 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
     best = storage.find_json(storage.join(run_uri, "best.json"))
     kept = None if best is None else storage.join(run_uri, best["checkpoint"])
     complete = list_complete(run_uri)
-    incomplete = sorted({uri.rsplit("/", 1)[0] for uri in _files(run_uri)} - set(complete))
+    incomplete = sorted(_folders(run_uri).keys() - set(complete))
     for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
         if uri != kept:
             _delete(uri)
@@ -248,13 +248,21 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
 
 def _age(uri: str) -> tuple[int, int, bool]:
     """Attempt, step, and whether that step's validation is in it."""
-    found = re.search(r"/step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?$", uri)
-    return (int(found[2] or 0), int(found[1]), found[3] is None) if found else (0, 0, True)
+    found = _NAME.fullmatch(uri.rsplit("/", 1)[1])
+    assert found, uri
+    return int(found[2] or 0), int(found[1]), found[3] is None
 
 
-def _files(run_uri: str) -> list[str]:
+def _folders(run_uri: str) -> dict[str, bool]:
+    """A run's checkpoints, and whether each is complete; what else lies beside or in them does not count."""
     folder = storage.join(run_uri, "checkpoints")
-    return storage.list_files(folder) if storage.exists(folder) else []
+    found: dict[str, bool] = {}
+    for file in storage.list_files(folder) if storage.exists(folder) else []:
+        name, _, rest = file.removeprefix(f"{folder}/").partition("/")
+        if rest and _NAME.fullmatch(name):
+            uri = storage.join(folder, name)
+            found[uri] = found.get(uri, False) or rest == _MANIFEST
+    return found
 
 
 def _delete(uri: str) -> None:

@@ -321,6 +321,17 @@ def test_retain_that_dies_leaves_no_half_checkpoint(run: str, monkeypatch: pytes
     assert list(map(step_of, checkpoint.list_complete(run))) == [20]
 
 
+def test_retain_leaves_what_is_no_checkpoint(run: str) -> None:
+    for step in (10, 20):
+        uri = checkpoint.save(run, state(step))
+    names = ["notes.txt", "mine/manifest.json", "step-00000020/tracking/manifest.json", "step-00000015/tracking/a.json"]
+    for name in names:
+        storage.write_bytes(storage.join(run, "checkpoints", name), b"{}")
+    checkpoint.retain(run, 1, attempt=0)
+    assert checkpoint.list_complete(run) == [uri]
+    assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == ["mine", "notes.txt", "step-00000020"]
+
+
 def test_a_validated_checkpoint_is_newer_than_the_same_step_before(run: str) -> None:
     """The first stays whole while the second is written."""
     after = state(10)
