@@ -16,6 +16,7 @@ from arplus.config import (
     PRESETS,
     ChatConfig,
     EvaluateConfig,
+    LrFindConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -31,6 +32,7 @@ from arplus.config import (
     from_dict,
     preset,
     special_ids,
+    study_settings,
     tiny,
     to_dict,
 )
@@ -309,6 +311,11 @@ def test_a_batch_has_an_example_for_every_micro_batch(workers: int | str, accumu
 def test_micro_batches_are_filled_up_to_equal_size() -> None:
     assert [TrainConfig(batch_size=64).micro_batch_size(workers) for workers in (1, 2, 3, 5)] == [64, 32, 22, 13]
     assert TrainConfig(batch_size=64, accumulation=3).micro_batch_size(2) == 11
+
+
+def test_a_range_test_has_one_number_of_workers() -> None:
+    with pytest.raises(UserError, match="--workers: must be one number for a range test"):
+        checked(study_settings(LrFindConfig, replace(preset("ar"), workers="1:2")))
 
 
 @pytest.mark.parametrize(("workers", "sizes"), [(3, [3]), ("1:4", [1, 2, 3, 4]), ("2:2", [2])])

@@ -115,6 +115,8 @@ class LrFindConfig(TrainConfig):
             yield "lr_from", f"must be below lr_to = {self.lr_to:g} (got {self.lr_from:g})"
         if self.resume not in ("auto", "never"):
             yield "resume", f"must be auto or never for a range test (got {self.resume!r})"
+        if len(self.world_sizes) > 1:
+            yield "workers", f"must be one number for a range test, which is short (got {self.workers!r})"
 
 
 @dataclass(frozen=True, kw_only=True)

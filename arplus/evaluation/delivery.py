@@ -69,19 +69,22 @@ def track(result: dict[str, Any], to: Destination) -> None:
     """
     run = _run(to)
     record = Path(tempfile.mkdtemp(prefix="arplus-evaluation-"), "tracking.jsonl")
-    tracker = tracking.Tracker(run, record=record, keep=to.records)
+    # Of two evaluations MLflow shows the later one; their settings, such as the temperature, are in the artifact.
+    tracker = tracking.Tracker(run, record=record, keep=to.records, repeats=True)
     for name, found in result["splits"].items():
         metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
         tracker.log(metrics, step=to.examples)
     names = "_".join(result["splits"])
     tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
-    if tracker.close("FINISHED") == 0:
+    # The training's own run keeps its status: it may have failed, or go on.
+    if tracker.close(None if run.run_id == to.run_id else "FINISHED") == 0:
         shutil.rmtree(record.parent)
 
 
 def _run(to: Destination) -> tracking.Run:
     try:
-        return tracking.start_run(to.mlflow, to.experiment, to.run_name, tags={}, params={}, resume_run_id=to.run_id)
+        found = to.run_id and tracking.find_run(to.mlflow, to.run_id)
+        return found or tracking.start_run(to.mlflow, to.experiment, to.run_name, tags={}, params={})
     except ResourceError as error:
         if to.run_id is None:
             raise

@@ -89,10 +89,12 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     with execute.conducted(study) as tracker:
         if config.lr == "tuned":
             _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
-        _run(config, study, room, [row for size in sizes for row in _rows(config, size, study)], tracker)
+        # Once: the tables are of these rows, whichever rates an earlier command chose.
+        rows = [row for size in sizes for row in _rows(config, size, study)]
+        _run(config, study, room, rows, tracker)
         execute.check_outcome(study)
-        _evaluate(config, study, dataset, sizes)
-        return _conclude(study, config, tracker, dataset)
+        _evaluate(config, study, dataset, rows)
+        return _conclude(study, config, tracker, dataset, rows)
 
 
 def plan(config: AblateConfig) -> str:
@@ -200,22 +202,23 @@ def _progress(trial: Trial) -> str:
 
 def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row], tracker: tracking.Tracker) -> None:
     source = _Rows(config, study, rows)
-    pending = [trial for trial in study.trials.values() if not trial.ended]
-    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(pending), room.side_by_side)
-    if source.left or pending:
+    again = [study.trials[row.name] for row in rows if row.name in study.trials and not study.trials[row.name].ended]
+    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), room.side_by_side)
+    if source.left or again:
         execute.execute(
             study,
             source,
             room,
+            again=again,
             max_failures=config.max_failures,
             show=source.show,
             on_stop=lambda: tracker.mark("KILLED"),
         )
 
 
-def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, sizes: list[Split]) -> None:
+def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[Row]) -> None:
     """Evaluates what has not been evaluated yet: the best checkpoint of every run that the tables have."""
-    wanted = {row.name: row for size in sizes for row in _rows(config, size, study)}
+    wanted = {row.name: row for row in rows}
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
@@ -238,9 +241,11 @@ def _parameters(run: TrainConfig, sizes: VocabularySizes) -> int:
         return sum(live_parameters(ARPlus(run.model, sizes)).values())
 
 
-def _conclude(study: Study, config: AblateConfig, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+def _conclude(
+    study: Study, config: AblateConfig, tracker: tracking.Tracker, dataset: Dataset, wanted: list[Row]
+) -> dict[str, Any]:
     """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
-    rows = results.rows(study.trials.values())
+    rows = results.rows(study.trials[row.name] for row in wanted if row.name in study.trials)
     study_url, compare_url = tracking.study_url(study.tracked), tracking.compare_url(list(_tracked(study)))
     unfinished = {t.name: t.problem for t in study.trials.values() if t.outcome in ("failed", "diverged")}
     result: dict[str, Any] = {

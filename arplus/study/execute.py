@@ -48,19 +48,20 @@ def execute(
     source: Source,
     room: Room,
     *,
+    again: list[Trial],
     scheduler: TrialScheduler | None = None,
     max_failures: int,
     show: Callable[[], None] = lambda: None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs all that is unfinished or failed in ``study`` and all that ``source`` gives, and keeps the records.
+    """Runs what is to go on ``again``, unfinished or failed, and all that ``source`` gives, and keeps the records.
 
     ``show`` is called whenever a record has changed. A trial's own process that dies is started again, from the run's
     newest checkpoint, ``max_failures`` times; whatever else ends a run is in its record, and the others go on.
     Raises :class:`StoppedError` where this process was told to end, with every run saved; ``on_stop`` is called as soon
     as it is. Raises :class:`RunError` where :data:`IN_A_ROW` runs failed, none in between.
     """
-    adapter = _Adapter(study, source, room, scheduler, show)
+    adapter = _Adapter(study, source, room, again, scheduler, show)
     _set_environment()
     filesystem, path = storage.resolve(storage.join(study.uri, "ray"))
     tuner = tune.Tuner(
@@ -138,6 +139,7 @@ class _Adapter(Searcher):
         study: Study,
         source: Source,
         room: Room,
+        again: list[Trial],
         scheduler: TrialScheduler | None,
         show: Callable[[], None],
     ) -> None:
@@ -147,7 +149,7 @@ class _Adapter(Searcher):
         self.room = room
         self.scheduler = scheduler
         self.show = show
-        self.again = [trial for trial in study.trials.values() if not trial.ended]
+        self.again = list(again)
         self.live: dict[str, Trial] = {}
         """Records of the trials that run, by Tune's id."""
         self.names: dict[str, str] = {}

@@ -27,8 +27,9 @@ from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UserError
 from arplus.training import node, preflight, workers
 from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.hooks import EndedError
 from arplus.training.loop import seed_dropout
-from arplus.training.trainer import feeds, load, resolved
+from arplus.training.trainer import agreed, feeds, load, resolved
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,9 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
     config: LrFindConfig = arguments["config"]
     device = workers.set_up()
     try:
-        dataset, model, _ = load(config, None)
-    except UserError as error:
+        dataset, model, _ = agreed(lambda: storage.patiently(config.data, lambda: load(config, None)))
+    except EndedError as ended:
+        error: UserError = ended.args[0]
         return error
     feed, _ = feeds(config, dataset, dataset.sizes, dist.get_rank())
     return curve(Engine(model, config, device), feed.batches, feed.steps, config)

@@ -1,6 +1,9 @@
 """A study's best model, where colleagues look for it: in its MLflow run and in the model registry."""
 
 import logging
+import shutil
+import tempfile
+from pathlib import Path
 
 from arplus import storage, tracking
 from arplus.data.dataset import Dataset
@@ -25,14 +28,16 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     run = study.tracked_run(best)
     assert run is not None
     uri, tags = study.run_uri(best.name), {"study": study.name, "response_ppl": f"{best.score:.4f}"}
-    kept = tracking.Tracker(run, record=study.record.with_name(f"{best.name}.jsonl"), keep=study.records)
+    folder = Path(tempfile.mkdtemp(prefix="arplus-best-"))  # of the record, and of the files that it names
+    kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=study.records)
     try:
         storage.patiently(uri, lambda: log_best(kept, uri, dataset))
-        if kept.close("FINISHED"):
+        if kept.close():
             raise ResourceError("its files did not reach MLflow")
+        shutil.rmtree(folder)
         tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
     except UserError as error:
-        kept.close("FINISHED")
+        kept.close()
         log.warning(
             "the best model, of run %s, is not registered in MLflow: %s; the same command again registers it",
             best.name,

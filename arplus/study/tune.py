@@ -65,6 +65,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
             study,
             source,
             room,
+            again=[trial for trial in study.trials.values() if not trial.ended],
             scheduler=asha if config.scheduler == "asha" else None,
             max_failures=config.max_failures,
             show=source.show,

@@ -10,7 +10,7 @@ Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only mod
 (logging) · ``replay``.
 """
 
-from arplus.tracking.client import check_reachable, end_children, end_run, register_model, start_run
+from arplus.tracking.client import check_reachable, end_children, end_run, find_run, register_model, start_run
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
     Run,
@@ -33,6 +33,7 @@ __all__ = [
     "default_uri",
     "end_children",
     "end_run",
+    "find_run",
     "keep_of",
     "open_command",
     "record_of",

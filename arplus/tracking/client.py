@@ -174,8 +174,25 @@ def start_run(
     return run
 
 
+def find_run(uri: str, run_id: str) -> Run | None:
+    """A run, as it is; None, with a warning, where the server no longer has it.
+
+    Raises :class:`ResourceError` for a server that does not answer.
+    """
+    uri = absolute_uri(uri)
+    with explained(uri):
+        experiment_id = _experiment_of(connect(uri), run_id)
+    return None if experiment_id is None else Run(uri, experiment_id, run_id)
+
+
 def _reopened(client: Any, run_id: str) -> str | None:
     """Sets a run back to RUNNING and gives its experiment; None where it is gone."""
+    if (experiment_id := _experiment_of(client, run_id)) is not None:
+        client.update_run(run_id, status="RUNNING")
+    return experiment_id
+
+
+def _experiment_of(client: Any, run_id: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -187,7 +204,6 @@ def _reopened(client: Any, run_id: str) -> str | None:
     if found is None or found.info.lifecycle_stage != "active":
         logger.warning("MLflow run %s was deleted or is on another server: a new run is started", run_id)
         return None
-    client.update_run(run_id, status="RUNNING")
     return str(found.info.experiment_id)
 
 

@@ -37,6 +37,8 @@ CAPACITY = 10_000
 _GIVE_UP_S = 900.0
 """Seconds after which a tag or artifact that the server cannot take stops holding up the metrics behind it."""
 _LONGEST_WAIT_S = 30.0
+_BYTES_A_SECOND = 5 << 20
+"""What a slow server takes of a file: the 1.2 GB of a large model's weights are given four minutes."""
 _AWAY = "MLflow does not answer, trying again: %s"
 
 
@@ -47,10 +49,18 @@ class Tracker:
     away. Only the queue's bound loses points, and only for the server: they are counted, said once in a warning and
     again by :meth:`close`, and the record has them all. Nothing is sent before the first call, so that attaching to a
     run (after a worker's restart, say) works while the server is down. A point of a step that an earlier tracker of
-    the run has sent is left out.
+    the run has sent is left out, but with ``repeats``.
     """
 
-    def __init__(self, run: Run, *, record: str | Path, keep: str | None = None, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        record: str | Path,
+        keep: str | None = None,
+        capacity: int = CAPACITY,
+        repeats: bool = False,
+    ) -> None:
         """``keep`` is the URI of a folder to which :meth:`close` copies a record that the server lacks a part of."""
         self.run = run
         self.record = Path(record)
@@ -58,6 +68,7 @@ class Tracker:
         self.dropped = 0
         """Events that will not reach the server by themselves."""
         self._capacity = capacity
+        self._repeats = repeats
         self._pending: deque[Event] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None  # set by close(): when to stop trying
@@ -91,9 +102,10 @@ class Tracker:
         self._put({"status": status}, always=True)
 
     def close(self, status: Status | None = None, timeout: float = 30.0) -> int:
-        """Sends what waits, for ``timeout`` seconds at most, and ends the run as ``status``; None leaves it RUNNING.
+        """Sends what waits, for ``timeout`` seconds at most, and ends the run as ``status``; None leaves it as it is.
 
-        Gives the number of events that did not reach the server. Calling it again changes nothing.
+        For files that wait there is more time, by :data:`_BYTES_A_SECOND`. Gives the number of events that did not
+        reach the server. Calling it again changes nothing.
         """
         if self._closed:
             return self.dropped
@@ -101,6 +113,7 @@ class Tracker:
             self._put({"status": status}, always=True)
         with self._changed:
             self._closed = True
+            timeout += sum(map(_bytes, self._pending)) / _BYTES_A_SECOND
             self._deadline = time.monotonic() + timeout
             self._changed.notify_all()
         if self._thread is not None:
@@ -171,7 +184,8 @@ class Tracker:
             while True:
                 try:
                     client = client or make_client(self.run.uri)
-                    if new := without_repeats(client, batch, known) if "key" in batch[0] else batch:
+                    again = self._repeats or "key" not in batch[0]
+                    if new := batch if again else without_repeats(client, batch, known):
                         send(client, new)
                     break
                 except Exception as error:  # whatever a server or a network may do, training goes on
@@ -221,3 +235,11 @@ class Tracker:
         if message not in self._said:
             self._said.add(message)
             logger.warning(message, *args)
+
+
+def _bytes(event: Event) -> int:
+    """The size of the file that an event names."""
+    try:
+        return os.path.getsize(event["file"]) if "file" in event else 0
+    except OSError:
+        return 0

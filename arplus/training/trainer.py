@@ -223,12 +223,12 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def _run(job: Job) -> dict[str, Any]:
     config = job.config
     device = workers.set_up(job.part.side_by_side if job.part else 1)
-    _agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    mine, start = _agreed(lambda: storage.patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
-    dataset, model, state = _agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
+    agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
+    mine, start = agreed(lambda: storage.patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
+    dataset, model, state = agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        _agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
+        agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
@@ -269,7 +269,7 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, Train
     return dataset, model, state
 
 
-def _agreed(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
+def agreed(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
     """What ``work`` gives on this worker, or on rank 0; :class:`EndedError` on all workers where one has our errors."""
     mine: tuple[Any, Exception | None] = (None, None)
     if dist.get_rank() == 0 or not only_rank_0:

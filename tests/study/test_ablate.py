@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prepared import write_dataset
@@ -10,7 +12,7 @@ from arplus import storage
 from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, checked, preset, tiny, to_dict
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
-from arplus.study import ablate
+from arplus.study import ablate, execute
 from arplus.study.ablate import Row
 from arplus.study.record import Study, Trial
 from arplus.tracking import Run
@@ -63,12 +65,29 @@ def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
     assert found[0] == tried[2], "the first seed's run is not made again"
 
 
+def test_a_rate_that_failed_is_not_tried_among_the_seeds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might win, with nobody to run the other seeds at it; the next command tries it, and then chooses."""
+    config = AblateConfig(row=("arplus",), seeds=2, lr="tuned", rates=3)
+    size = dataset.split("train")
+    tried = ablate._rate_rows(config, size)
+    trials = {row.name: done(row, 30.0 + i) for i, row in enumerate(tried)}
+    trials[tried[1].name].outcome = "failed"
+    mine = study(**trials)
+    rows = ablate._rows(config, size, mine)
+    mine.trials[rows[1].name] = replace(done(rows[1], 30.0), outcome="running")
+    found: dict[str, list[Trial]] = {}
+    monkeypatch.setattr(execute, "execute", lambda *_, again, **__: found.update(again=again))
+    ablate._run(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), rows, cast(Any, None))
+    assert [trial.name for trial in found["again"]] == [rows[1].name]
+    ablate._run(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), tried, cast(Any, None))
+    assert [trial.name for trial in found["again"]] == [tried[1].name]
+
+
 def test_an_evaluation_is_saved_although_mlflow_is_away(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = AblateConfig(row=("arplus",), seeds=1, data=dataset.uri)
-    sizes = [dataset.split("train")]
-    (row,) = ablate._rows(config, sizes[0], study())
+    (row,) = rows = ablate._rows(config, dataset.split("train"), study())
     trial = done(row, 30.0)
     trial.config = to_dict(ablate.settings(config, row))
     mine = replace(study(**{row.name: trial}), uri=str(tmp_path))
@@ -80,7 +99,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     splits = {"test": {"honest": {"response_ppl": 30.5}}}
     monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
     monkeypatch.setattr(ablate, "destination", away)
-    ablate._evaluate(config, mine, dataset, sizes)
+    ablate._evaluate(config, mine, dataset, rows)
     record = storage.read_json(mine.record_uri(row.name))
     assert record["final"]["evaluation"] == splits
     assert f"jobs/evaluate.py --checkpoint {mine.run_uri(row.name)} --data {dataset.uri} logs: MLflow" in caplog.text

@@ -31,6 +31,16 @@ def test_a_full_queue_drops_counts_and_says_so_once(no_server, tmp_path, caplog)
     assert [(e["key"], e["step"]) for e in events[:-1]] == [(key, step) for step in range(100) for key in "ab"]
 
 
+def test_a_file_that_waits_is_given_the_time_of_a_slow_server(no_server, tmp_path, monkeypatch):
+    monkeypatch.setattr("arplus.tracking.tracker._BYTES_A_SECOND", 1000)
+    (tmp_path / "weights").write_bytes(bytes(1200))
+    tracker = Tracker(no_server, record=tmp_path / "r.jsonl")
+    tracker.log_file(tmp_path / "weights")
+    start = time.monotonic()
+    tracker.close("FINISHED", timeout=0.1)
+    assert 1.2 < time.monotonic() - start < 3
+
+
 def test_close_keeps_its_time_limit(no_server, tmp_path):
     tracker = Tracker(no_server, record=tmp_path / "r.jsonl")
     tracker.log({"a": 1.0}, 1)
