@@ -48,6 +48,7 @@ class Lease:
         self._lifetime = lifetime
         self._file = _S3File(output) if not storage.is_local(output) else _LocalFile(output)
         self._lost = ""
+        self._renewed = time.time()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -67,6 +68,8 @@ class Lease:
 
     def check(self) -> None:
         """Raises :class:`UserError` where another job has taken the output meanwhile."""
+        if time.time() > self._renewed + self._lifetime:  # this process was held up, and its thread with it
+            self._renew_now()
         if self._lost:
             raise UserError(f"{self._output}: {self._lost} took over this output while this job was held up")
 
@@ -93,15 +96,20 @@ class Lease:
         return bool(entry.get("token") != self.token)
 
     def _renew(self) -> None:
-        while not self._ended.wait(self._lifetime / 4):
-            try:
-                taken = self._file.replace(self._entry(), unless=self._is_others)
-            except (UserError, OSError) as error:  # the storage is away: nobody else can take the lease either
-                log.warning("%s: the lease could not be renewed (%s)", self._output, error)
-                continue
-            if taken is not None:
-                self._lost = str(taken["holder"])
-                return
+        while not self._lost and not self._ended.wait(self._lifetime / 4):
+            self._renew_now()
+
+    def _renew_now(self) -> None:
+        began = time.time()
+        try:
+            taken = self._file.replace(self._entry(), unless=self._is_others)
+        except (UserError, OSError) as error:  # the storage is away: nobody else can take the lease either
+            log.warning("%s: the lease could not be renewed (%s)", self._output, error)
+            return
+        if taken is not None:
+            self._lost = str(taken["holder"])
+        else:
+            self._renewed = began
 
 
 def is_unfinished(output: str) -> bool:
@@ -134,7 +142,7 @@ class _LocalFile:
     """The lease on a local file system, locked while it is read and written."""
 
     def __init__(self, output: str):
-        self._path = Path(storage.absolute(output)) / FILE
+        self._path = Path(storage.resolve(output)[1]) / FILE
 
     def replace(self, entry: dict[str, Any], unless: Any) -> dict[str, Any] | None:
         """Writes the entry and returns ``None``; where ``unless(old entry)`` holds, returns the old one instead."""

@@ -91,7 +91,7 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
     for flag, wanted in (("valid", config.valid), ("test", config.test)):
         if MAX_SHARE < wanted < 1:
             log.warning("--%s %g: a split takes at most a share of %g; taking that", flag, wanted, MAX_SHARE)
-    lease = output.claim(config.output, [*SPLITS, *(source.name for source in sources[1:])])
+    lease = output.claim(config.output)
     finished = False
     try:
         with faults.plainly(config.output):

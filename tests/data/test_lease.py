@@ -67,6 +67,31 @@ def test_one_that_ran_out_is_taken_and_its_holder_finds_out(output: str, monkeyp
     second.release(finished=True)
 
 
+def test_a_holder_that_slept_past_its_lease_looks_before_it_goes_on(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arplus.data.lease._this_process", lambda: None)  # as from another machine
+    slept = Lease.take(output, lifetime=600)
+    slept._file.replace(slept._entry() | {"expires": 0.0}, unless=lambda _: False)
+    second = Lease.take(output)
+    slept.check()
+    slept._renewed -= 601
+    with pytest.raises(UserError, match="took over this output"):
+        slept.check()
+    slept.release(finished=True)
+    second.release(finished=True)
+
+
+def test_an_output_by_its_file_uri_has_its_lease_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = (tmp_path / "out").as_uri()
+    lease = Lease.take(output)
+    assert is_unfinished(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    lease.release(finished=True)
+    assert not is_unfinished(output)
+
+
 def test_exactly_one_of_many_wins(output: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -268,7 +268,7 @@ def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> 
     content = {"a.jsonl": b"".join(lines(CORPUS[:50]))}
     _, expected = run(tmp_path, content, name="first", valid=20_000)
     left = tmp_path / "second-out"
-    for name in ("_lease.json", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009.parquet"):
+    for name in ("_lease.json", "_temporary/sessions/000009-000000000000.arrow", "train/part-00009-0a1b2c3d.parquet"):
         (left / name).parent.mkdir(parents=True, exist_ok=True)
         (left / name).write_text("half")
     _, manifest = run(tmp_path, content, name="second", valid=20_000.0)
