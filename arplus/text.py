@@ -110,10 +110,11 @@ class Vocabulary:
         """The ``maximum`` most frequent tokens that were seen at least ``minimum`` times.
 
         Tokens of ``always`` are in it whatever their count. Equal counts are ordered by code points, so the result
-        depends on the counts alone.
+        depends on the counts alone. Words spelled like a special token are in none: they are strangers.
         """
         kept = dict.fromkeys(always)
-        others = sorted((t for t, n in counts.items() if n >= minimum and t not in kept), key=lambda t: (-counts[t], t))
+        seen = (t for t, n in counts.items() if n >= minimum and t not in kept and t not in SPECIAL_TOKENS)
+        others = sorted(seen, key=lambda t: (-counts[t], t))
         chosen = [*kept, *others[: max(0, maximum - len(kept))]]
         chosen.sort(key=lambda t: (-counts.get(t, 0), t))
         return cls(chosen, [counts.get(t, 0) for t in chosen])
@@ -131,9 +132,12 @@ class Vocabulary:
         naming ``source``.
         """
         try:
-            lines = data.decode().split("\n")
+            text = data.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{source}: not UTF-8 text ({error})") from None
+        if not text.startswith("\ufeff\t"):  # there it is a token of ours; elsewhere an editor's byte order mark
+            text = text.removeprefix("\ufeff")
+        lines = text.split("\n")
         pairs = [_token_and_count(line.rstrip("\r")) for line in lines if line.rstrip("\r")]
         if not pairs:
             raise UserError(f"{source}: an empty vocabulary; expected one token (and its count) a line")

@@ -63,6 +63,13 @@ def test_counted_vocabulary_keeps_within_its_size_and_always_has_the_keys() -> N
     assert set(list(counts)[:15]) <= set(vocabulary.tokens)
 
 
+def test_words_spelled_like_special_tokens_are_strangers() -> None:
+    vocabulary = Vocabulary.from_counts({"美食": 5, "[UNK]": 9, "[PAD]": 7}, minimum=1, maximum=9)
+    assert Vocabulary.from_bytes(vocabulary.to_bytes(), source="") == vocabulary
+    unk = vocabulary.special.unk
+    assert vocabulary.encode(["美食", "[UNK]", "[PAD]"]).tolist() == [0, unk, unk]
+
+
 @pytest.mark.parametrize(
     ("content", "tokens", "counts"),
     [
@@ -71,6 +78,8 @@ def test_counted_vocabulary_keeps_within_its_size_and_always_has_the_keys() -> N
         ("四川 成都\t6816\n性别\t-1\n", ["四川 成都", "性别"], [6816, -1]),
         ("的\n我", ["的", "我"], [0, 0]),
         ("2 7\r\n90后\t5\r\n", ["2", "90后"], [7, 5]),
+        ("\ufeff的 12\n我 3\n", ["的", "我"], [12, 3]),
+        ("\ufeff\t12\n我\t3\n", ["\ufeff", "我"], [12, 3]),
     ],
 )
 def test_reads_every_form_of_vocabulary_file(
