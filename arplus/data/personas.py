@@ -186,9 +186,11 @@ def agrees(kind: Kind, reply: str, persona: Persona) -> bool:
     """
     text = "".join(reply.split())
     if kind == "location":
-        own = {part for part in split_place(persona.location) if part}
-        named = {name for name in _places() | own if name in text}
-        return bool(named) and named <= own
+        parts = split_place(persona.location)
+        own = {part for part in parts if part}
+        # 西安 is no place in 陕西安康: what spells out the persona's own place names no other one.
+        rest = text.replace("".join(parts), " ") if own else text
+        return any(name in text for name in own) and not any(name in rest for name in _places() - own)
     if kind == "gender":
         named = {sex for sex, slang in SLANG.items() if sex in text or slang in text}
         return named == {persona.gender}

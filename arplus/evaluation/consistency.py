@@ -23,17 +23,21 @@ class PersonaMetrics:
     """Claims of the reference replies."""
     reference_contradicting: int = 0
     """Those of them that the profile denies: people's own profiles are not always true, nor is the rule."""
+    shuffled: int = 0
+    """Questions that were also asked under another example's persona."""
 
     def __add__(self, other: "PersonaMetrics") -> "PersonaMetrics":
         return PersonaMetrics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def add_answer(self, question: str, persona: Persona, reply: str, reply_when_shuffled: str) -> None:
-        """Adds the replies to a question that :func:`asks` is true of."""
+    def add_answer(self, question: str, persona: Persona, reply: str, reply_when_shuffled: str | None) -> None:
+        """Adds the replies to a question that :func:`asks` is true of; None where there was no other persona."""
         kind = persona_question(question)
         assert kind is not None
         self.questions += 1
         self.agreeing += agrees(kind, reply, persona)
-        self.agreeing_when_shuffled += agrees(kind, reply_when_shuffled, persona)
+        if reply_when_shuffled is not None:
+            self.shuffled += 1
+            self.agreeing_when_shuffled += agrees(kind, reply_when_shuffled, persona)
 
     def add(self, question: str, persona: Persona, reply: str, reference: str) -> None:
         """Adds any reply and its reference."""
@@ -51,7 +55,8 @@ class PersonaMetrics:
         found: dict[str, float] = {"questions": self.questions}
         if self.questions:
             found["agreement"] = self.agreeing / self.questions
-            found["agreement_with_shuffled_personas"] = self.agreeing_when_shuffled / self.questions
+        if self.shuffled:
+            found["agreement_with_shuffled_personas"] = self.agreeing_when_shuffled / self.shuffled
         found["claims"] = self.claims
         if self.claims:
             found["contradiction"] = self.contradicting / self.claims

@@ -220,6 +220,10 @@ class Evaluator:
             metrics.add(question, persona, said[i], decode(row["response"]))
             if asks(question, persona):
                 asked.append((i, question, persona))
+        if len(said) == 1:  # its neighbour would be itself
+            for _, question, persona in asked:
+                metrics.add_answer(question, persona, said[0], None)
+            return
         if not asked:
             return
         # Every example gets its neighbour's persona, as responder in the memory and as speaker in the context.

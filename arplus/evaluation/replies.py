@@ -53,7 +53,11 @@ class Responder:
             "profile": [raw_profile("", "", ""), self.profile],
             "uid": [i % 2 for i in range(len(turns))],
         }
-        session = parse_line(orjson.dumps(record))
+        try:
+            line = orjson.dumps(record)
+        except orjson.JSONEncodeError:  # a lone surrogate: Python's way of keeping a byte that is no text
+            raise UserError("--say, --gender, --location or --tags: is not UTF-8 text; type it in UTF-8") from None
+        session = parse_line(line)
         if isinstance(session, Reject):
             raise UserError(f"this cannot be answered: {session.reason}")
         sessions = to_table([session], np.zeros(1, np.int64), session.record_hash)

@@ -71,6 +71,12 @@ def test_a_place_outside_the_list_agrees_by_its_parts():
     assert not agrees("location", "我是杭州人", persona)
 
 
+def test_a_place_that_is_spelled_across_the_words_of_the_own_one_is_not_named():
+    persona = Persona("女", "陕西安康", ())
+    assert agrees("location", "我是陕西安康人", persona)
+    assert not agrees("location", "我是陕西安康人，在西安", persona)
+
+
 def test_prepared_words_make_a_persona_and_missing_ones_answer_nothing():
     assert Persona.from_words(["男", "四川成都", "美食", "[UNK]"]) == Persona("男", "四川成都", ("美食",))
     nobody = Persona.from_words(["[UNK]", "[UNK]", "[UNK]"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
@@ -15,6 +16,7 @@ from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Order, as_batch
 from arplus.errors import UserError
+from arplus.evaluation.consistency import PersonaMetrics
 from arplus.evaluation.evaluate import Evaluator, evaluate, nats_by_row, table
 from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
@@ -87,6 +89,24 @@ def test_the_papers_metrics_are_of_random_batches(
     assert all(len(set(mine) & set(theirs)) < 12 for mine in paper for theirs in honest), "of 16 of a batch"
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_example_alone_in_its_batch_has_no_neighbours_persona(dataset: Dataset, tmp_path: Path, n: int) -> None:
+    characters = Vocabulary([*CHARACTERS.tokens[:-3], *"是男女"])
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state(characters=characters))
+    order = Order(split=dataset.split("test"), batch_size=n, window_batches=1, seed=0, shuffled=False)
+    evaluator = Evaluator(order, EvaluateConfig(checkpoint=uri, data=dataset.uri))
+    examples = order.read(0, 0, [*evaluator.layout.columns, *({"target_words"} - set(evaluator.layout.columns))])
+    asked = pa.array([[*characters.encode("是男是女").tolist(), characters.special.sep]] * n)
+    examples = examples.set_column(examples.column_names.index("context"), "context", asked)
+    man = pa.array([PERSONA_WORDS.encode(["性别", "男", "地址", "词1", "兴趣", "词2"])] * n)
+    examples = examples.set_column(examples.column_names.index("target_words"), "target_words", man)
+    window = Window(order.read(0, 0, evaluator.layout.columns), evaluator.layout)
+    batch = as_batch(window.batch(np.arange(n), np.ones(n, bool), Draws(0, 0)))
+    metrics = PersonaMetrics()
+    evaluator._add_persona(metrics, batch, batch.response_BT, examples, torch.Generator())
+    assert (metrics.questions, metrics.shuffled) == (n, n if n > 1 else 0)
+
+
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
 def test_losses_by_row_add_up_to_the_batchs(dataset: Dataset, preset_name: str) -> None:
     model = checkpoint.build_model(random_state(preset_name))
@@ -149,6 +169,8 @@ def test_a_responder_is_seeded_and_hears_persona_and_history() -> None:
     assert replies() != replies(history=("万丈", "三上", "丁丂七"))
     with pytest.raises(UserError, match="nothing to answer"):
         replies(history=("  ",))
+    with pytest.raises(UserError, match=r"--say.* is not UTF-8 text"):
+        replies(history=("\udcff",))  # what Python makes of a command line's byte 0xFF
 
 
 def test_sample_replies_show_context_persona_reference_and_reply(dataset: Dataset) -> None:
