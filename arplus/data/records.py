@@ -135,7 +135,7 @@ def parse_line(line: bytes) -> Session | Reject:
         if not 0 <= speaker <= last:
             return Reject("uid_out_of_range")
 
-    has_reference = "golden_response" in record
+    has_reference = record.get("golden_response") is not None
     if has_reference:
         reject = _append_golden_response(record, items, speakers, profiles)
         if reject:
@@ -221,7 +221,8 @@ def _append_golden_response(
         text = text[0]
     if type(text) is not str:
         return Reject("golden_response")
-    profile = _parse_profile(record.get("responder_profile", record.get("response_profile")))
+    raw = record.get("responder_profile")
+    profile = _parse_profile(record.get("response_profile") if raw is None else raw)
     if type(profile) is Reject:
         return Reject("golden_response")
     texts.append(text)

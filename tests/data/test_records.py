@@ -83,6 +83,12 @@ def test_a_reference_after_any_number_of_utterances_is_marked() -> None:
     assert not session(RAW).has_reference
 
 
+def test_a_null_is_an_absent_field() -> None:
+    assert session({**RAW, "golden_response": None}) == session(RAW)
+    golden = {"golden_response": "好", "responder_profile": None, "response_profile": RAW["profile"][0]}
+    assert session({**RAW, **golden}).has_reference
+
+
 def test_any_number_of_speakers() -> None:
     profiles = [{"tag": [""], "loc": "", "gender": ""}] * 300
     result = session({"dialog": ["a"] * 300, "profile": profiles, "uid": list(range(300))})
