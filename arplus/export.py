@@ -5,7 +5,6 @@ The result is a checkpoint like any other, so evaluation, chat and ``--init-from
 """
 
 import json
-import os
 from dataclasses import replace
 
 from arplus import checkpoint, storage
@@ -102,7 +101,7 @@ PersonalDialog's terms are non-commercial; they bind what is trained on it.
 
 def _check_output(config: ExportConfig) -> None:
     output = storage.absolute(config.output)
-    if config.checkpoint and f"{_real(checkpoint.find(config.checkpoint))}/".startswith(f"{_real(output)}/"):
+    if config.checkpoint and storage.within(checkpoint.find(config.checkpoint), output):
         raise UserError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
     # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
     found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()
@@ -111,12 +110,6 @@ def _check_output(config: ExportConfig) -> None:
             f"--output {config.output}: is there, and is not a previous export alone; name a new or an empty folder, "
             "or delete what is in it first"
         )
-
-
-def _real(uri: str) -> str:
-    """A path that is the same for all names of a folder."""
-    path = storage.resolve(uri)[1]
-    return os.path.realpath(path) if storage.is_local(uri) else path
 
 
 def _check_size(flag: str, vocabulary: Vocabulary, size: int) -> None:

@@ -98,6 +98,12 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def within(uri: str, folder: str) -> bool:
+    """Whether ``uri`` is the folder or lies in it, by whatever names of it: relative ones, ``file://``, links."""
+    inner, outer = (os.path.realpath(resolve(u)[1]) if is_local(u) else resolve(u)[1] for u in (uri, folder))
+    return f"{inner}/".startswith(f"{outer.rstrip('/')}/")
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = resolve(uri)

@@ -389,3 +389,10 @@ def test_what_does_not_pass_is_not_waited_for(clock: Clock, uri: str, error: Exc
     with pytest.raises(type(error)):
         storage.patiently(uri, failing(error))
     assert clock.slept == []
+
+
+def test_within_is_the_folder_or_below_it() -> None:
+    for uri, folder in (("a", "a"), ("a/b/", "a"), ("file:///x/y", "/x/"), ("s3://b/x/y", "s3://b/x"), ("a", "/")):
+        assert storage.within(uri, folder)
+    for uri, folder in (("ab", "a"), ("a", "a/b"), ("a/../c", "a"), ("s3://b/xy", "s3://b/x"), ("s3://b/x", "/b")):
+        assert not storage.within(uri, folder)

@@ -19,6 +19,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from arplus import storage
+from arplus.data.dataset import MANIFEST
+from arplus.data.lease import FILE as LEASE
 from arplus.data.records import MAX_LINE_BYTES
 from arplus.errors import ResourceError, UserError
 
@@ -48,11 +50,22 @@ SCHEMA = pa.schema(
 
 
 def input_files(uri: str) -> list[str]:
-    """The record files of a folder in order of their names, or the one file. Raises :class:`UserError` for none."""
+    """The record files of a folder in order of their names, or the one file. Raises :class:`UserError` for none.
+
+    What a dot or an underscore hides is left out, and so are prepared data sets below the folder, unfinished ones too.
+    """
     found = storage.list_files(uri)
     if found == [uri]:
         return found
-    files = [f for f in found if f.endswith(SUFFIXES) and not f.rsplit("/", 1)[-1].startswith((".", "_"))]
+    paths = [file.removeprefix(storage.join(uri, "")) for file in found]
+    prepared = tuple(f"{path.rpartition('/')[0]}/" for path in paths if path.endswith((f"/{MANIFEST}", f"/{LEASE}")))
+    files = [
+        file
+        for file, path in zip(found, paths, strict=True)
+        if path.endswith(SUFFIXES)
+        and not path.startswith(prepared)
+        and not any(part.startswith((".", "_")) for part in path.split("/"))
+    ]
     if not files:
         raise UserError(f"{uri}: no record file in this folder; expected names that end in {', '.join(SUFFIXES)}")
     return files
@@ -79,6 +92,9 @@ def read_blocks(uri: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     with RangeReader(uri) as raw:
         head = raw.peek(4)
         stream: Any = raw
+        if not head and uri.endswith((".gz", ".zst")):  # even nothing, compressed, is some bytes
+            kind = "gzip" if uri.endswith(".gz") else "zstd"
+            raise UserError(f"{uri}: the {kind} stream is cut short or damaged (it is empty); copy the file again")
         if head.startswith(b"\x1f\x8b"):
             stream = igzip.IGzipFile(fileobj=raw)
         elif head.startswith(b"\x28\xb5\x2f\xfd"):

@@ -188,11 +188,17 @@ def _prepare(
 
 
 def _sources(config: PrepareConfig) -> list[Source]:
-    """The input, then the evaluation sets. Raises :class:`UserError` where one cannot be read."""
+    """The input, then the evaluation sets.
+
+    Raises :class:`UserError` where one cannot be read, and where the output lies in one: what a preparation leaves
+    there would be read as records by the next one.
+    """
     sources: list[Source] = []
     first = 0
     for name, uri in [("", config.input), *(item.split("=", 1) for item in config.evaluation_set)]:
         uri = storage.absolute(uri)
+        if storage.within(config.output, uri):
+            raise UserError(f"--output {config.output}: is or lies in the input {uri}; name a folder beside it")
         files = input_files(uri)
         if storage.size(files[0]):
             storage.read_range(files[0], 0, 1)  # may be forbidden where listing is not

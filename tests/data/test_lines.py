@@ -36,6 +36,12 @@ def test_every_form_is_cut_at_line_ends_whatever_its_name(tmp_path: Path, form: 
         assert all(block_bytes <= len(block) < 2 * block_bytes + 100 for block in blocks[:-1])
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")])
+def test_an_empty_compressed_file_is_cut_short(tmp_path: Path, name: str, kind: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}: the {kind} stream is cut short or damaged"):
+        read(tmp_path / name, b"", 1000)
+
+
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"a\nb", b"no line end " * 1000])
 def test_odd_ends_are_kept(tmp_path: Path, data: bytes) -> None:
     assert b"".join(read(tmp_path / "x", data, 100)) == data
@@ -64,6 +70,16 @@ def test_a_folder_s_record_files_in_order_of_their_names(tmp_path: Path) -> None
     names = [Path(file).relative_to(tmp_path).as_posix() for file in input_files(str(tmp_path))]
     assert names == ["a.jsonl", "b.jsonl.gz", "e.txt", "sub/c.json"]
     assert input_files(str(tmp_path / "d.zst")) == [str(tmp_path / "d.zst")]
+
+
+@pytest.mark.parametrize("mark", ["manifest.json", "_lease.json"])
+def test_hidden_folders_and_prepared_data_sets_are_no_records(tmp_path: Path, mark: str) -> None:
+    names = ("a.jsonl", "_temporary/b.jsonl", "x/.git/c.txt", "x/d.jsonl", f"x/out/{mark}", "x/out/rejects/e.jsonl.gz")
+    for name in (*names, "x/outer/f.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = [Path(file).relative_to(tmp_path).as_posix() for file in input_files(str(tmp_path))]
+    assert found == ["a.jsonl", "x/d.jsonl", "x/outer/f.json"]
 
 
 def test_no_file_is_an_error_that_names_the_place(tmp_path: Path) -> None:

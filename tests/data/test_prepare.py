@@ -312,6 +312,20 @@ def test_no_data_is_an_error(tmp_path: Path, content: dict[str, bytes], message:
     refused(tmp_path, content, message, max_reject_share=1.0)
 
 
+@pytest.mark.parametrize("output", ["in", "in/b", "link/b"])
+def test_an_output_in_the_input_is_refused(tmp_path: Path, output: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"".join(lines(CORPUS[:20])))
+    (tmp_path / "other.jsonl").write_bytes(b"".join(lines(CORPUS[:20])))
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = sorted(tmp_path.rglob("*"))
+    sets = {"input": str(tmp_path / "other.jsonl"), "evaluation_set": (f"official={tmp_path}/in",)}
+    for given in ({"input": str(tmp_path / "in")}, sets):
+        with pytest.raises(UserError, match=f"--output {tmp_path}/{output}: is or lies in the input {tmp_path}/in;"):
+            prepare(PrepareConfig(output=str(tmp_path / output), **given))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     content = {"a.jsonl": b"".join(lines(CORPUS[:20]))}
     output, _ = run(tmp_path, content, name="twice")
