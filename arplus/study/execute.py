@@ -88,7 +88,7 @@ def execute(
         on_stop()
         adapter.stop()
 
-    with attempt.on_sigterm(stop), _quiet():
+    with attempt.on_stop_signal(stop), _quiet():
         tuner.fit()
     storage.patiently(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
     if len(adapter.failures) >= IN_A_ROW:
@@ -286,7 +286,7 @@ def check_outcome(study: Study) -> None:
 
 
 def _set_environment() -> None:
-    """Ray Tune's own files and loggers off, by the environment alone; AWS's keys stay where they are.
+    """Ray Tune's own files, loggers and Ctrl-C off, by the environment alone; AWS's keys stay where they are.
 
     Tune would put them into the runtime_env of every trial, which Ray writes to its logs and shows on its dashboard. A
     trial has its node's.
@@ -294,6 +294,7 @@ def _set_environment() -> None:
     keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it gives the runs ten seconds to end
     os.environ.setdefault("TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "600")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner and end ignore verbose=0
 

@@ -113,8 +113,8 @@ class Watch:
 
 
 @contextmanager
-def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Calls ``act`` once when this process is told to end, as ``ray job stop`` does; a second time ends it.
+def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
+    """Calls ``act`` once when this process is told to end, by ``ray job stop`` or Ctrl-C; a second time ends it.
 
     ``ray job stop`` kills three seconds later (``RAY_JOB_STOP_WAIT_TIME_S``, set where the head node starts). A small
     model is saved by then; what is not costs the steps since the last checkpoint, and nothing else.
@@ -131,17 +131,21 @@ def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
             log.warning("told to end: saving a checkpoint first")
             act()
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def handle(*_: object) -> None:
-        signal.signal(signal.SIGTERM, before)
+        restore()
         told.set()
 
     # Not in the handler itself, which may interrupt the main thread anywhere.
-    threading.Thread(target=wait, name="sigterm", daemon=True).start()
-    before = signal.signal(signal.SIGTERM, handle)
+    threading.Thread(target=wait, name="stop signal", daemon=True).start()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
         over.set()
         told.set()
 

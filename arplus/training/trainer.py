@@ -87,7 +87,7 @@ def train(
 
     try:
         kept = elastic.room_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
-        with attempt.on_sigterm(stop), kept:
+        with attempt.on_stop_signal(stop), kept:
             outcome = _run_workers(job, scaling, callbacks)
         storage.patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
         tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))

@@ -3,8 +3,10 @@
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, cast
 from uuid import uuid4
 
@@ -48,7 +50,17 @@ def run(
             callbacks=list(callbacks),
         ),
     )
-    return trainer.fit().return_value
+    # In the main thread Ray Train takes Ctrl-C for itself, and ends the run without a checkpoint.
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    return outcome.result()
 
 
 def set_up(side_by_side: int = 1) -> torch.device:

@@ -93,32 +93,37 @@ def test_a_broken_file_does_not_end_the_watch(run):
     watch.close()
 
 
-def test_sigterm_acts_once_and_later():
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_acts_once_and_later(number):
     acted = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    with attempt.on_sigterm(acted.set):
+    before = handlers()
+    with attempt.on_stop_signal(acted.set):
         assert not acted.wait(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert acted.wait(10)
-        assert signal.getsignal(signal.SIGTERM) == before, "a second one ends the process"
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert handlers() == before, "a second one ends the process"
+    assert handlers() == before
 
 
-def test_without_sigterm_nothing_happens():
+def test_without_a_stop_signal_nothing_happens():
     acted = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    with attempt.on_sigterm(acted.set):
+    before = handlers()
+    with attempt.on_stop_signal(acted.set):
         pass
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert handlers() == before
     assert not acted.wait(0.2)
 
 
 def test_only_the_main_thread_listens():
-    before = signal.getsignal(signal.SIGTERM)
+    before = handlers()
 
     def elsewhere():
-        with attempt.on_sigterm(lambda: None):
-            assert signal.getsignal(signal.SIGTERM) == before
+        with attempt.on_stop_signal(lambda: None):
+            assert handlers() == before
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, taken over and resumed, on a real Ray: they end as if nothing had happened."""
 
 import random
+import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -83,13 +84,14 @@ def test_kills_change_nothing(
 
 
 @pytest.mark.soak
-def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: Path) -> None:
-    """`ray job stop` is a SIGTERM to the job's process; then two workers become one, and four."""
-    config = faults.settings(data, storage, run_name="stopped", checkpoint_every=None)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: Path, number: int) -> None:
+    """`ray job stop` is a SIGTERM to the job's process, Ctrl-C a SIGINT; then two workers become one, and four."""
+    config = faults.settings(data, storage, run_name=f"stopped-{number}", checkpoint_every=None)
     config = replace(config, model=replace(config.model, dropout=0.0))
     job = faults.start_job(config)
     faults.wait_for_steps(config, 5, job)
-    said = faults.end(job)
+    said = faults.end(job, number)
     assert job.returncode == 1, said
     stopped = progress_of(config).step
     assert 5 <= stopped < 33, "saved at once, in mid-epoch"
