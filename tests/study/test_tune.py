@@ -1,6 +1,7 @@
 """A real small sweep: Ray Tune over Ray Train, ASHA, MLflow, and the files that it leaves."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,8 @@ def test_without_mlflow_the_tables_are_written_and_the_lack_is_said(
     assert found["trials"] == result["trials"]
     assert json.loads((folder(config) / "result.json").read_text()) == found
     assert (folder(config) / "trials.csv").read_text() == before["trials.csv"]
-    assert "is not registered in MLflow: its files did not reach MLflow; the same command again" in caplog.text
+    # Its files may have arrived: MLflow's client keeps in mind where a run's artifacts go, here to the same disk.
+    assert re.search("is not registered in MLflow: .*; the same command again registers it", caplog.text)
 
 
 def test_the_same_command_again_repeats_nothing(finished: tuple) -> None:
