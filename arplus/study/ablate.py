@@ -179,8 +179,7 @@ class _Rows(execute.Source):
         if not self.left:
             return None
         row = self.left.pop(0)
-        run = replace(settings(self.config, row), run_name=row.name, storage=f"{self.study.uri}/runs")
-        return self.study.add(row.name, row.values, run)
+        return self.study.add(row.name, row.values, settings(self.config, row))
 
     def tell(self, trial: Trial) -> None:
         """Nothing to learn."""

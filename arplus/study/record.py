@@ -141,7 +141,8 @@ class Study:
         return min(scored, key=lambda t: t.score or 0.0, default=None)
 
     def add(self, name: str, values: dict[str, Any], config: TrainConfig) -> Trial:
-        """Makes the record of a new run, which is durable before anything starts."""
+        """Makes the record of a new run in the study's folder, which is durable before anything starts."""
+        config = replace(config, run_name=name, storage=self.runs_uri)
         trial = Trial(name=name, values=values, config=to_dict(config))
         self.trials[name] = trial
         self.save(trial)
@@ -149,10 +150,8 @@ class Study:
 
     def renew(self, trial: Trial) -> None:
         """Gives a run that is to go on the study's settings of today, where it may differ from those it began with."""
-        there, today = flat(trial.settings), flat(run_settings(self.config))
-        changed = {name: today[name] for name in today if name in _RENEWED and today[name] != there[name]}
-        changed |= {"storage": f"{self.uri}/runs"}
-        trial.config = to_dict(with_values(trial.settings, changed, source=trial.name))
+        today = {name: value for name, value in flat(run_settings(self.config)).items() if name in _RENEWED}
+        trial.config = to_dict(replace(with_values(trial.settings, today, source=trial.name), storage=self.runs_uri))
 
     def save(self, trial: Trial) -> None:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
@@ -175,9 +174,14 @@ class Study:
         """Where a record is."""
         return storage.join(self.uri, "trials", f"{name}.json")
 
+    @property
+    def runs_uri(self) -> str:
+        """The storage of its runs."""
+        return storage.join(self.uri, "runs")
+
     def run_uri(self, name: str) -> str:
         """A run's folder."""
-        return storage.join(self.uri, "runs", name)
+        return storage.join(self.runs_uri, name)
 
     def tracked_run(self, trial: Trial) -> tracking.Run | None:
         """A run's MLflow run; None where it has not got as far."""

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from arplus import cluster
 from arplus.config import MIN_WORKER_CPUS, StudyConfig
 from arplus.errors import ResourceError
-from arplus.training.preflight import FEED_CPUS, cpu_nodes, driver_cpus
+from arplus.training.preflight import FEED_CPUS, cpu_nodes, driver_cpus, fair_share
 
 
 class Room(NamedTuple):
@@ -27,17 +27,14 @@ def find_room(config: StudyConfig, runs: int) -> Room:
 def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float = 0.0, nodes: int = 1) -> Room:
     """As many runs as there are GPUs for, a GPU a worker; without GPUs, as many as have a whole CPU a worker, or one.
 
-    One whole CPU of one node is left to all runs' data feeds together: their tasks wait for each other and end. For
-    that, as in :func:`arplus.training.preflight.scaling`, as many CPUs are left as the cluster has ``nodes``, where
-    enough remain. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
+    One whole CPU of one of the ``nodes`` is left to all runs' data feeds together: their tasks wait for each other and
+    end. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
     not even one run fits, or not the ``--concurrency`` asked for.
     """
     workers, taken = config.world_sizes[-1], FEED_CPUS + driver
 
     def share(n: int) -> float:
-        free = cpus - taken
-        spread = free - FEED_CPUS * max(nodes - 1, 0)
-        return config.worker_cpus or min(1.0, max(spread, min(n * workers * MIN_WORKER_CPUS, free)) / (n * workers))
+        return config.worker_cpus or fair_share(cpus - taken, nodes, n * workers, n * workers)
 
     def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
         enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6

@@ -153,7 +153,7 @@ class _Trials(execute.Source):
         self.numbers[name] = number
         run = with_values(run_settings(self.config), values, source=f"--space: {name} ({_shown(values)})")
         run = budgeted(run, self.budget, self.config.validations, self.examples)
-        return self.study.add(name, values, replace(run, run_name=name, storage=f"{self.study.uri}/runs"))
+        return self.study.add(name, values, run)
 
     def tell(self, trial: Trial) -> None:
         """Lets the search learn, and tracks the best so far."""

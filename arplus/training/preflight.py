@@ -46,10 +46,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
             "take --device gpu, which waits for more, or --device cpu"
         )
     free = cpus - FEED_CPUS - driver
-    # A feed's task needs a whole CPU of one node. If as many CPUs are left as there are nodes, one of them has it,
-    # wherever the workers go; of two nodes with two CPUs each, four workers of 3/4 would leave a half to either.
-    spread = free - FEED_CPUS * max(cpu_nodes() - 1, 0)
-    share = config.worker_cpus or min(1.0, max(spread / wanted, min(MIN_WORKER_CPUS, free / fewest)))
+    share = config.worker_cpus or fair_share(free, cpu_nodes(), wanted, fewest)
     if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
         share = max(share, MIN_WORKER_CPUS)
         fit = max(int(free / share + 1e-6), 0)
@@ -71,6 +68,17 @@ def scaling(config: TrainConfig) -> ScalingConfig:
         use_gpu=gpus > 0,
         resources_per_worker={"CPU": share} | ({"GPU": 1} if gpus else {}),
     )
+
+
+def fair_share(free: float, nodes: int, wanted: int, fewest: int) -> float:
+    """CPUs of each of ``wanted`` workers, at most one, of those that are ``free`` beside :data:`FEED_CPUS`.
+
+    A feed's task needs a whole CPU of one node. If as many CPUs are left as there are ``nodes``, one of them has it,
+    wherever the workers go; of two nodes with two CPUs each, four workers of 3/4 would leave a half to either. What
+    the ``fewest`` workers need at least comes first.
+    """
+    spread = free - FEED_CPUS * max(nodes - 1, 0)
+    return min(1.0, max(spread / wanted, min(MIN_WORKER_CPUS, free / fewest)))
 
 
 def cpu_nodes() -> int:
