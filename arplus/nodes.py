@@ -77,8 +77,9 @@ _ADVICE = "; workers need the Python and the packages of the job: start all node
 
 
 def _reason(node_id: str) -> str:
-    said = last_words(node_id)
-    return f"; its workers' last line: {said}{_ADVICE}" if said else "; see `ray status`, or take the node away"
+    if said := last_words(node_id):
+        return f"; the last line of a worker that ended there: {said}{_ADVICE}"
+    return "; see `ray status`, or take the node away"
 
 
 def last_words(node_id: str) -> str:
