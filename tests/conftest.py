@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import importlib.util
 import json
 import os
 import random
@@ -21,6 +22,14 @@ import pytest
 # A busy machine is no property of the code: neither slow draws nor a slow example make a test fail.
 hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("arplus")
+
+
+@pytest.fixture(scope="session")
+def generator() -> None:
+    """What the generator of records is made of, the extra ``demo``; a test without it is skipped."""
+    for name in ("jieba", "chatterbot_corpus"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'arplus[demo]'")
 
 
 @pytest.fixture(scope="session")

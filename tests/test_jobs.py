@@ -92,6 +92,7 @@ def test_a_truncated_gzip_leaves_no_data_set(tmp_path: Path) -> None:
     assert "not a prepared data set" in again.stderr
 
 
+@pytest.mark.usefixtures("generator")
 def test_from_records_to_a_reply(tmp_path: Path) -> None:
     """The road of the README on a handful of records, each job as its own process."""
     train = "jobs/train.py arplus --tiny --data data --storage runs --batch-size 12"

@@ -103,6 +103,7 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("generator")
 def test_planted_secrets_are_found_nowhere(s3_server: Any, tmp_path: Path, ray_folder: Path) -> None:
     """A run that leaves a checkpoint and then fails, with all on S3, whose secret is one of those planted."""
     planted = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "p1anted-mlflow-password"}

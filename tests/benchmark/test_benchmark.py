@@ -132,7 +132,7 @@ def breaks(files: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("generator", "ray_cluster")
 def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "OTHERS", {"python": in_python, "missing": not_there})
     raw = tmp_path / "raw.jsonl"
@@ -154,6 +154,7 @@ def test_what_another_program_cannot_do_is_a_line_of_the_table(tmp_path: Path) -
     assert "local files" in str(prepare.deduplicate_alone(in_python, "s3://bucket/raw"))
 
 
+@pytest.mark.usefixtures("generator")
 @pytest.mark.parametrize("name", list(prepare.OTHERS))
 def test_others_count_lines(tmp_path: Path, name: str) -> None:
     pytest.importorskip(name, reason="the comparison needs make benchmark-deps")

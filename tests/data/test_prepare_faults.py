@@ -37,7 +37,7 @@ prepare(PrepareConfig(input=sys.argv[1], output=sys.argv[2], valid=0.02, test=0.
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(tmp_path_factory: pytest.TempPathFactory, generator: None) -> Path:
     path = tmp_path_factory.mktemp("records") / "all.jsonl.gz"
     synthesize(SynthesizeConfig(output=str(path), records=6000, duplicates=200, broken=20))
     return path

@@ -20,6 +20,8 @@ from arplus.data.records import Reject, parse_line
 from arplus.data.synthesize import Counts, chatterbot_records, generate, synthesize
 from arplus.errors import ResourceError, UserError
 
+pytestmark = pytest.mark.usefixtures("generator")
+
 
 def config(**changes):
     return SynthesizeConfig(**{"output": "somewhere", "records": 2000, **changes})
@@ -30,7 +32,7 @@ def lines(**changes):
 
 
 @pytest.fixture(scope="module")
-def sample():
+def sample(generator):
     """Records as objects: enough for shares within a percent or so."""
     return [json.loads(line) for line in lines(records=30_000, seed=5)]
 
