@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from arplus.config import TrainConfig
 from arplus.training import preflight, workers
@@ -24,8 +23,10 @@ def test_a_worker_without_a_gpu_of_its_own_sees_none(ray_cluster: None, tmp_path
     """Ray 2.60 leaves a node's GPUs in sight of workers that took none, as with --device cpu."""
 
     def sees(_: dict[str, Any]) -> tuple[str | None, bool]:
+        from torch.backends import cuda
+
         workers.set_up()
-        return os.environ.get("CUDA_VISIBLE_DEVICES"), torch.backends.cuda.cudnn_sdp_enabled()
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), cuda.cudnn_sdp_enabled()
 
     found = workers.run(sees, {}, preflight.scaling(TrainConfig(device="cpu")), str(tmp_path))
     assert found == ("", False), "and no attention of cuDNN"
