@@ -50,7 +50,10 @@ def facts(
     return {
         "fingerprint": manifest["fingerprint"],
         "source": manifest["source"],
-        **{name: manifest[name] for name in (*counts, "evaluation_sets", "uid_missing", "blank_lines", "rules")},
+        **{
+            name: manifest[name]
+            for name in (*counts, "evaluation_sets", "uid_missing", "blank_lines", "rules", "settings")
+        },
         "splits": {
             name: {"sessions": split["sessions"], "examples": split["examples"]}
             for name, split in manifest["splits"].items()
