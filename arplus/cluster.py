@@ -18,7 +18,7 @@ from ray._private import services
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from arplus.config import Device
-from arplus.errors import ResourceError, UserError, redacted
+from arplus.errors import ResourceError, UserError, masked
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,15 @@ def _check(address: str) -> None:
     """Raises our errors where nothing listens at ``RAY_ADDRESS``: Ray itself would ask for minutes, then crash."""
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS={redacted(address)}: must be HOST:PORT of a cluster's head; from another machine submit the "
+            f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; from another machine submit the "
             "job with `ray job submit`, and leave RAY_ADDRESS unset to run on this one"
         )
     try:
         found = services.canonicalize_bootstrap_address("auto")  # as Ray reads the variable
     except ConnectionError as error:
-        raise ResourceError(f"RAY_ADDRESS={address}: no cluster runs on this machine; {_UNSET}") from error
+        raise ResourceError(f"RAY_ADDRESS={masked(address)}: no cluster runs on this machine; {_UNSET}") from error
     except ValueError as error:
-        raise UserError(f"RAY_ADDRESS={address}: must be HOST:PORT of a cluster's head; {_UNSET}") from error
+        raise UserError(f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; {_UNSET}") from error
     if found is None:  # "local"
         return
     host, port = found.rsplit(":", 1)
@@ -68,7 +68,9 @@ def _check(address: str) -> None:
             return
         except (OSError, OverflowError, ValueError) as error:
             if time.monotonic() > deadline:
-                raise ResourceError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {_UNSET}") from error
+                raise ResourceError(
+                    f"RAY_ADDRESS={masked(address)}: no cluster answers there ({error}); {_UNSET}"
+                ) from error
         time.sleep(0.5)
 
 

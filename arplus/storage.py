@@ -26,7 +26,7 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, masked
 
 T = TypeVar("T")
 
@@ -61,15 +61,15 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if urlsplit(uri).scheme == "s3":
         path = uri.partition("://")[2].rstrip("/")
-        if redacted(uri) != uri:
-            raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
+        if masked(uri) != uri:
+            raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
         if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
             raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
         settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
         return _s3(settings, os.getpid()), path
     if is_local(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
+    raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import NO_CREDENTIALS, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
 
 
 class Run(NamedTuple):
@@ -30,8 +30,8 @@ def default_uri(storage_uri: str) -> str:
     an address with a password in it, since it will be written down.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        if redacted(uri) != uri:
-            raise UserError(f"MLFLOW_TRACKING_URI={redacted(uri)}: {NO_CREDENTIALS}")
+        if masked(uri) != uri:
+            raise UserError(f"MLFLOW_TRACKING_URI={masked(uri)}: {NO_CREDENTIALS}")
         return uri
     if "://" in storage_uri and not storage_uri.startswith("file://"):
         raise UserError(
@@ -51,7 +51,7 @@ def absolute_uri(uri: str) -> str:
         return uri.rstrip("/")
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    raise UserError(f"--mlflow {redacted(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
+    raise UserError(f"--mlflow {masked(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
 
 
 def run_url(run: Run) -> str:
