@@ -37,6 +37,7 @@ def connect(cpus: int | None = None) -> None:
     quiet()
     if ray.is_initialized():
         return
+    _bypass_proxies()
     if address := os.environ.get("RAY_ADDRESS"):
         _check(address)
         ray.init(address="auto", logging_level=logging.WARNING)
@@ -74,7 +75,30 @@ def _check(address: str) -> None:
         time.sleep(0.5)
 
 
+def _bypass_proxies() -> None:
+    """Ray asks its own processes by HTTP and gRPC, and no proxy knows this machine's: they go past it."""
+    own = ["localhost", "127.0.0.1", "::1", services.get_node_ip_address()]
+    head = os.environ.get("RAY_ADDRESS", "").rpartition(":")[0].strip("[]")
+    before = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    names = [name.strip() for part in before for name in part.split(",")] + own + [head]
+    value = "*" if "*" in names else ",".join(dict.fromkeys(filter(None, names)))
+    os.environ |= {"no_proxy": value, "NO_PROXY": value}
+
+
+def _check_sockets() -> None:
+    """Raises :class:`UserError` where the paths of Ray's sockets would be longer than Linux takes."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    limit = 107 - len("/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+    if len(os.fsencode(folder)) > limit:
+        raise UserError(
+            f"{name}={folder}: has {len(os.fsencode(folder))} bytes, and Ray's sockets need {limit} at most; set "
+            "RAY_TMPDIR to a shorter path"
+        )
+
+
 def _start(cpus: int | None) -> None:
+    _check_sockets()
     # Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may
     # find the cluster of another job on this machine, miss its controller there and take the workers' resources away.
     with socket.socket() as free:
