@@ -207,6 +207,11 @@ class _S3File:
                 self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
                 return None
             except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 501:
+                    raise UserError(
+                        f"{self._uri}: this S3 store refuses conditional writes ({next(iter(condition))}), without "
+                        "which two jobs could write there at once; choose an --output on another store or a local path"
+                    ) from error
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
                     raise self._refused(error) from error
                 # Another job was faster: look again.
