@@ -122,6 +122,8 @@ def preset_command(
     if config.preset != default.preset:
         advice = "leave it out" if only else f"write {prog} {config.preset} …"
         raise UserError(f"--preset: only names what the defaults are; {advice}")
+    for field, problem in config.name_problems():
+        raise UserError(f"command line: --{flag(field)}: {problem}")
     return Command(config, dry_run)
 
 

@@ -273,7 +273,8 @@ def register_model(run: Run, artifact: str, name: str, alias: str, tags: Mapping
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run.run_id]
+        # Not by the name, which may hold quotes.
+        versions = [v for v in client.search_model_versions(f"run_id = '{run.run_id}'") if v.name == name]
         if not versions:
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
             versions = [client.create_model_version(name, source, run.run_id, tags=dict(tags))]

@@ -19,7 +19,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
+from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
 from arplus.data.collate import EXACT, STATIC, Layout
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
@@ -158,11 +158,14 @@ def resolved(config: C) -> C:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UserError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+    for field, problem in config.name_problems():
+        raise UserError(f"--{flag(field)}: {problem}")
     return replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
+        experiment=config.experiment or TrainConfig().experiment,
         init_from=config.init_from and storage.absolute(config.init_from),
     )
 
