@@ -190,9 +190,8 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
 
 def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
     """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
-    state = checkpoint.load(run_uri)
+    folder, state = checkpoint.load_found(run_uri)
     tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
-    folder = checkpoint.find(run_uri)
     for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
         tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
 
@@ -231,7 +230,7 @@ def _run(job: Job) -> dict[str, Any]:
     dataset, model, state = agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
+        state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
