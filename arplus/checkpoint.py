@@ -240,7 +240,7 @@ def newest(
         if uri == but:
             continue
         try:
-            return uri, _read(uri, moments)
+            return uri, load(uri, moments=moments)
         except (RefusedError, ResourceError):
             raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UserError as error:
