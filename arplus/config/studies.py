@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 
 from arplus.config.checks import from_dict, to_dict
 from arplus.config.names import model_name_problem
-from arplus.config.space import parse_space
+from arplus.config.space import bounds_problem, parse_space
 from arplus.config.training import PAPER_ROWS, PRESETS, TrainConfig, tiny
 
 
@@ -119,6 +119,8 @@ class LrFindConfig(TrainConfig):
         yield from super().check()
         if self.lr_from >= self.lr_to:
             yield "lr_from", f"must be below lr_to = {self.lr_to:g} (got {self.lr_from:g})"
+        elif problem := bounds_problem("loguniform", self.lr_from, self.lr_to):
+            yield "lr_from", f"is LOW and lr_to is HIGH: {problem} (got {self.lr_from:g} and {self.lr_to:g})"
         if self.resume not in ("auto", "never"):
             yield "resume", f"must be auto or never for a range test (got {self.resume!r})"
         if len(self.world_sizes) > 1:
