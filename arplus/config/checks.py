@@ -15,6 +15,8 @@ from arplus.errors import NO_CREDENTIALS, UserError, redacted
 
 T = TypeVar("T")
 
+FREE_TEXT = {"free text": True}
+"""A field's metadata: on the command line the word None is a text like any other, where elsewhere it unsets."""
 _WITH_CREDENTIALS = re.compile(r"(\w+=)?[a-z][a-z0-9+.-]*://[^/@\s]+@")
 """Starts a setting that is a URI with a user or password in it, or a name and such a URI."""
 
