@@ -305,7 +305,7 @@ def test_too_many_rejects_commit_nothing_and_a_second_run_may_follow(tmp_path: P
         ({}, "no record file"),
         ({"a.jsonl": b""}, "no record in it"),
         ({"a.jsonl": b"\n \n"}, "no record in it"),
-        ({"a.jsonl": b"{\n"}, "no session among 1 records"),
+        ({"a.jsonl": b"{\n"}, r"a.jsonl: every line is rejected \(1 of 1: invalid_json"),
     ],
 )
 def test_no_data_is_an_error(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
