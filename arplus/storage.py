@@ -56,8 +56,11 @@ class _MissingError(UserError):
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it.
 
-    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, and for a URI with keys.
+    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
+    a name that is not UTF-8, which pyarrow cannot take.
     """
+    if not is_utf8(uri):
+        raise UserError(f"{shown(uri)}: the name is not UTF-8; rename it")
     if not uri or "\0" in uri:
         raise UserError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
     scheme = _scheme(uri)
@@ -129,10 +132,21 @@ def exists(uri: str) -> bool:
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+def is_utf8(uri: str) -> bool:
+    """Whether a name can be encoded: Python holds the odd bytes of one that is not UTF-8 as surrogates."""
+    return uri.isascii() or not re.search("[\ud800-\udfff]", uri)
+
+
+def shown(name: str) -> str:
+    """A file's name for people: what is not UTF-8 and what cannot be printed is escaped."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def list_files(uri: str) -> list[str]:
     """URIs of all files below a folder, or of the one file, in the order of their names.
 
-    Raises :class:`UserError` where there is nothing.
+    Links are followed. Raises :class:`UserError` where there is nothing.
     """
     filesystem, path = resolve(uri)
     with named(uri):
@@ -141,8 +155,26 @@ def list_files(uri: str) -> list[str]:
             return [uri]
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{uri}: no such file or folder")
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    return [join(uri, os.path.relpath(f.path, path)) for f in sorted(found, key=lambda f: f.path) if f.is_file]
+        if is_local(uri):
+            files = _list_local(path, ())
+        else:
+            files = [f.path for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
+    return [join(uri, os.path.relpath(file, path)) for file in sorted(files)]
+
+
+def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:
+    """All that is below a folder and is no folder; a link to a folder ``above`` it would have no end.
+
+    pyarrow's own listing fails at a name that is not UTF-8, and leaves a link to nowhere out without a word.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    found: list[str] = []
+    with named(shown(folder)), os.scandir(folder) as entries:
+        for entry in entries:
+            found += _list_local(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
+    return found
 
 
 def read_bytes(uri: str) -> bytes:

@@ -44,10 +44,14 @@ class ExampleRules:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Turns raw records into an encoded data set."""
+    """Turns raw records into an encoded data set.
+
+    Of a profile, the first 100 tags are kept, and 50 characters of a tag and of a place; what is cut off is counted.
+    """
 
     input: str = ""
-    """URI of a JSON-lines file (.jsonl, .json, .txt; plain, .gz or .zst) or of a folder of them."""
+    """URI of a JSON-lines file of any name, or of a folder: its *.jsonl, *.json, *.ndjson and Spark's part-00000 are
+    read, plain or with .gz, .zst, .bz2 or .xz, and its other files are listed as left out."""
     output: str = ""
     """URI of the data set to make."""
     evaluation_set: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """A prepared data set: what its manifest says of it. Written by :mod:`arplus.data.prepare`, read by the feed."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,15 @@ from arplus.text import Vocabulary, sizes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+
+
+def is_manifest(data: bytes) -> bool:
+    """Whether a file called :data:`MANIFEST` is ours: many programs call theirs so."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format", "fingerprint", "splits"} <= value.keys()
 
 
 @dataclass(frozen=True)

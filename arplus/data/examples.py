@@ -38,6 +38,13 @@ LIST_COLUMNS = (
     "target_characters",
 )
 
+LEFT_OUT = {
+    "empty_response": "the reply has no character",
+    "empty_context": "nothing is said before the reply",
+    "incomplete_persona": "a speaker lacks gender or location; --incomplete-personas keep takes these",
+}
+"""Every reason for which a pair of utterances is no example, in words."""
+
 SCHEMA = pa.schema([("example_id", pa.int64()), *((name, pa.list_(pa.int32())) for name in LIST_COLUMNS)])
 """One row an example. Ids of characters unless said otherwise; "local" profiles are those of this example: 0 is the
 responder, then the speakers of the context in order of appearance.

@@ -116,6 +116,12 @@ def is_unfinished(output: str) -> bool:
     return storage.exists(storage.join(output, FILE))
 
 
+def is_lease(data: bytes) -> bool:
+    """Whether a file called :data:`FILE` is ours: also one that is not yet written, or cut short by a full disk."""
+    start = b'{"token": '
+    return start.startswith(data[: len(start)])
+
+
 def _this_process() -> list[Any] | None:
     """What tells this process from all others, anywhere and at any time; ``None`` where that cannot be known."""
     return _process(os.getpid())
