@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from arplus import noise
 from arplus.config import Device
 from arplus.errors import ResourceError, UserError, masked
 
@@ -43,6 +44,7 @@ def connect(cpus: int | None = None) -> None:
         ray.init(address="auto", logging_level=logging.WARNING)
     else:
         _start(cpus)
+    noise.leave_out()
     log.info("ray: %s CPUs, %s GPUs", *(f"{ray.cluster_resources().get(name, 0):g}" for name in ("CPU", "GPU")))
 
 
@@ -108,14 +110,17 @@ def _start(cpus: int | None) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_GCS_SERVER_PORT": str(port)}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     Config.initialize("")  # reads the variables again, as Ray itself does after such a change
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
-    )
+    # Under `uv run` Ray would start each worker by it too, in a copy of the folder, where uv makes another environment.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    with noise.deaf_to_the_terminal():
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
+        )
 
 
 class Offer(NamedTuple):

@@ -5,8 +5,11 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,19 +17,41 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def away() -> dict[str, str]:
+    """The environment, away from any Ray cluster and MLflow server that it names."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+
+
+def words(command: str) -> list[str]:
+    script, *arguments = shlex.split(command)
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
 def run(command: str, *, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs ``jobs/…`` with this Python, away from any Ray cluster and MLflow server of the environment."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    words = shlex.split(command)
+    """Runs ``jobs/…`` with this Python."""
     return subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]],
-        cwd=folder,
-        env=environment,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=200,
+        words(command), cwd=folder, env=away(), input=stdin, capture_output=True, text=True, timeout=200
     )
+
+
+def interrupted(command: str, record: Path, folder: Path) -> tuple[int, str]:
+    """Exit code and all output of a training that gets Ctrl-C, as from a terminal, once it has logged a step."""
+    output = folder / "output"
+    with open(output, "w") as file:
+        # A terminal tells all processes that it has started, so Ray's too.
+        job = subprocess.Popen(words(command), cwd=folder, env=away(), stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + 150
+    while not (record.exists() and '"train/loss"' in record.read_text()):
+        assert job.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGINT)
+    return job.wait(100), output.read_text()
+
+
+def alarming(text: str) -> list[str]:
+    """Lines that a user would take for an error."""
+    return [line for line in text.splitlines() if re.search(r"error|exception|traceback|fail|\bE \d+ ", line, re.I)]
 
 
 def record(i: int) -> str:
@@ -69,11 +94,11 @@ def test_a_truncated_gzip_leaves_no_data_set(tmp_path: Path) -> None:
 
 def test_from_records_to_a_reply(tmp_path: Path) -> None:
     """The road of the README on a handful of records, each job as its own process."""
+    train = "jobs/train.py arplus --tiny --data data --storage runs --batch-size 12"
     commands = [
         "jobs/synthesize.py --records 400 --duplicates 20 --broken 4 --persona-answers 0.5 --seed 1 --output raw",
         "jobs/prepare.py --input raw --output data --valid 0.05 --test 0.05",
-        "jobs/train.py arplus --tiny --data data --storage runs --run-name first --max-steps 4 --workers 3 "
-        "--batch-size 12 --seed 1",
+        f"{train} --run-name first --workers 3 --max-steps 4",
         "jobs/evaluate.py --checkpoint runs/first --data data --split test --json result.json",
         "jobs/chat.py --checkpoint runs/first --gender 男 --location '四川 成都' --tags 'a;b' --say 你好 --seed 3",
         "jobs/export.py --checkpoint runs/first --output exported",
@@ -83,16 +108,43 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
     for command in commands:
         results.append(run(command, folder=tmp_path))
         assert results[-1].returncode == 0, (command, results[-1].stderr[-3000:])
+        assert alarming(results[-1].stdout + results[-1].stderr) == [], command
     assert "L_D" in results[2].stderr
     assert "honest" in results[3].stdout
     assert "paper-compatible" in results[3].stdout
     reply = results[4].stdout.strip()
     assert 1 <= len(reply) <= 15
     assert results[6].stdout.strip() == reply, "an exported model answers as its checkpoint does"
+    stopped = f"{train} --run-name stopped --log-every 1 --epochs 500"
+    code, said = interrupted(stopped, tmp_path / "runs" / "stopped" / "tracking.jsonl", tmp_path)
+    (last,) = alarming(said)
+    assert (code, last.partition(" step ")[0]) == (1, "error: stopped at"), said
     (tmp_path / "data" / "manifest.json").unlink()
     broken = run("jobs/evaluate.py --checkpoint runs/first --data data", folder=tmp_path)
     assert broken.returncode == 2
     assert "not a prepared data set" in broken.stderr
+
+
+def test_a_job_by_uv_run(tmp_path: Path) -> None:
+    """Ray's own hook would start the workers by `uv run` too, in a copy of the folder, which has no project here."""
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if uv is None:
+        pytest.skip("uv is not installed; it is among the test requirements")
+    (tmp_path / "records.jsonl").write_text("".join(record(i) for i in range(200)))
+    settings = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_OFFLINE": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    settings |= {"UV_CACHE_DIR": str(tmp_path / "cache")}
+    command = [uv, "run", "--no-sync", "--project", ROOT, ROOT / "jobs/prepare.py", "--input", "records.jsonl"]
+    done = subprocess.run(
+        [*command, "--output", "data", "--valid", "0.1", "--test", "0.1"],
+        cwd=tmp_path,
+        env=away() | settings,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Next: python jobs/train.py" in done.stdout
+    assert alarming(done.stderr) == []
 
 
 def test_reference_weights_become_a_checkpoint(tmp_path: Path) -> None:

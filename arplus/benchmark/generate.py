@@ -15,6 +15,7 @@ from arplus.benchmark.report import Result, rate
 from arplus.benchmark.train import timed
 from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
+from arplus.model.attention import leave_cudnn_out
 from arplus.model.generate import generate
 
 
@@ -32,6 +33,7 @@ class GenerateBenchmark(PoolBenchmark):
 
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
     """Measures in this process; ``model_config`` replaces AR+ at its real size (tests do)."""
+    leave_cudnn_out()
     network, sizes, device = model_config or ModelConfig(), VocabularySizes(), sides.device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)

@@ -31,6 +31,7 @@ from arplus.benchmark.pool import Pool, random_examples
 from arplus.benchmark.report import Output, Result, rate
 from arplus.config import TrainConfig, VocabularySizes
 from arplus.model.arplus import ARPlus
+from arplus.training.group import process_group
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are predicted."""
@@ -166,25 +167,43 @@ def _bandwidth(seconds: float, parameters: int) -> float:
 def _workers(workers: int, run: TrainConfig, batch_size: int, steps: int) -> dict[str, float]:
     """Seconds of a step, and of two workers' collectives, in fresh processes of one thread each."""
     run = replace(run, workers=workers, batch_size=workers * batch_size)
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        result = context.SimpleQueue()
-        arguments = [(rank, workers, folder, run, batch_size, steps, result) for rank in range(workers)]
-        processes = [context.Process(target=_worker, args=a, daemon=True) for a in arguments]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
+        result = _SPAWN.SimpleQueue()
+        _run_in_processes(_worker, [(rank, workers, folder, run, batch_size, steps, result) for rank in range(workers)])
         found: dict[str, float] = result.get()
     return found
 
 
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def _run_in_processes(work: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
+    """Runs ``work`` once with each of the arguments, in fresh processes that see no GPU: there may be one for all."""
+    processes = [_SPAWN.Process(target=work, args=a, daemon=True) for a in arguments]
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it must be so before they import torch
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+    for process in processes:
+        process.join()
+    assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
+
+
 def _worker(rank: int, workers: int, folder: str, run: TrainConfig, batch_size: int, steps: int, result: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    rendezvous = Path(folder, "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
+    with process_group(rank, workers, Path(folder, "rendezvous")):
+        found = _measured(workers, run, batch_size, steps)
+    if rank == 0:
+        result.put(found)
+
+
+def _measured(workers: int, run: TrainConfig, batch_size: int, steps: int) -> dict[str, float]:
+    """Seconds of a step, and of collectives of its group, in one of the workers."""
     sizes = VocabularySizes()
     # The same examples for every worker: the model has no word for one that waits for another.
     pool = Pool(random_examples(64 * batch_size, sizes), run.model, sizes, batch_size)
@@ -197,9 +216,7 @@ def _worker(rank: int, workers: int, folder: str, run: TrainConfig, batch_size: 
         gradients, one = torch.zeros(n), torch.zeros(1)
         found["reduce"] = median(_seconds(lambda: dist.all_reduce(gradients), steps))
         found["latency"] = median(_seconds(lambda: dist.all_reduce(one), 20))
-    if rank == 0:
-        result.put(found)
-    dist.destroy_process_group()
+    return found
 
 
 def _seconds(function: Callable[[], object], times: int) -> Iterator[float]:

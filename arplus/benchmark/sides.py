@@ -1,12 +1,10 @@
 """The train steps that are compared: ours through the engine, the paper's code, and Hugging Face's BART."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from arplus.benchmark.bart import Bart
@@ -14,6 +12,7 @@ from arplus.benchmark.paper import PaperARPlus, mean_losses
 from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes
 from arplus.data.feed import Step
 from arplus.model.arplus import ARPlus
+from arplus.model.attention import leave_cudnn_out
 from arplus.training.engine import Engine
 from arplus.training.loop import seed_dropout
 
@@ -32,6 +31,7 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
 
     The others train in fp32 with torch's AdamW as it comes.
     """
+    leave_cudnn_out()
     torch.manual_seed(0)
     if side == "ours":
         return engine_step(config, sizes)
@@ -49,11 +49,7 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
 
 
 def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
-    """Our step, through the engine that training uses; joins a process group of one where there is none."""
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # DeepSpeed looks for them
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    """Our step, through the engine that training uses, in a process group (:mod:`arplus.training.group`)."""
     engine = Engine(ARPlus(config.model, sizes), config, device())
     steps = 0
 

@@ -29,6 +29,7 @@ from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
 from arplus.training import node
+from arplus.training.group import process_group
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,13 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     sizes = VocabularySizes()
     pool = config.pool(run.model, sizes, Widths.static(ExampleRules()) if config.compile else EXACT)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
-    taken = {"ours": sides.train_step("ours", run, sizes)}
-    if config.compare:
-        taken["plain"] = sides.train_step("plain", run, sizes)
-        with contextlib.suppress(ImportError):
-            taken["bart"] = sides.train_step("bart", run, sizes)
-    times = _times(taken, mine, theirs, config.rounds)
+    with process_group():
+        taken = {"ours": sides.train_step("ours", run, sizes)}
+        if config.compare:
+            taken["plain"] = sides.train_step("plain", run, sizes)
+            with contextlib.suppress(ImportError):
+                taken["bart"] = sides.train_step("bart", run, sizes)
+        times = _times(taken, mine, theirs, config.rounds)
     gflops = median(times.pop("matmul"))
     compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
     memory = {side: peak_memory(side, run, sizes, mine if side == "ours" else theirs[:2]) for side in compared}
@@ -142,9 +144,10 @@ def peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: lis
 
 def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step], threads: int) -> int:
     torch.set_num_threads(threads)
-    take = sides.train_step(side, run, sizes)
-    for step in steps:
-        take(step)
+    with process_group():
+        take = sides.train_step(side, run, sizes)
+        for step in steps:
+            take(step)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_memory_bytes()

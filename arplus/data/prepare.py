@@ -29,7 +29,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from arplus import storage
+from arplus import nodes, storage
 from arplus.config import PrepareConfig, checked, to_dict
 from arplus.data import card, faults, output, parts, stages
 from arplus.data.dataset import FORMAT
@@ -69,6 +69,7 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
     # Checked: it also makes 20000 and 20000.0 the same rule, wherever the settings come from.
     config = checked(replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output)))
     sources = find_sources(config)
+    nodes.check_workers()
     given = {
         name: Vocabulary.load(uri) if uri else None
         for name, uri in (("characters", config.character_vocabulary), ("persona", config.persona_vocabulary))

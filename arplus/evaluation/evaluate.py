@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import checkpoint, cluster, storage
+from arplus import checkpoint, cluster, nodes, storage
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import Draws, Layout, Window
@@ -28,6 +28,7 @@ from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
 from arplus.model.arplus import ARPlus
+from arplus.model.attention import leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
 
@@ -83,6 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     dataset = Dataset.open(config.data)
     splits = _splits(dataset, config)
     uris = [_usable(uri, dataset, config) for uri in (config.checkpoint, config.against) if uri is not None]
+    nodes.check_workers()
     tallies = [
         {split.name: _evaluate(replace(config, checkpoint=uri), dataset, split) for split in splits} for uri in uris
     ]
@@ -172,6 +174,7 @@ class Evaluator:
         self.config = config
         self.sampling = config.sampling.of(self.state.rules)
         self.layout = Layout.of(self.state.config.model, self.state.sizes)
+        leave_cudnn_out()
         # A GPU that is not this actor's own is in sight too (ray#54868).
         self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self.model = build_model(self.state).to(self.device)

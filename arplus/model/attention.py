@@ -16,6 +16,15 @@ from arplus.model.dropped_attention import dropped_attention
 from arplus.model.linear import Linear, linear
 
 
+def leave_cudnn_out() -> None:
+    """Has attention on GPUs take torch's own kernels in this process; workers, evaluators and benchmarks begin with it.
+
+    From sm_90 on torch prefers cuDNN's. Some of them round a dropout of 0.1 to sixteenths (pytorch/pytorch#174245), and
+    without dropout they make a plan for every shape, about 30 ms each.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class KeyValue(NamedTuple):
     """What can be attended to: keys and values of all heads."""
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -257,6 +258,7 @@ def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,  # our own log line says more
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU, twice a step
     }
 
 
@@ -299,5 +301,6 @@ def _own_part(value: Tensor) -> Tensor:
 
 def _initialise_communication() -> None:
     # init_distributed would compile this operator with g++ for up to 84 s and fail where there is no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() == "cpu":  # on others nobody asks for it, and asking probes every operator
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

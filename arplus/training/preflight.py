@@ -12,12 +12,10 @@ from typing import Any, cast
 from uuid import uuid4
 
 import ray
-import ray.exceptions
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from arplus import cluster, storage
+from arplus import cluster, nodes, storage
 from arplus.config import MIN_WORKER_CPUS, TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
@@ -27,8 +25,6 @@ log = logging.getLogger(__name__)
 
 FEED_CPUS = 1
 """Whole logical CPUs that workers must leave to Ray Data; without one its tasks wait for ever (ray#64588)."""
-NODE_S = 30.0
-"""Seconds that all nodes have for their answers."""
 MIN_SHM = 128 << 20
 """Bytes of /dev/shm for the windows of the feed, and for what NCCL keeps there; Docker's default is 64 MiB in all."""
 MIN_DISK = 1 << 30
@@ -117,7 +113,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
     storage.write_bytes(marker, b"")
     try:
-        facts = _ask(dataset.split("train").row_groups[0].file, config.storage, marker)
+        facts = nodes.ask(node.look, dataset.split("train").row_groups[0].file, config.storage, marker)
     finally:
         storage.delete(marker)
     mine = node.versions()
@@ -142,35 +138,6 @@ def warn_of_slow_bf16(config: TrainConfig, facts: dict[str, node.Facts]) -> None
     slow = [name for name, said in facts.items() if not said.bf16]
     if config.precision == "bf16" and slow and not cluster.offer(config.device, 1).gpus:
         log.warning("%s (node %s)", node.SLOW_BF16, ", ".join(slow))
-
-
-def _ask(data_file: str, storage_uri: str, marker: str) -> dict[str, node.Facts]:
-    """What every node says, by its address."""
-    look: Any = ray.remote(num_cpus=0, max_retries=0)(node.look)
-    asked = {}
-    for n in ray.nodes():
-        if n["Alive"]:
-            there = NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
-            name = f"{n['NodeManagerAddress']} ({n['NodeID'][:8]})"
-            asked[look.options(scheduling_strategy=there).remote(data_file, storage_uri, marker, n["NodeID"][:8])] = (
-                name,
-                n["NodeID"],
-            )
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S)
-    facts = {}
-    for ref in ready:
-        try:
-            facts[asked[ref][0]] = ray.get(ref)
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.TaskUnschedulableError):
-            late.append(ref)  # the node has died, or is about to be noticed
-    alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-    for ref in late:
-        name, node_id = asked[ref]
-        if node_id in alive:
-            raise ResourceError(
-                f"node {name}: no answer within {NODE_S:.0f} s; see `ray status`, or take the node away"
-            )
-    return facts
 
 
 def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:

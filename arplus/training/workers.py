@@ -17,6 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from arplus import cluster, storage
+from arplus.model.attention import leave_cudnn_out
 
 
 def run(
@@ -64,11 +65,12 @@ def run(
 
 
 def set_up(side_by_side: int = 1) -> torch.device:
-    """Sets logging and threads up in a worker, and gives its device; ``side_by_side`` runs share the machine."""
+    """Sets logging, threads and kernels up in a worker; its device. ``side_by_side`` runs share the machine."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     cluster.quiet()
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    leave_cudnn_out()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.

@@ -4,15 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """Whatever process group the test makes ends with it."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

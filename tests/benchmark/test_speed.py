@@ -57,7 +57,6 @@ def test_the_sorted_batches_stand_for_all(pool: Pool) -> None:
     assert pool.padding(every) < 0.2 < pool.padding(pool.random(8))
 
 
-@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("bart", [True, False])
 def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if bart:

@@ -1,7 +1,6 @@
 """What the processes of ``test_engine.py`` run: the same training, with and without DeepSpeed."""
 
 import gc
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -19,6 +18,7 @@ from arplus.data.feed import Step
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.linear import product_dtype
+from arplus.training.group import process_group
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
 
@@ -119,13 +119,11 @@ def engine_steps(config: TrainConfig, first: int, last: int) -> list[Step]:
 
 def run(rank: int, world: int, rendezvous: Path, task: Callable[..., Any], arguments: tuple, result: Path) -> None:
     """Body of a spawned process: joins the group, runs ``task(*arguments)``; rank 0 saves what it returns."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    found = task(*arguments)
+    with process_group(rank, world, rendezvous):
+        found = task(*arguments)
     if rank == 0:
         torch.save(found, result)
-    dist.destroy_process_group()
 
 
 def curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:

@@ -2,30 +2,28 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
 from arplus.data.feed import Feed, Step
 from arplus.model.objective import Losses
 from arplus.training.engine import Engine, StepResult
+from arplus.training.group import process_group
 from arplus.training.loop import ASK_EVERY, Ask, Hooks, fit
 
 STEPS, VALID = 4, 3 * ASK_EVERY
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path) -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """This process as the only worker."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group():
+        yield
 
 
 class Recorder(Hooks):

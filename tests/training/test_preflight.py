@@ -11,7 +11,7 @@ import ray
 from prepared import write_dataset
 from ray.experimental.internal_kv import _internal_kv_put
 
-from arplus import cluster
+from arplus import cluster, nodes
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, RunError, UserError
@@ -163,7 +163,7 @@ def test_storage_without_room_for_the_checkpoints(config: TrainConfig, dataset: 
 
 
 def test_a_node_that_does_not_answer(config: TrainConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "NODE_S", 0.0)
+    monkeypatch.setattr(nodes, "ANSWER_S", 0.0)
     code, said = refusal(config, dataset)
     assert (code, "no answer within 0 s" in said) == (3, True), said
 

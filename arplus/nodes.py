@@ -1,0 +1,102 @@
+"""Asking the nodes of the connected cluster, and what their workers said last where they do not answer."""
+
+import contextlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from arplus.errors import ResourceError
+
+ANSWER_S = 30.0
+"""Seconds in which a worker must have started and answered."""
+_LOG_S = 5
+_TAIL = 100
+_RAYLETS_OWN = re.compile(r"\[\d{4}-\d\d-\d\d .*\] |\[(state-dump|file)|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+[A-Z]+ ")
+_GONE = (ray.exceptions.RayActorError, ray.exceptions.TaskUnschedulableError)
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """How messages call one of ``ray.nodes()``."""
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def ask(question: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What ``question(*arguments, node's short id)`` gives on every living node, by the node's name.
+
+    Raises :class:`ResourceError` for a node that does not answer, though it lives on; with its workers' last line.
+    """
+    look: Any = ray.remote(num_cpus=0, max_retries=0)(question)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[look.options(scheduling_strategy=there).remote(*arguments, node["NodeID"][:8])] = node
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    facts, problems = {}, dict.fromkeys(late, f"no answer within {ANSWER_S:.0f} s")
+    for ref in ready:
+        try:
+            facts[name_of(asked[ref])] = ray.get(ref)
+        except _GONE:
+            problems[ref] = "no answer"  # the node has died, or is about to be noticed
+        except ray.exceptions.RayError as error:
+            problems[ref] = _in_a_line(error)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for ref, problem in problems.items():
+        node = asked[ref]
+        if node["NodeID"] in alive:
+            raise ResourceError(f"node {name_of(node)}: {problem}{_reason(node['NodeID'])}")
+    return facts
+
+
+def check_workers() -> None:
+    """Raises :class:`ResourceError` where no worker of this job can start, which Ray would try for ever.
+
+    Nothing happens where one is merely slow, as with packages that Ray installs first.
+    """
+    ref = ray.remote(num_cpus=0, max_retries=0)(_answer).remote()
+    try:
+        if ray.wait([ref], timeout=ANSWER_S)[0]:
+            ray.get(ref)
+            return
+    except ray.exceptions.RayError as error:
+        raise ResourceError(f"this job's workers cannot work: {_in_a_line(error)}{_ADVICE}") from None
+    for node in ray.nodes():
+        if node["Alive"] and last_words(node["NodeID"]):
+            raise ResourceError(f"node {name_of(node)}: no worker within {ANSWER_S:.0f} s{_reason(node['NodeID'])}")
+
+
+def _answer() -> None:
+    """Nothing, by a worker that has this project."""
+
+
+_ADVICE = "; workers need the Python and the packages of the job: start all nodes from one image"
+
+
+def _reason(node_id: str) -> str:
+    if said := last_words(node_id):
+        return f"; the last line of a worker that ended there: {said}{_ADVICE}"
+    return "; see `ray status`, or take the node away"
+
+
+def last_words(node_id: str) -> str:
+    """The last line of a node's workers that ended before they could say it to anyone; empty where there is none.
+
+    Such a worker writes to the log of its node's raylet, among the raylet's own lines.
+    """
+    from ray.util.state import get_log
+
+    lines: list[str] = []
+    with contextlib.suppress(Exception):  # an explanation that cannot be had is no reason to fail in another way
+        for part in get_log(node_id=node_id, filename="raylet.err", tail=_TAIL, timeout=_LOG_S, errors="replace"):
+            lines += part.splitlines()
+    own = [line.strip() for line in lines if line.strip() and not _RAYLETS_OWN.match(line)]
+    return own[-1] if own else ""
+
+
+def _in_a_line(error: Exception) -> str:
+    """The last line of an error of Ray, whose others are the worker's traceback."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()][-1]

@@ -1,0 +1,88 @@
+"""What Ray prints of a run in which nothing is wrong, and what looks like an error: left out by its words alone."""
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray._private import ray_logging, services
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
+"""Ray 2.60 says so of its own actors (ray#53727): of Ray Train's PreemptionWatcher and of Ray Data's MapWorker.
+
+What they are made of lives as long as the run, so they can be started again.
+"""
+_NO_NODE = "1".rjust(56, "0")
+
+
+def leave_out() -> None:
+    """Leaves :data:`HARMLESS` out of what this process prints, be it of its own or of its workers; once connected."""
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    name = "ray_print_logs"
+    if show := dict(dispatcher.handlers).get(name):
+
+        def show_the_rest(data: dict[str, Any]) -> None:
+            if lines := [line for line in data["lines"] if HARMLESS not in line]:
+                show(data | {"lines": lines})
+
+        dispatcher.remove_handler(name)
+        dispatcher.add_handler(name, show_the_rest)
+    _say_it_unheard()
+
+
+def _say_it_unheard() -> None:
+    """Makes Ray say it here and now, unheard: it says it once a process, past Python's streams.
+
+    The actor is bound to a node that is not there, so nothing is started.
+    """
+    there = NodeAffinitySchedulingStrategy(_NO_NODE, soft=False)
+    with _without_harmless():
+        ray.kill(_Restarted.options(scheduling_strategy=there).remote(ray.put(None)))  # type: ignore[attr-defined]
+
+
+@ray.remote(num_cpus=0, max_restarts=1)
+class _Restarted:
+    def __init__(self, _: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _without_harmless() -> Iterator[None]:
+    """Holds back what any part of this process writes to its standard error, and then writes the rest."""
+    with contextlib.ExitStack() as stack:
+        try:
+            error = os.dup(2)
+        except OSError:  # it is closed
+            yield
+            return
+        stack.callback(os.close, error)
+        file = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(error, 2)
+            file.seek(0)
+            rest = b"".join(line for line in file if HARMLESS.encode() not in line)
+            if rest:
+                os.write(2, rest)
+
+
+@contextlib.contextmanager
+def deaf_to_the_terminal() -> Iterator[None]:
+    """Ray's processes that are started meanwhile get no Ctrl-C: it is the job's, which then needs them to save.
+
+    Ray 2.60 means them to be so, but its dashboard's processes die of it. What watches a run then asks in vain, and
+    says "Failed to query Ray Train Controller actor state".
+    """
+    module: Any = services
+    popen = module.ConsolePopen
+    module.ConsolePopen = functools.partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        module.ConsolePopen = popen

@@ -1,0 +1,49 @@
+"""A process group for whoever trains without Ray Train, which has its own: benchmarks and tests."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = None) -> Iterator[None]:
+    """Makes this process worker ``rank`` of ``workers``, which meet at the file ``rendezvous``; one alone needs none.
+
+    At the end it is of no group any more, in DeepSpeed's eyes too: DeepSpeed keeps groups of its own beside torch's,
+    and an engine made later would talk to one that is gone.
+    """
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}  # DeepSpeed looks for them
+    before = {name: os.environ.get(name) for name in variables}
+    meeting: dict[str, Any] = {"store": dist.HashStore()}
+    if rendezvous is not None:
+        meeting = {"init_method": rendezvous.absolute().as_uri()}
+    os.environ |= variables
+    try:
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=workers, **meeting
+        )
+        try:
+            yield
+        finally:
+            _end()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _end() -> None:
+    deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
+    if deepspeed is None or deepspeed.cdb is None:  # no engine was made
+        dist.destroy_process_group()
+    else:
+        deepspeed.destroy_process_group()
+        deepspeed.cdb = None
