@@ -7,7 +7,7 @@ A run's folder holds::
     checkpoints/step-00000120-attempt-1/    one folder a checkpoint:
         weights.safetensors             fp32, by parameter name
         optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
-        state.json                      progress, schedule, fingerprint, MLflow run id
+        state.json                      progress, schedule, rules and fingerprint of the data, MLflow run id
         config.json  characters.txt  persona_words.txt
         manifest.json                   size and SHA-256 of every file; written last
     best.json                           the checkpoint with the lowest response perplexity
@@ -30,14 +30,14 @@ import safetensors.torch
 from torch import Tensor
 
 from arplus import storage
-from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict, to_dict
 from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
 """Names of checkpoints' folders."""
@@ -75,6 +75,8 @@ class TrainState:
     progress: Progress
     schedule: dict[str, float]
     """Learning rate and the plateau schedule's counters."""
+    rules: ExampleRules
+    """Those of the data set: how long utterances and contexts are that the model knows."""
     characters: Vocabulary
     persona_words: Vocabulary
     weights: dict[str, Tensor]
@@ -111,6 +113,7 @@ def write(
         "format": FORMAT,
         "progress": asdict(state.progress),
         "schedule": state.schedule,
+        "rules": to_dict(state.rules),
         "mlflow_run_id": state.mlflow_run_id,
     }
     files = {
@@ -156,6 +159,7 @@ def load(uri: str, *, moments: bool = False) -> TrainState:
         config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
         progress=Progress(**facts["progress"]),
         schedule=facts["schedule"],
+        rules=from_dict(ExampleRules, facts["rules"], source=storage.join(uri, "state.json")),
         mlflow_run_id=facts["mlflow_run_id"],
         characters=vocabulary("characters.txt"),
         persona_words=vocabulary("persona_words.txt"),

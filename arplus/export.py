@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import ExportConfig, preset, to_dict
+from arplus.config import ExampleRules, ExportConfig, preset, to_dict
 from arplus.errors import UserError
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
@@ -53,6 +53,7 @@ def from_reference(config: ExportConfig) -> TrainState:
         config=replace(run, model=model_config),
         progress=Progress(fingerprint="the paper's code"),
         schedule={},
+        rules=ExampleRules(),  # the defaults are the paper's
         characters=characters,
         persona_words=persona_words,
         weights=model.weights(),
@@ -75,7 +76,8 @@ tags: [dialogue, persona]
 # {config.run_name or config.preset}: a persona-aware Chinese dialogue model
 
 Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
-`{progress.fingerprint}`). Response perplexity on validation: {best}.
+`{progress.fingerprint}`). Response perplexity on validation: {best}. It knows contexts of at most
+{state.rules.max_context_utterances} utterances, each cut to {state.rules.max_utterance_characters} characters.
 
 | component | parameters |
 | --- | --- |

@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, masked
 
 T = TypeVar("T")
 
@@ -60,19 +59,31 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
     a name that is not UTF-8, which pyarrow cannot take.
     """
+    if not uri or "\0" in uri:
+        raise UserError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
     if not is_utf8(uri):
-        raise UserError(f"{shown(uri)}: the name is not UTF-8; rename it")
-    if urlsplit(uri).scheme == "s3":
+        raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
+    scheme = _scheme(uri)
+    if scheme == "s3":
         path = uri.partition("://")[2].rstrip("/")
-        if redacted(uri) != uri:
-            raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
+        if masked(uri) != uri:
+            raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
         if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
             raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
         settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
         return _s3(settings, os.getpid()), path
-    if is_local(uri):
-        return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
+    if scheme == "file":
+        rest = uri[len("file:") :]
+        path = rest[2:] if rest.startswith("//") else rest
+        if not path.startswith("/"):
+            raise UserError(f"{masked(uri)}: must be file:///PATH, an absolute path on this machine")
+        return fs.LocalFileSystem(), str(Path(path))
+    if not scheme:
+        try:
+            return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        except RuntimeError as error:  # ~user, who does not exist
+            raise UserError(f"{uri}: {error}") from None
+    raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
 
 
 @functools.lru_cache(maxsize=8)
@@ -88,12 +99,19 @@ def _s3(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
 
 def is_local(uri: str) -> bool:
     """Whether ``uri`` is on this machine's file system."""
-    return urlsplit(uri).scheme in ("", "file")
+    return _scheme(uri) in ("", "file")
+
+
+def _scheme(uri: str) -> str:
+    """The scheme in small letters; "" for a local path. No urlsplit: a key or path may hold ``#`` and ``?``."""
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*):", uri)
+    return match[1].lower() if match else ""
 
 
 def absolute(uri: str) -> str:
     """``uri`` as every process of a cluster understands it: local paths become absolute."""
-    return uri.rstrip("/") if "://" in uri else resolve(uri)[1]
+    path = resolve(uri)[1]
+    return f"s3://{path}" if _scheme(uri) == "s3" else path
 
 
 def join(uri: str, *parts: str) -> str:

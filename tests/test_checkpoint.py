@@ -10,7 +10,7 @@ import torch
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import FORMAT, Progress, TrainState
-from arplus.config import TrainConfig, preset, tiny
+from arplus.config import ExampleRules, TrainConfig, preset, tiny
 from arplus.errors import UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
@@ -45,6 +45,7 @@ def state(step: int = 120, name: str = "arplus", seed: int = 0) -> TrainState:
         config=config,
         progress=Progress(fingerprint="abc", epoch=1, epoch_step=20, step=step, examples=640, best_response_ppl=61.5),
         schedule={"lr": 0.001, "best": 3.25, "num_bad_epochs": 4},
+        rules=ExampleRules(),
         characters=CHARACTERS,
         persona_words=PERSONA_WORDS,
         weights=weights,

@@ -191,6 +191,14 @@ def test_s3_needs_a_bucket(uri: str) -> None:
         storage.resolve(uri)
 
 
+def test_a_file_address_is_absolute(tmp_path: Path) -> None:
+    for uri in (f"file:{tmp_path}/x", f"FILE://{tmp_path}/x"):
+        assert storage.resolve(uri)[1] == storage.absolute(uri) == f"{tmp_path}/x"
+    for uri in ("file:x", "file://host/x", "C:/x", "~nobody-here/x", "", "a\0b"):
+        with pytest.raises(UserError):
+            storage.resolve(uri)
+
+
 # ---------------------------------------------------------------------------------------------------------------- S3
 
 

@@ -22,8 +22,8 @@ from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
 from arplus.benchmark.pool import PoolBenchmark, real_lengths
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
-from arplus.config import TrainConfig, VocabularySizes, special_ids
-from arplus.data.collate import EXACT, STATIC
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, special_ids
+from arplus.data.collate import EXACT, Widths
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
@@ -51,7 +51,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
     run = run or sides.run_config(config.precision, config.zero, config.batch_size, compiled=config.compile)
     sizes = VocabularySizes()
-    pool = config.pool(run.model, sizes, STATIC if config.compile else EXACT)
+    pool = config.pool(run.model, sizes, Widths.static(ExampleRules()) if config.compile else EXACT)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
     taken = {"ours": sides.train_step("ours", run, sizes)}
     if config.compare:

@@ -55,8 +55,10 @@ def facts(
     return {
         "fingerprint": manifest["fingerprint"],
         "source": manifest["source"],
-        **{name: manifest[name] for name in (*counts, "evaluation_sets", "uid_missing", "blank_lines", "rules")},
-        "profiles_cut": manifest["profiles_cut"],
+        **{
+            name: manifest[name]
+            for name in (*counts, "evaluation_sets", "uid_missing", "profiles_cut", "blank_lines", "rules", "settings")
+        },
         "splits": {
             name: {"sessions": split["sessions"], "examples": split["examples"]}
             for name, split in manifest["splits"].items()

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arplus import storage
-from arplus.config import VocabularySizes
+from arplus.config import ExampleRules, VocabularySizes, from_dict
 from arplus.errors import UserError
 from arplus.text import Vocabulary, sizes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -49,6 +49,8 @@ class Dataset:
 
     uri: str
     manifest: dict[str, Any]
+    rules: ExampleRules
+    """How its sessions became examples; every checkpoint of a model that is trained on it carries them on."""
     characters: Vocabulary
     persona_words: Vocabulary
 
@@ -64,6 +66,7 @@ class Dataset:
         return cls(
             uri=uri,
             manifest=manifest,
+            rules=from_dict(ExampleRules, manifest["rules"], source=path),
             characters=Vocabulary.load(storage.join(uri, "vocabulary", "characters.txt")),
             persona_words=Vocabulary.load(storage.join(uri, "vocabulary", "persona_words.txt")),
         )
@@ -77,6 +80,15 @@ class Dataset:
     def sizes(self) -> VocabularySizes:
         """Sizes of the two vocabularies."""
         return sizes(self.characters, self.persona_words)
+
+    def check_splits(self, *names: str, why: str) -> None:
+        """Raises :class:`UserError`, which says ``why``, where one of these splits has no example."""
+        for name in names:
+            if not self.split(name).examples:
+                raise UserError(
+                    f"--data {self.uri}: has no example in the split {name}, and {why}; prepare it again "
+                    f"with a larger --{name}"
+                )
 
     def split(self, name: str, first: int | None = None) -> Split:
         """A split by name, or its ``first`` examples. Raises :class:`UserError` for an unknown one, or one too small.

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import boto3
@@ -186,12 +185,15 @@ class _S3File:
     """The lease on S3, written on condition that it has not changed since it was read."""
 
     def __init__(self, output: str):
-        parts = urlsplit(output)
+        filesystem, path = storage.resolve(output)
+        bucket, _, folder = path.partition("/")
         self._uri = output
-        self._place = {"Bucket": parts.netloc, "Key": f"{parts.path.strip('/')}/{FILE}".lstrip("/")}
+        self._place = {"Bucket": bucket, "Key": f"{folder}/{FILE}".lstrip("/")}
         config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 3})
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found which variable
-        self._client = boto3.client("s3", config=config)
+        self._client = boto3.client(
+            "s3", config=config, region_name=filesystem.region
+        )  # boto3 does not read AWS_REGION
 
     def replace(self, entry: dict[str, Any], unless: Any) -> dict[str, Any] | None:
         """As :meth:`_LocalFile.replace`."""
@@ -211,6 +213,11 @@ class _S3File:
                 self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
                 return None
             except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 501:
+                    raise UserError(
+                        f"{self._uri}: this S3 store refuses conditional writes ({next(iter(condition))}), without "
+                        "which two jobs could write there at once; choose an --output on another store or a local path"
+                    ) from error
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
                     raise self._refused(error) from error
                 # Another job was faster: look again.

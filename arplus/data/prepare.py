@@ -164,7 +164,8 @@ def _prepare(
             name: sum(facts[source.name][0][name] for source in sources) for name in ("tags_left_out", "words_cut")
         },
         "blank_lines": counts["blank_lines"],
-        "rules": _rules(config),
+        "rules": to_dict(config.rules),
+        "settings": _settings(config),
         "source": {
             "input": config.input,
             "files": len(input_.files),
@@ -349,16 +350,18 @@ def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _rules(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that decide the content, whatever the place of the files."""
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the content beside the rules, whatever the place of the files."""
     elsewhere = ("input", "output", "evaluation_set", "character_vocabulary", "persona_vocabulary", "max_reject_share")
-    return {name: value for name, value in to_dict(config).items() if name not in elsewhere}
+    told = {*elsewhere, *to_dict(config.rules)}
+    return {name: value for name, value in to_dict(config).items() if name not in told}
 
 
 def _fingerprint(manifest: dict[str, Any], characters: Vocabulary, persona_words: Vocabulary) -> str:
     content = {
         "format": manifest["format"],
         "rules": manifest["rules"],
+        "settings": manifest["settings"],
         "vocabularies": [characters.tokens, persona_words.tokens],
         "rows": {split: [f["digest"] for f in facts["files"]] for split, facts in manifest["splits"].items()},
     }

@@ -42,7 +42,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     :class:`RunError` for a sweep that was stopped or in which no trial came to a result.
     """
     config = named(config, "tune")
-    dataset = Dataset.open(config.data)
+    dataset = _dataset(config)
     dimensions = space(config, dataset)
     examples = dataset.split("train", config.feed.subset).examples
     budget = config.examples or config.epochs * examples
@@ -92,9 +92,15 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     return dimensions
 
 
+def _dataset(config: TuneConfig) -> Dataset:
+    dataset = Dataset.open(config.data)
+    dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
+    return dataset
+
+
 def plan(config: TuneConfig) -> str:
     """What a sweep would try, as text, computed without starting anything."""
-    dataset = Dataset.open(config.data) if config.data else None
+    dataset = _dataset(config) if config.data else None
     dimensions = space(config, dataset)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
     lines += [f"  {dimension.text}" for dimension in dimensions]

@@ -20,7 +20,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
-from arplus.data.collate import EXACT, STATIC, Layout
+from arplus.data.collate import EXACT, Layout, Widths
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
 from arplus.errors import ResourceError, RunError, UserError
@@ -57,6 +57,12 @@ def train(
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
+    if not dataset.split("valid").examples:
+        log.warning(
+            "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
+            "run; to have some, prepare the data with a larger --valid",
+            config.data,
+        )
     run_uri = storage.join(config.storage, config.run_name)
     start = storage.patiently(run_uri, lambda: find_start(config, run_uri, dataset))
     tracked = _tracked(config, dataset, start, part)
@@ -170,6 +176,7 @@ def resolved(config: C) -> C:
 def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[Feed, Feed]:
     """The training and the validation feed of one worker."""
     layout = Layout.of(config.model, sizes)
+    widths = Widths.static(dataset.rules) if config.compile else EXACT
 
     def feed(split: str, shuffled: bool) -> Feed:
         order = Order(
@@ -180,7 +187,7 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
             shuffled=shuffled,
         )
         place = Place(rank=rank, workers=dist.get_world_size(), accumulation=config.accumulation)
-        return Feed(order, layout, place, config.feed, STATIC if config.compile else EXACT)
+        return Feed(order, layout, place, config.feed, widths)
 
     return feed("train", True), feed("valid", False)
 

@@ -39,6 +39,7 @@ MANIFEST: dict[str, Any] = {
     "uid_missing": 0,
     "blank_lines": 0,
     "rules": {"max_utterance_characters": 15},
+    "settings": {},
     "splits": {"train": {"sessions": 1, "examples": 9, "files": []}},
 }
 
