@@ -28,8 +28,11 @@ def export(config: ExportConfig) -> str:
     Raises :class:`UserError` where the source is no checkpoint, where weights, preset and vocabularies do not fit, and
     where the output holds anything but a previous export, for all in it is deleted.
     """
-    _check_output(config)
-    state = from_reference(config) if config.from_reference else checkpoint.load(str(config.checkpoint))
+    source, state = None, None
+    if config.checkpoint:
+        source, state = checkpoint.load_found(config.checkpoint)
+    _check_output(config, source)
+    state = state or from_reference(config)
     state = replace(state, moments={}, mlflow_run_id=None)
     return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
 
@@ -101,9 +104,9 @@ PersonalDialog's terms are non-commercial; they bind what is trained on it.
 """
 
 
-def _check_output(config: ExportConfig) -> None:
+def _check_output(config: ExportConfig, source: str | None) -> None:
     output = storage.absolute(config.output)
-    if config.checkpoint and storage.within(checkpoint.find(config.checkpoint), output):
+    if source is not None and storage.within(source, output):
         raise UserError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
     # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
     found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()

@@ -6,6 +6,7 @@ and a 1024-wide matrix product, the yardstick between machines. A machine that s
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ from arplus.data.collate import EXACT, Widths
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
+from arplus.training import node
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -50,6 +54,8 @@ class TrainBenchmark(PoolBenchmark):
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
     run = run or sides.run_config(config.precision, config.zero, config.batch_size, compiled=config.compile)
+    if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
+        log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
     pool = config.pool(run.model, sizes, Widths.static(ExampleRules()) if config.compile else EXACT)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)

@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 _ADDRESS = re.compile(r"\s*([^:/=@]*=)?[A-Za-z][A-Za-z0-9+.-]*:/")
 """Starts a setting that is a URI, or a name and a URI."""
-_TEXTS = ("say", "location", "tags")
-"""Settings that are anybody's words, where an address is part of what is said."""
+FREE_TEXT = {"free text": True}
+"""A field's metadata: anybody's words. An address in it is part of what is said, and the word None is a text like any
+other on the command line, where elsewhere it unsets a setting."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, f.name)):
             yield from _check(value, f"{prefix}{f.name}.")
-        elif f.name not in _TEXTS and any(map(_with_credentials, _parts(value))):
+        elif f.metadata != FREE_TEXT and any(map(_with_credentials, _parts(value))):
             yield prefix + f.name, NO_CREDENTIALS
         elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
             yield prefix + f.name, f"must be finite (got {value})"

@@ -114,8 +114,7 @@ def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
 
 def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
     """The checkpoint's URI as the actors, which may run elsewhere, understand it."""
-    found = checkpoint.find(storage.absolute(uri))
-    state = checkpoint.load(found)
+    found, state = checkpoint.load_found(storage.absolute(uri))
     for kind, mine, theirs in (
         ("characters", state.characters, dataset.characters),
         ("persona words", state.persona_words, dataset.persona_words),

@@ -47,7 +47,9 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     examples = dataset.split("train", config.feed.subset).examples
     budget = config.examples or config.epochs * examples
     room = find_room(config, config.trials)
-    preflight.check_nodes(config, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
+    varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
+    asked = replace(config, precision="bf16") if varied else config
+    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.conducted(study) as tracker:
         source = _Trials(config, study, dimensions, budget, examples, tracker)

@@ -19,7 +19,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
+from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
 from arplus.data.collate import EXACT, Layout, Widths
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
@@ -164,11 +164,14 @@ def resolved(config: C) -> C:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UserError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+    for field, problem in config.name_problems():
+        raise UserError(f"--{flag(field)}: {problem}")
     return replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
+        experiment=config.experiment or TrainConfig().experiment,
         init_from=config.init_from and storage.absolute(config.init_from),
     )
 
@@ -194,9 +197,8 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
 
 def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
     """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
-    state = checkpoint.load(run_uri)
+    folder, state = checkpoint.load_found(run_uri)
     tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
-    folder = checkpoint.find(run_uri)
     for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
         tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
 
@@ -235,7 +237,7 @@ def _run(job: Job) -> dict[str, Any]:
     dataset, model, state = agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
+        state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
