@@ -59,10 +59,10 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
     a name that is not UTF-8, which pyarrow cannot take.
     """
-    if not is_utf8(uri):
-        raise UserError(f"{shown(uri)}: the name is not UTF-8; rename it")
     if not uri or "\0" in uri:
         raise UserError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
+    if not is_utf8(uri):
+        raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
     scheme = _scheme(uri)
     if scheme == "s3":
         path = uri.partition("://")[2].rstrip("/")

@@ -57,9 +57,8 @@ def facts(
         "source": manifest["source"],
         **{
             name: manifest[name]
-            for name in (*counts, "evaluation_sets", "uid_missing", "blank_lines", "rules", "settings")
+            for name in (*counts, "evaluation_sets", "uid_missing", "profiles_cut", "blank_lines", "rules", "settings")
         },
-        "profiles_cut": manifest["profiles_cut"],
         "splits": {
             name: {"sessions": split["sessions"], "examples": split["examples"]}
             for name, split in manifest["splits"].items()

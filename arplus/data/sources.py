@@ -145,7 +145,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
             others = f"; it holds {names}" if names else ""
             raise UserError(f"{uri}: no record file in this folder; expected {EXPECTED_NAMES}{others}")
         if left_out:
-            log.info("%s: %d files are left out: %s", uri, sum(item.files for item in left_out), names)
+            log.info("%s: files left out: %d; %s", uri, sum(item.files for item in left_out), names)
         if storage.size(files[0]):
             storage.read_range(files[0], 0, 1)  # may be forbidden where listing is not
         found.append(Source(name, uri, first, files, left_out))
