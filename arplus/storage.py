@@ -1,8 +1,8 @@
 """Files by URI: local paths and ``s3://`` through pyarrow's file systems.
 
-S3 takes endpoint, region and credentials from the usual AWS variables (``AWS_ENDPOINT_URL``, ``AWS_REGION``,
-``AWS_ACCESS_KEY_ID``, …). A file appears whole or not at all: local files are written under a temporary name and
-renamed; an S3 object exists only once its upload is complete.
+S3 takes endpoint, region, credentials and more from AWS's variables and profiles (:mod:`arplus.s3`). A file appears
+whole or not at all: local files are written under a temporary name and renamed; an S3 object exists only once its
+upload is complete.
 
 A file system's error is a :class:`~arplus.errors.UserError` that names the URI: S3's refusal a
 :class:`~arplus.errors.RefusedError`, a lack of space or of the server a :class:`~arplus.errors.ResourceError`. Both may
@@ -10,7 +10,6 @@ pass by themselves, and whoever has much to lose waits for that with :func:`pati
 """
 
 import errno
-import functools
 import json
 import logging
 import os
@@ -25,14 +24,12 @@ from uuid import uuid4
 import pyarrow as pa
 from pyarrow import fs
 
+from arplus import s3
 from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, masked
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-"""What decides how S3 is reached, for messages."""
 
 _REFUSED = re.compile(
     r"AWS Error \w*(ACCESS_DENIED|SIGNATURE|INVALID_|TOKEN|CLIENT|NO_SUCH_BUCKET|SKEWED)|HTTP status (30\d|40[0134])"
@@ -65,13 +62,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
     scheme = _scheme(uri)
     if scheme == "s3":
-        path = uri.partition("://")[2].rstrip("/")
-        if masked(uri) != uri:
-            raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
-        if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
-            raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
-        settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
-        return _s3(settings, os.getpid()), path
+        return s3.file_system(), _s3_path(uri)
     if scheme == "file":
         rest = uri[len("file:") :]
         path = rest[2:] if rest.startswith("//") else rest
@@ -86,15 +77,14 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
 
 
-@functools.lru_cache(maxsize=8)
-def _s3(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
-    """S3 as the environment's ``settings`` say, for all threads of a ``process``: a fork cannot use its parent's.
-
-    One for all calls: each new one asks the machine for credentials again, a good many requests for reading one file.
-    """
-    # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
-    endpoint = dict(settings).get("AWS_ENDPOINT_URL_S3") or dict(settings).get("AWS_ENDPOINT_URL")
-    return fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
+def _s3_path(uri: str) -> str:
+    """Bucket and key."""
+    path = uri.partition("://")[2].rstrip("/")
+    if masked(uri) != uri:
+        raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
+    if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
+        raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
+    return path
 
 
 def is_local(uri: str) -> bool:
@@ -110,8 +100,7 @@ def _scheme(uri: str) -> str:
 
 def absolute(uri: str) -> str:
     """``uri`` as every process of a cluster understands it: local paths become absolute."""
-    path = resolve(uri)[1]
-    return f"s3://{path}" if _scheme(uri) == "s3" else path
+    return f"s3://{_s3_path(uri)}" if _scheme(uri) == "s3" else resolve(uri)[1]
 
 
 def join(uri: str, *parts: str) -> str:
@@ -312,6 +301,6 @@ def named(uri: str) -> Iterator[None]:
         if not is_local(uri):
             refused = isinstance(error, pa.ArrowInvalid) or _REFUSED.search(reason)
             away = RefusedError if refused else ResourceError
-            raise away(f"{uri}: S3 refused or did not answer; check {AWS_VARIABLES} ({reason})") from error
+            raise away(f"{uri}: S3 refused or did not answer; check {s3.SETTINGS} ({reason})") from error
         kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
         raise kind(f"{uri}: {reason}") from error

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arplus import cli, storage
 from arplus.config import ChatConfig, EvaluateConfig, ExportConfig, PrepareConfig, SynthesizeConfig, preset
-from arplus.errors import UserError, masked, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
 
 ROOT = Path(__file__).parent.parent
 SECRET = "hunter2"
@@ -67,6 +69,19 @@ def test_an_address_with_credentials_is_refused(default: Any, flag: str, value: 
 def test_what_only_looks_like_one_is_not() -> None:
     cli.parse(preset("arplus"), ["--data", "s3://bucket/a@b", "--storage", "runs/me@home"], prog="job", description="")
     cli.parse(ChatConfig(), ["--checkpoint", "runs/x", "--say", "写信给 me@example.org"], prog="job", description="")
+
+
+PASSWORDS = st.text(
+    st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="\\"), min_size=3, max_size=20
+)
+
+
+@given(PASSWORDS, st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
+def test_no_part_of_a_password_is_told(password: str, scheme: str) -> None:
+    """Whatever characters it holds: the address's own among them."""
+    with pytest.raises(UserError) as caught:
+        cli.parse(preset("arplus"), ["--mlflow", f"{scheme}://0:{password}@0"], prog="job", description="")
+    assert str(caught.value) == f"command line: --mlflow: {NO_CREDENTIALS}"
 
 
 @pytest.mark.parametrize("uri", [f"s3://KEY:{SECRET}@bucket/x", f"https://me:{SECRET}@example.org/x"])

@@ -61,8 +61,11 @@ class Dataset:
         if not storage.exists(path):
             raise UserError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
         manifest = storage.read_json(path)
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: prepare it again")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found is None:
+            raise UserError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
+        if found != FORMAT:
+            raise UserError(f"{path}: format {found!r}; this version reads {FORMAT}: prepare it again")
         return cls(
             uri=uri,
             manifest=manifest,
