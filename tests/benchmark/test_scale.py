@@ -1,6 +1,8 @@
 """The scale benchmark: its arithmetic by hand, and two real workers."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_speed import TINY
@@ -22,6 +24,18 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
     assert step_seconds(replace(costs, feed=0.1), 1, 1, 4, 1000) == pytest.approx(40.0)
     assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(80.0), "each reads both's examples"
     assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
+
+
+def note_gpus(file: Path) -> None:
+    file.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def test_processes_that_share_a_machine_see_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them would take the same one, or one that is not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    scale._run_in_processes(note_gpus, [(tmp_path / "seen",)])
+    assert (tmp_path / "seen").read_text() == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 @pytest.mark.soak
