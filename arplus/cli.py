@@ -28,7 +28,7 @@ from arplus.config import (
     unknown_key,
 )
 from arplus.config.checks import FREE_TEXT
-from arplus.errors import RunError, UserError
+from arplus.errors import RunError, UserError, masked
 
 T = TypeVar("T")
 C = TypeVar("C", bound=TrainConfig)
@@ -47,6 +47,8 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
     """
     valid = [flag(name) for name in dotted_names(type(default))]
     for argument in arguments:
+        if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
+            raise UserError(f"command line: {masked(storage.shown(argument))} is not UTF-8; rename what it names")
         name = flag(argument.partition("=")[0].removeprefix("--"))
         if argument.startswith("--") and name not in [*valid, "help"]:
             raise UserError(f"command line: {unknown_key(name, valid)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from arplus import storage
+from arplus import cli, storage
 from arplus.config import PrepareConfig
 from arplus.data.lines import read_blocks
 from arplus.data.sessions import parse_block
@@ -98,6 +98,15 @@ def test_a_name_that_is_not_utf8_does_not_block_its_folder(tmp_path: Path) -> No
     assert set(left_out.values()) == {(1, "the name is not UTF-8: rename it")}
     with pytest.raises(UserError, match=r"\\xb6.*the name is not UTF-8"):
         find_files(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xb6")))
+
+
+def test_a_command_line_that_is_not_utf8_is_refused() -> None:
+    for arguments in (["--input", "/a/\udcb6.jsonl"], ["--input=\udcb6"]):
+        with pytest.raises(UserError, match=r"command line: .*\\xb6.* is not UTF-8"):
+            cli.parse(PrepareConfig(), [*arguments, "--output", "b"], prog="prepare", description="")
+    assert (
+        cli.parse(PrepareConfig(), ["--input", "对话", "--output", "b"], prog="prepare", description="").input == "对话"
+    )
 
 
 def test_links_are_followed_without_end_and_one_to_nowhere_is_no_silent_loss(tmp_path: Path) -> None:
