@@ -201,8 +201,8 @@ def test_bf16_that_a_processor_lacks_is_said_once(
     has: bool,
     warned: int,
 ) -> None:
-    ask = preflight._ask
-    monkeypatch.setattr(preflight, "_ask", lambda *a: {n: f._replace(bf16=has) for n, f in ask(*a).items()})
+    ask = nodes.ask
+    monkeypatch.setattr(nodes, "ask", lambda *a: {n: f._replace(bf16=has) for n, f in ask(*a).items()})
     monkeypatch.setattr(cluster, "offer", lambda *_: cluster.Offer(4, gpus))
     preflight.check_nodes(replace(config, precision=precision, workers=2), dataset, 0)
     assert [("takes several times as long" in m, "--precision fp32" in m) for m in caplog.messages] == [
