@@ -7,7 +7,7 @@ A run's folder holds::
     checkpoints/step-00000120-attempt-1/    one folder a checkpoint:
         weights.safetensors             fp32, by parameter name
         optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
-        state.json                      progress, schedule, fingerprint, MLflow run id
+        state.json                      progress, schedule, rules and fingerprint of the data, MLflow run id
         config.json  characters.txt  persona_words.txt
         manifest.json                   size and SHA-256 of every file; written last
     best.json                           the checkpoint with the lowest response perplexity
@@ -18,26 +18,28 @@ a pickle. A folder without a manifest is not a checkpoint: a save that died is p
 of its own, so that one that lives on after it was replaced cannot touch its successor's.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from arplus import storage
-from arplus.config import TrainConfig, VocabularySizes, from_dict, to_dict
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict, to_dict
 from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.text import Vocabulary, sizes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
 """Names of checkpoints' folders."""
@@ -75,6 +77,8 @@ class TrainState:
     progress: Progress
     schedule: dict[str, float]
     """Learning rate and the plateau schedule's counters."""
+    rules: ExampleRules
+    """Those of the data set: how long utterances and contexts are that the model knows."""
     characters: Vocabulary
     persona_words: Vocabulary
     weights: dict[str, Tensor]
@@ -111,6 +115,7 @@ def write(
         "format": FORMAT,
         "progress": asdict(state.progress),
         "schedule": state.schedule,
+        "rules": to_dict(state.rules),
         "mlflow_run_id": state.mlflow_run_id,
     }
     files = {
@@ -133,10 +138,39 @@ def write(
 def load(uri: str, *, moments: bool = False) -> TrainState:
     """Reads a checkpoint, every file checked against the manifest; ``uri`` is a checkpoint or a run's folder.
 
-    A run's folder stands for its best checkpoint, or the newest where none was validated. The optimizer's moments
-    are read only on request. Raises :class:`UserError` where there is no complete checkpoint.
+    A run's folder stands for its best checkpoint, or the newest where none was validated. Where the best one is lost
+    or damaged it is the newest that is whole, with a warning. The optimizer's moments are read only on request. Raises
+    :class:`UserError` where there is no complete checkpoint, and for one that is named itself and damaged.
     """
-    uri = find(uri)
+    return load_found(uri, moments=moments)[1]
+
+
+def load_found(uri: str, *, moments: bool = False) -> tuple[str, TrainState]:
+    """The URI of the checkpoint that ``uri`` stands for, and its content; see :func:`load`."""
+    found = find(uri)
+    try:
+        return found, _read(found, moments)
+    except (RefusedError, ResourceError):
+        raise  # storage that does not answer, or refuses, says nothing of the checkpoint
+    except UserError as error:
+        if found == uri:
+            raise
+        problem = str(error)
+    whole = newest(uri, moments=moments, but=found)
+    if whole is None:
+        raise UserError(f"{problem}; {uri} has no other checkpoint that is whole")
+    _say_once(f"{problem}; the newest checkpoint that is whole is taken instead, {whole[0]}")
+    return whole
+
+
+def _read(uri: str, moments: bool) -> TrainState:
+    try:
+        return _parse(uri, moments)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise UserError(f"{uri}: is damaged ({type(error).__name__}: {error}); take another checkpoint") from error
+
+
+def _parse(uri: str, moments: bool) -> TrainState:
     manifest = storage.read_json(storage.join(uri, _MANIFEST))
     if manifest.get("format") != FORMAT:
         raise UserError(f"{uri}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
@@ -156,6 +190,7 @@ def load(uri: str, *, moments: bool = False) -> TrainState:
         config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
         progress=Progress(**facts["progress"]),
         schedule=facts["schedule"],
+        rules=from_dict(ExampleRules, facts["rules"], source=storage.join(uri, "state.json")),
         mlflow_run_id=facts["mlflow_run_id"],
         characters=vocabulary("characters.txt"),
         persona_words=vocabulary("persona_words.txt"),
@@ -172,14 +207,17 @@ def build_model(state: TrainState) -> ARPlus:
 
 
 def find(uri: str) -> str:
-    """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`."""
+    """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`, which reads it too."""
     if is_complete(uri):
         return uri
-    if (best := storage.find_json(storage.join(uri, "best.json"))) is not None:
-        return storage.join(uri, best["checkpoint"])
+    best, problem = _marked(uri)
+    if best is not None:
+        return best.uri
     complete = list_complete(uri)
     if not complete:
         raise UserError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
+    if problem:
+        _say_once(f"{problem}; the newest checkpoint is taken instead, {complete[-1]}")
     return complete[-1]
 
 
@@ -193,16 +231,20 @@ def list_complete(run_uri: str) -> list[str]:
     return sorted((uri for uri, complete in _folders(run_uri).items() if complete), key=_age)
 
 
-def newest(run_uri: str, *, after: int = -1) -> tuple[str, TrainState] | None:
-    """The newest checkpoint that is whole, and its URI; None where no attempt above ``after`` left one.
+def newest(
+    run_uri: str, *, after: int = -1, moments: bool = True, but: str | None = None
+) -> tuple[str, TrainState] | None:
+    """The newest checkpoint that is whole, and its URI; None where no attempt above ``after`` left one ``but`` one.
 
     One that is damaged is passed over with a warning.
     """
     for uri in reversed(list_complete(run_uri)):
         if _age(uri)[0] <= after:
             break
+        if uri == but:
+            continue
         try:
-            return uri, load(uri, moments=True)
+            return uri, load(uri, moments=moments)
         except (RefusedError, ResourceError):
             raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UserError as error:
@@ -218,18 +260,39 @@ def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
     )
 
 
-def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> None:
-    """Marks a checkpoint of the run that is the best one where the save of it died before it could.
+def restore_best(run_uri: str, checkpoint_uri: str, progress: Progress) -> float | None:
+    """Sees to it that a run that goes on from a checkpoint of its own has a best one, and gives its perplexity.
 
-    No later validation would: they are compared with the lowest perplexity, which the checkpoint itself holds.
+    The save of the best one may have died before it could mark it. No later validation would, as they are compared with
+    the lowest perplexity, which the checkpoint itself holds: it is marked now.
+
+    The best one may have been lost since: deleted, damaged, or its mark. Then the checkpoint that the run goes on from
+    is marked as the best, with the perplexity of its own validation, which is that of a checkpoint that exists; where
+    it has none, the next validation is the best.
     """
-    ppl = progress.best_response_ppl
-    if ppl is None or progress.unvalidated or progress.validation.get("response_ppl") != ppl:
-        return
-    best = storage.find_json(storage.join(run_uri, "best.json"))
+    lowest = progress.best_response_ppl
+    own = None if progress.unvalidated else progress.validation.get("response_ppl")
+    best, problem = _marked(run_uri)
+    if best is not None and best.uri != checkpoint_uri:
+        try:
+            _read(best.uri, moments=False)
+        except (RefusedError, ResourceError):
+            raise
+        except UserError as error:
+            best, problem = None, str(error)
+    if best is None and lowest is not None and lowest != own:
+        lowest = own
+        log.warning(
+            "%s; %s",
+            problem or f"{run_uri}: has no best checkpoint",
+            f"{checkpoint_uri} is the best one from here on, with a response PPL of {own:.3f}"
+            if own is not None
+            else "the next validation is the best one",
+        )
     # One that was marked already stays: a checkpoint after it may still hold the same validation.
-    if best is None or best["response_ppl"] > ppl:
-        mark_best(run_uri, checkpoint_uri, ppl)
+    if own is not None and own == lowest and (best is None or best.response_ppl > own):
+        mark_best(run_uri, checkpoint_uri, own)
+    return lowest
 
 
 def retain(run_uri: str, newest: int, *, attempt: int) -> None:
@@ -237,13 +300,47 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
 
     What a later attempt than ``attempt`` has begun to write has not died.
     """
-    best = storage.find_json(storage.join(run_uri, "best.json"))
-    kept = None if best is None else storage.join(run_uri, best["checkpoint"])
+    best, _ = _marked(run_uri)
+    kept = None if best is None else best.uri
     complete = list_complete(run_uri)
     incomplete = sorted(_folders(run_uri).keys() - set(complete))
     for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
         if uri != kept:
             _delete(uri)
+
+
+class _Best(NamedTuple):
+    """What ``best.json`` says."""
+
+    uri: str
+    response_ppl: float
+
+
+def _marked(run_uri: str) -> tuple[_Best | None, str | None]:
+    """The checkpoint that is marked as the best, and is there; else what is wrong with the mark, if there is one."""
+    file = storage.join(run_uri, "best.json")
+    try:
+        best = storage.find_json(file)
+    except (RefusedError, ResourceError):
+        raise
+    except UserError as error:
+        return None, str(error)
+    if best is None:
+        return None, None
+    name, ppl = (best.get(key) for key in ("checkpoint", "response_ppl")) if isinstance(best, dict) else (None, None)
+    folder, _, name = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    if folder != "checkpoints" or not _NAME.fullmatch(name) or not isinstance(ppl, int | float):
+        return None, f"{file}: names no checkpoint of the run"
+    uri = storage.join(run_uri, folder, name)
+    if not is_complete(uri):
+        return None, f"{file}: the best checkpoint, {uri}, is not there any more, or not whole"
+    return _Best(uri, ppl), None
+
+
+@functools.cache
+def _say_once(warning: str) -> None:
+    """Warns, once a process."""
+    log.warning("%s", warning)
 
 
 def _age(uri: str) -> tuple[int, int, bool]:

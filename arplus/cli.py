@@ -7,8 +7,9 @@ it is a bug).
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import tyro
 
@@ -26,33 +27,56 @@ from arplus.config import (
     to_dict,
     unknown_key,
 )
-from arplus.errors import RunError, UserError
+from arplus.config.checks import FREE_TEXT
+from arplus.errors import RunError, UserError, masked
 
 T = TypeVar("T")
 C = TypeVar("C", bound=TrainConfig)
+_QUOTED_NONE = "\0None"
+"""What no command line holds."""
 
 
 def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
-    ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. Raises
+    ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
+    unsets a setting that may be None, such as an address; what is free text (:data:`FREE_TEXT`) takes it as text, and
+    so does every setting that is never None, such as a name. Raises
     :class:`UserError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
     with tyro's message for a value that is not of the flag's type.
     """
     valid = [flag(name) for name in dotted_names(type(default))]
     for argument in arguments:
+        if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
+            raise UserError(f"command line: {masked(storage.shown(argument))} is not UTF-8; rename what it names")
         name = flag(argument.partition("=")[0].removeprefix("--"))
         if argument.startswith("--") and name not in [*valid, "help"]:
             raise UserError(f"command line: {unknown_key(name, valid)}")
+    texts = {f.name for f in fields(cast(Any, default)) if f.metadata == FREE_TEXT}
+    arguments = _with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)})
     config = tyro.cli(
         type(default),
         default=default,
-        args=_with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)}),
+        args=_with_quoted_none(arguments, set(map(flag, texts))),
         prog=prog,
-        description=description,
+        description=" ".join(filter(None, [description, "The word None unsets a setting that may be None."])),
         config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
     )
-    return checked(config)
+    quoted = {name: "None" for name in texts if getattr(config, name) == _QUOTED_NONE}
+    return checked(replace(cast(Any, config), **quoted))
+
+
+def _with_quoted_none(arguments: Sequence[str], texts: set[str]) -> list[str]:
+    """``arguments`` with the word None that follows one of ``texts`` spelled so that tyro takes it for a text."""
+    found = list(arguments)
+    for i, (argument, following) in enumerate(pairwise([*arguments, ""])):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and flag(name.removeprefix("--")) in texts:
+            if value == "None":
+                found[i] = f"{name}={_QUOTED_NONE}"
+            elif not equals and following == "None":
+                found[i + 1] = _QUOTED_NONE
+    return found
 
 
 def _with_true(arguments: Sequence[str], switches: set[str]) -> list[str]:
@@ -122,6 +146,8 @@ def preset_command(
     if config.preset != default.preset:
         advice = "leave it out" if only else f"write {prog} {config.preset} …"
         raise UserError(f"--preset: only names what the defaults are; {advice}")
+    for field, problem in config.name_problems():
+        raise UserError(f"command line: --{flag(field)}: {problem}")
     return Command(config, dry_run)
 
 

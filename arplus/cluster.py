@@ -19,7 +19,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 
 from arplus import noise
 from arplus.config import Device
-from arplus.errors import ResourceError, UserError, redacted
+from arplus.errors import ResourceError, UserError, masked
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def connect(cpus: int | None = None) -> None:
     quiet()
     if ray.is_initialized():
         return
+    _bypass_proxies()
     if address := os.environ.get("RAY_ADDRESS"):
         _check(address)
         ray.init(address="auto", logging_level=logging.WARNING)
@@ -51,15 +52,15 @@ def _check(address: str) -> None:
     """Raises our errors where nothing listens at ``RAY_ADDRESS``: Ray itself would ask for minutes, then crash."""
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS={redacted(address)}: must be HOST:PORT of a cluster's head; from another machine submit the "
+            f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; from another machine submit the "
             "job with `ray job submit`, and leave RAY_ADDRESS unset to run on this one"
         )
     try:
         found = services.canonicalize_bootstrap_address("auto")  # as Ray reads the variable
     except ConnectionError as error:
-        raise ResourceError(f"RAY_ADDRESS={address}: no cluster runs on this machine; {_UNSET}") from error
+        raise ResourceError(f"RAY_ADDRESS={masked(address)}: no cluster runs on this machine; {_UNSET}") from error
     except ValueError as error:
-        raise UserError(f"RAY_ADDRESS={address}: must be HOST:PORT of a cluster's head; {_UNSET}") from error
+        raise UserError(f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; {_UNSET}") from error
     if found is None:  # "local"
         return
     host, port = found.rsplit(":", 1)
@@ -70,11 +71,36 @@ def _check(address: str) -> None:
             return
         except (OSError, OverflowError, ValueError) as error:
             if time.monotonic() > deadline:
-                raise ResourceError(f"RAY_ADDRESS={address}: no cluster answers there ({error}); {_UNSET}") from error
+                raise ResourceError(
+                    f"RAY_ADDRESS={masked(address)}: no cluster answers there ({error}); {_UNSET}"
+                ) from error
         time.sleep(0.5)
 
 
+def _bypass_proxies() -> None:
+    """Ray asks its own processes by HTTP and gRPC, and no proxy knows this machine's: they go past it."""
+    own = ["localhost", "127.0.0.1", "::1", services.get_node_ip_address()]
+    head = os.environ.get("RAY_ADDRESS", "").rpartition(":")[0].strip("[]")
+    before = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    names = [name.strip() for part in before for name in part.split(",")] + own + [head]
+    value = "*" if "*" in names else ",".join(dict.fromkeys(filter(None, names)))
+    os.environ |= {"no_proxy": value, "NO_PROXY": value}
+
+
+def _check_sockets() -> None:
+    """Raises :class:`UserError` where the paths of Ray's sockets would be longer than Linux takes."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    limit = 107 - len("/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+    if len(os.fsencode(folder)) > limit:
+        raise UserError(
+            f"{name}={folder}: has {len(os.fsencode(folder))} bytes, and Ray's sockets need {limit} at most; set "
+            "RAY_TMPDIR to a shorter path"
+        )
+
+
 def _start(cpus: int | None) -> None:
+    _check_sockets()
     # Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may
     # find the cluster of another job on this machine, miss its controller there and take the workers' resources away.
     with socket.socket() as free:

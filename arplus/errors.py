@@ -31,6 +31,71 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+_SCHEME = re.compile(r"\s*(?:[^:/=@]*=)?([A-Za-z][A-Za-z0-9+.-]*):(/{1,2})")
+"""Starts an address, or a name and an address as in ``NAME=URI``."""
+_IN_TEXT = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*):(//)(.*?)(?=[\s'\"(\[{<=,;|`][A-Za-z][A-Za-z0-9+.-]*://|\Z)", re.DOTALL
+)
+"""An address in a text, and what follows it up to the next one: a password may hold anything."""
+_WITHOUT_SCHEME = re.compile(r"(?<![^\s'\"(\[{<=,;|`])(?![\w+.-]+:/)[^\s:@/'\"]+:(?!/)\S*@")
+"""``user:password@`` in a text."""
+_SECRET_PARAMETER = re.compile(
+    r"[?&;#](?:[^=&;#\s]*(?:passw|pwd|passphrase|secret|token|signature|credential|api[-_]?key|access[-_]?key)"
+    r"[^=&;#\s]*|sig|auth|authorization|pass)=",
+    re.IGNORECASE,
+)
+_NO_PORT = re.compile(r"[^/?#\[:]+:(?!\d*(?:[/?#]|\Z))")
+"""What starts an authority whose ``:`` is not followed by a port: a user and password that lack their host."""
+_NO_PORT_IN_TEXT = re.compile(r"[^\s/?#\[:'\"]+:(?!\d*(?:[\s/?#:.,;()\[\]{}'\"|`<>…]|\Z))")
+
+
+def masked(address: str) -> str:
+    """``address``, which is not a local path, without what is a credential or could be meant to be one.
+
+    It is the same where there is none. On a server or database all before the last ``@`` counts, for a password may
+    hold ``/``, ``#`` or ``?``. In ``s3://`` it is the bucket's part, in ``file://`` and ``sqlite://`` the host's: keys
+    and paths may hold ``@``.
+    """
+    if match := _SCHEME.match(address):
+        return address[: match.end()] + _masked(match[1].lower(), match[2], address[match.end() :], _NO_PORT)
+    _, at, host = address.rpartition("@")
+    return f"***@{host}" if at else address
+
+
 def redacted(text: str) -> str:
-    """``text`` with the user and password of its URLs masked: they belong in no message and no log."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
+    """``text`` with the credentials of its addresses masked: they belong in no message and no log.
+
+    Where an address in it ends is a guess, and rather too much is masked than too little.
+    """
+
+    def mask(match: re.Match[str]) -> str:
+        scheme, slashes, rest = match.groups()
+        end = len(rest)
+        if _is_path(scheme.lower()) or "@" not in rest:
+            end = next((m.start() for m in re.finditer(r"[\s'\"<>`]", rest)), end)
+        found = _masked(scheme.lower(), slashes, rest[:end], _NO_PORT_IN_TEXT)
+        # A password without its host may hold spaces: nothing says where it ends.
+        return f"{scheme}:{slashes}{found}{'' if found == '***' else rest[end:]}"
+
+    return _WITHOUT_SCHEME.sub("***@", _IN_TEXT.sub(mask, text))
+
+
+def _masked(scheme: str, slashes: str, rest: str, no_port: re.Pattern[str]) -> str:
+    """What follows ``scheme:`` and its slashes, without credentials."""
+    _, at, tail = rest.rpartition("@")
+    if _is_path(scheme):
+        if scheme != "s3" and (slashes == "/" or rest.startswith("/")):  # an absolute path, on this machine
+            return rest
+        place = rest.lstrip("/").partition("/")[0]
+        if re.search("[@:]", place) or (at and not re.fullmatch("[A-Za-z0-9._-]*", place)):
+            return f"***@{tail}" if at else "***"
+        return rest
+    if secret := _SECRET_PARAMETER.search(rest):
+        return "***" if at or no_port.match(rest) else f"{rest[: secret.start() + 1]}***"
+    if at:
+        return f"***@{tail}"
+    return "***" if no_port.match(rest) else rest
+
+
+def _is_path(scheme: str) -> bool:
+    return scheme in ("s3", "file") or scheme.startswith("sqlite")

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import ExportConfig, preset, to_dict
+from arplus.config import ExampleRules, ExportConfig, preset, to_dict
 from arplus.errors import UserError
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
@@ -28,8 +28,11 @@ def export(config: ExportConfig) -> str:
     Raises :class:`UserError` where the source is no checkpoint, where weights, preset and vocabularies do not fit, and
     where the output holds anything but a previous export, for all in it is deleted.
     """
-    _check_output(config)
-    state = from_reference(config) if config.from_reference else checkpoint.load(str(config.checkpoint))
+    source, state = None, None
+    if config.checkpoint:
+        source, state = checkpoint.load_found(config.checkpoint)
+    _check_output(config, source)
+    state = state or from_reference(config)
     state = replace(state, moments={}, mlflow_run_id=None)
     return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
 
@@ -53,6 +56,7 @@ def from_reference(config: ExportConfig) -> TrainState:
         config=replace(run, model=model_config),
         progress=Progress(fingerprint="the paper's code"),
         schedule={},
+        rules=ExampleRules(),  # the defaults are the paper's
         characters=characters,
         persona_words=persona_words,
         weights=model.weights(),
@@ -75,7 +79,8 @@ tags: [dialogue, persona]
 # {config.run_name or config.preset}: a persona-aware Chinese dialogue model
 
 Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
-`{progress.fingerprint}`). Response perplexity on validation: {best}.
+`{progress.fingerprint}`). Response perplexity on validation: {best}. It knows contexts of at most
+{state.rules.max_context_utterances} utterances, each cut to {state.rules.max_utterance_characters} characters.
 
 | component | parameters |
 | --- | --- |
@@ -99,9 +104,9 @@ PersonalDialog's terms are non-commercial; they bind what is trained on it.
 """
 
 
-def _check_output(config: ExportConfig) -> None:
+def _check_output(config: ExportConfig, source: str | None) -> None:
     output = storage.absolute(config.output)
-    if config.checkpoint and storage.within(checkpoint.find(config.checkpoint), output):
+    if source is not None and storage.within(source, output):
         raise UserError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
     # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
     found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()

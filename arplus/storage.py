@@ -1,8 +1,8 @@
 """Files by URI: local paths and ``s3://`` through pyarrow's file systems.
 
-S3 takes endpoint, region and credentials from the usual AWS variables (``AWS_ENDPOINT_URL``, ``AWS_REGION``,
-``AWS_ACCESS_KEY_ID``, …). A file appears whole or not at all: local files are written under a temporary name and
-renamed; an S3 object exists only once its upload is complete.
+S3 takes endpoint, region, credentials and more from AWS's variables and profiles (:mod:`arplus.s3`). A file appears
+whole or not at all: local files are written under a temporary name and renamed; an S3 object exists only once its
+upload is complete.
 
 A file system's error is a :class:`~arplus.errors.UserError` that names the URI: S3's refusal a
 :class:`~arplus.errors.RefusedError`, a lack of space or of the server a :class:`~arplus.errors.ResourceError`. Both may
@@ -10,7 +10,6 @@ pass by themselves, and whoever has much to lose waits for that with :func:`pati
 """
 
 import errno
-import functools
 import json
 import logging
 import os
@@ -20,20 +19,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, redacted
+from arplus import s3
+from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, masked
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-AWS_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
-"""What decides how S3 is reached, for messages."""
 
 _REFUSED = re.compile(
     r"AWS Error \w*(ACCESS_DENIED|SIGNATURE|INVALID_|TOKEN|CLIENT|NO_SUCH_BUCKET|SKEWED)|HTTP status (30\d|40[0134])"
@@ -57,40 +53,54 @@ class _MissingError(UserError):
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it.
 
-    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, and for a URI with keys.
+    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
+    a name that is not UTF-8, which pyarrow cannot take.
     """
-    if urlsplit(uri).scheme == "s3":
-        path = uri.partition("://")[2].rstrip("/")
-        if redacted(uri) != uri:
-            raise UserError(f"{redacted(uri)}: {NO_CREDENTIALS}")
-        if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
-            raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
-        settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0] == "HOME"))
-        return _s3(settings, os.getpid()), path
-    if is_local(uri):
-        return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    raise UserError(f"{redacted(uri)}: only local paths and s3:// URIs are supported")
+    if not uri or "\0" in uri:
+        raise UserError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
+    if not is_utf8(uri):
+        raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
+    scheme = _scheme(uri)
+    if scheme == "s3":
+        return s3.file_system(), _s3_path(uri)
+    if scheme == "file":
+        rest = uri[len("file:") :]
+        path = rest[2:] if rest.startswith("//") else rest
+        if not path.startswith("/"):
+            raise UserError(f"{masked(uri)}: must be file:///PATH, an absolute path on this machine")
+        return fs.LocalFileSystem(), str(Path(path))
+    if not scheme:
+        try:
+            return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        except RuntimeError as error:  # ~user, who does not exist
+            raise UserError(f"{uri}: {error}") from None
+    raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
 
 
-@functools.lru_cache(maxsize=8)
-def _s3(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
-    """S3 as the environment's ``settings`` say, for all threads of a ``process``: a fork cannot use its parent's.
-
-    One for all calls: each new one asks the machine for credentials again, a good many requests for reading one file.
-    """
-    # pyarrow's constructor, unlike its from_uri, does not read the endpoint variable by itself.
-    endpoint = dict(settings).get("AWS_ENDPOINT_URL_S3") or dict(settings).get("AWS_ENDPOINT_URL")
-    return fs.S3FileSystem(endpoint_override=endpoint, request_timeout=60, connect_timeout=10)
+def _s3_path(uri: str) -> str:
+    """Bucket and key."""
+    path = uri.partition("://")[2].rstrip("/")
+    if masked(uri) != uri:
+        raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
+    if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
+        raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
+    return path
 
 
 def is_local(uri: str) -> bool:
     """Whether ``uri`` is on this machine's file system."""
-    return urlsplit(uri).scheme in ("", "file")
+    return _scheme(uri) in ("", "file")
+
+
+def _scheme(uri: str) -> str:
+    """The scheme in small letters; "" for a local path. No urlsplit: a key or path may hold ``#`` and ``?``."""
+    match = re.match("([A-Za-z][A-Za-z0-9+.-]*):", uri)
+    return match[1].lower() if match else ""
 
 
 def absolute(uri: str) -> str:
     """``uri`` as every process of a cluster understands it: local paths become absolute."""
-    return uri.rstrip("/") if "://" in uri else resolve(uri)[1]
+    return f"s3://{_s3_path(uri)}" if _scheme(uri) == "s3" else resolve(uri)[1]
 
 
 def join(uri: str, *parts: str) -> str:
@@ -111,10 +121,21 @@ def exists(uri: str) -> bool:
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+def is_utf8(uri: str) -> bool:
+    """Whether a name can be encoded: Python holds the odd bytes of one that is not UTF-8 as surrogates."""
+    return uri.isascii() or not re.search("[\ud800-\udfff]", uri)
+
+
+def shown(name: str) -> str:
+    """A file's name for people: what is not UTF-8 and what cannot be printed is escaped."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def list_files(uri: str) -> list[str]:
     """URIs of all files below a folder, or of the one file, in the order of their names.
 
-    Raises :class:`UserError` where there is nothing.
+    Links are followed. Raises :class:`UserError` where there is nothing.
     """
     filesystem, path = resolve(uri)
     with named(uri):
@@ -123,8 +144,26 @@ def list_files(uri: str) -> list[str]:
             return [uri]
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{uri}: no such file or folder")
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    return [join(uri, os.path.relpath(f.path, path)) for f in sorted(found, key=lambda f: f.path) if f.is_file]
+        if is_local(uri):
+            files = _list_local(path, ())
+        else:
+            files = [f.path for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
+    return [join(uri, os.path.relpath(file, path)) for file in sorted(files)]
+
+
+def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:
+    """All that is below a folder and is no folder; a link to a folder ``above`` it would have no end.
+
+    pyarrow's own listing fails at a name that is not UTF-8, and leaves a link to nowhere out without a word.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    found: list[str] = []
+    with named(shown(folder)), os.scandir(folder) as entries:
+        for entry in entries:
+            found += _list_local(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
+    return found
 
 
 def read_bytes(uri: str) -> bytes:
@@ -262,6 +301,6 @@ def named(uri: str) -> Iterator[None]:
         if not is_local(uri):
             refused = isinstance(error, pa.ArrowInvalid) or _REFUSED.search(reason)
             away = RefusedError if refused else ResourceError
-            raise away(f"{uri}: S3 refused or did not answer; check {AWS_VARIABLES} ({reason})") from error
+            raise away(f"{uri}: S3 refused or did not answer; check {s3.SETTINGS} ({reason})") from error
         kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
         raise kind(f"{uri}: {reason}") from error

@@ -10,7 +10,7 @@ import torch
 
 from arplus import storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import preset, special_ids, tiny
+from arplus.config import ExampleRules, preset, special_ids, tiny, to_dict
 from arplus.data.dataset import FORMAT, MANIFEST, Dataset
 from arplus.data.examples import SCHEMA
 from arplus.model.arplus import ARPlus
@@ -63,7 +63,7 @@ def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: 
         splits[split] = {"sessions": start, "examples": start, "files": described}
     CHARACTERS.save(str(folder / "vocabulary" / "characters.txt"))
     PERSONA_WORDS.save(str(folder / "vocabulary" / "persona_words.txt"))
-    manifest = {"format": FORMAT, "fingerprint": fingerprint, "splits": splits}
+    manifest = {"format": FORMAT, "fingerprint": fingerprint, "rules": to_dict(ExampleRules()), "splits": splits}
     storage.write_json(str(folder / MANIFEST), manifest)
     return Dataset.open(str(folder))
 
@@ -80,6 +80,7 @@ def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTER
         config=config,
         progress=Progress(fingerprint="test"),
         schedule={},
+        rules=ExampleRules(),
         characters=characters,
         persona_words=PERSONA_WORDS,
         weights=model.weights(),

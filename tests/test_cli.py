@@ -11,6 +11,8 @@ import pytest
 from arplus import cli
 from arplus.config import (
     PRESETS,
+    ChatConfig,
+    EvaluateConfig,
     OptimizerConfig,
     PrepareConfig,
     SynthesizeConfig,
@@ -104,6 +106,31 @@ def test_a_value_that_fails_a_check_names_the_flag() -> None:
         parse(SynthesizeConfig(output="o"), "--records", "0")
     with pytest.raises(UserError, match=r"^command line: --output: is required"):
         parse(PrepareConfig(), "--input", "somewhere")
+
+
+@pytest.mark.parametrize("said", ["None", "none", "null", "True", "", "你好", "=None", "--say=None"])
+def test_an_utterance_is_always_text(said: str) -> None:
+    default = ChatConfig(checkpoint="run")
+    assert parse(default, f"--say={said}").say == said
+    assert parse(default).say is None
+    assert parse(default, "--tags=--say", "--say", "None").say == "None"
+    if not said.startswith("--"):
+        assert parse(default, "--seed", "1", "--say", said, "--tags", "None").say == said
+
+
+def test_none_unsets_what_may_be_none_and_is_text_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = parse(ChatConfig(checkpoint="run"), "--tags", "None", "--location", "None")
+    assert (chat.tags, chat.location, chat.say) == ("None", "None", None)
+    with pytest.raises(SystemExit):
+        parse(ChatConfig(checkpoint="run"), "--gender", "None")
+    set_before = EvaluateConfig(checkpoint="a", data="b", against="c", json="d", mlflow="http://e")
+    unset = parse(set_before, "--against", "None", "--json", "None", "--mlflow=None")
+    assert unset == EvaluateConfig(checkpoint="a", data="b")
+    assert train("ar", "--run-name", "None", "--experiment", "None", "--init-from", "None").run_name == "None"
+    with pytest.raises(SystemExit):
+        parse(ChatConfig(), "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The word None unsets a setting that may be None." in shown
 
 
 @pytest.mark.parametrize("arguments", [["--records", "many"], ["--records"], ["--records", "1.5"], ["stray"], ["-x"]])

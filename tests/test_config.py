@@ -16,6 +16,7 @@ from arplus.config import (
     PRESETS,
     ChatConfig,
     EvaluateConfig,
+    ExampleRules,
     LrFindConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -132,9 +133,10 @@ def test_sampling_is_the_papers() -> None:
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 0,
-        "max_characters": 15,
+        "max_characters": None,
         "min_characters": 1,
     }
+    assert Sampling().of(ExampleRules()).max_characters == 15
 
 
 def test_the_shortest_reply_is_no_longer_than_the_longest() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from arplus import checkpoint
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import ExportConfig, TrainConfig
+from arplus.config import ExampleRules, ExportConfig, TrainConfig
 from arplus.errors import UserError
 from arplus.export import export
 from arplus.text import Vocabulary
@@ -22,6 +22,7 @@ def small_state() -> TrainState:
         config=TrainConfig(model=network),
         progress=Progress(fingerprint="f"),
         schedule={},
+        rules=ExampleRules(),
         characters=Vocabulary([chr(0x4E00 + i) for i in range(small_models.SIZES.characters - 9)]),
         persona_words=Vocabulary([chr(0x4E00 + i) for i in range(small_models.SIZES.persona_words - 9)]),
         weights=small_models.make_model(network).weights(),

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arplus import cli, storage
 from arplus.config import ChatConfig, EvaluateConfig, ExportConfig, PrepareConfig, SynthesizeConfig, preset
-from arplus.errors import UserError, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
 
 ROOT = Path(__file__).parent.parent
 SECRET = "hunter2"
@@ -69,6 +71,19 @@ def test_what_only_looks_like_one_is_not() -> None:
     cli.parse(ChatConfig(), ["--checkpoint", "runs/x", "--say", "写信给 me@example.org"], prog="job", description="")
 
 
+PASSWORDS = st.text(
+    st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="\\"), min_size=3, max_size=20
+)
+
+
+@given(PASSWORDS, st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
+def test_no_part_of_a_password_is_told(password: str, scheme: str) -> None:
+    """Whatever characters it holds: the address's own among them."""
+    with pytest.raises(UserError) as caught:
+        cli.parse(preset("arplus"), ["--mlflow", f"{scheme}://0:{password}@0"], prog="job", description="")
+    assert str(caught.value) == f"command line: --mlflow: {NO_CREDENTIALS}"
+
+
 @pytest.mark.parametrize("uri", [f"s3://KEY:{SECRET}@bucket/x", f"https://me:{SECRET}@example.org/x"])
 def test_storage_names_no_credentials(uri: str) -> None:
     with pytest.raises(UserError, match=r"://\*\*\*@") as caught:
@@ -77,7 +92,40 @@ def test_storage_names_no_credentials(uri: str) -> None:
 
 
 def test_what_is_shown_of_an_address() -> None:
-    assert redacted(f"a sqlite:///x and http://me:{SECRET}@host/p@q") == "a sqlite:///x and http://***@host/p@q"
+    assert redacted(f"a sqlite:///x and http://me:{SECRET}@host/p@q") == "a sqlite:///x and http://***@q"
+
+
+@pytest.mark.parametrize(
+    "password", ["p@ssw0rd", "pa/ss/word", "pass#word?x", "pass:word", "pass word", "pa%2Fss@word"]
+)
+@pytest.mark.parametrize("start", ["http://", "HTTPS://", "postgresql://", "mysql+pymysql://", "http:/"])
+def test_no_part_of_a_password_is_shown(start: str, password: str) -> None:
+    address = f"{start}someone:{password}@host:5000/x"
+    shown = f"{start}***@host:5000/x"
+    assert masked(address) == shown
+    with pytest.raises(UserError, match="--mlflow: must not hold a user or password") as caught:
+        cli.parse(preset("arplus"), ["--mlflow", address], prog="job", description="")
+    assert password not in str(caught.value)
+    if "://" in start:
+        assert redacted(f"{{'uri': '{address}'}}") == f"{{'uri': '{shown}'}}"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:hunter2", "http://***"),
+        ("s3://KEY:se/cr+et@bucket/x", "s3://***@bucket/x"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("sqlite:////home/me@host/x.db", "sqlite:////home/me@host/x.db"),
+        ("file:///home/me@host/x", "file:///home/me@host/x"),
+        ("http://host/x?token=hunter2", "http://host/x?***"),
+        ("postgresql://host/db?sslpassword=hunter2@x", "postgresql://***"),
+        ("me:hunter2@host:5000", "***@host:5000"),
+        ("http://[::1]:5000/x", "http://[::1]:5000/x"),
+    ],
+)
+def test_what_could_be_a_credential_is_masked(address: str, shown: str) -> None:
+    assert masked(address) == shown
 
 
 # ------------------------------------------------------------------------------------------------------- environment

@@ -1,10 +1,8 @@
 import errno
-import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -191,6 +189,14 @@ def test_s3_needs_a_bucket(uri: str) -> None:
         storage.resolve(uri)
 
 
+def test_a_file_address_is_absolute(tmp_path: Path) -> None:
+    for uri in (f"file:{tmp_path}/x", f"FILE://{tmp_path}/x"):
+        assert storage.resolve(uri)[1] == storage.absolute(uri) == f"{tmp_path}/x"
+    for uri in ("file:x", "file://host/x", "C:/x", "~nobody-here/x", "", "a\0b"):
+        with pytest.raises(UserError):
+            storage.resolve(uri)
+
+
 # ---------------------------------------------------------------------------------------------------------------- S3
 
 
@@ -199,55 +205,6 @@ def test_s3_is_the_server_of_the_environment(s3_server: Any) -> None:
     assert isinstance(filesystem, fs.S3FileSystem)
     assert path == f"{s3_server.bucket}/a/b"
     assert filesystem.region == "us-east-1"
-
-
-def test_the_endpoint_of_s3_alone_comes_first(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.write_bytes(s3_server.uri("endpoint"), b"x")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.environment["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert storage.read_bytes(s3_server.uri("endpoint")) == b"x"
-
-
-def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From a machine's metadata, as on EC2; once for all threads."""
-    asked: list[str] = []
-    keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t"}
-
-    class Answer(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            metadata = self.path.startswith("/latest/")
-            asked.extend([self.path] * metadata)
-            body = b"role"
-            if self.path.endswith("/role"):
-                body = json.dumps(keys | {"Expiration": "2099-01-01T00:00:00Z"}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_HEAD = do_PUT = answer
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            for name in [name for name in os.environ if name.startswith("AWS_")]:
-                monkeypatch.delenv(name)
-            monkeypatch.setenv("HOME", str(tmp_path))
-            monkeypatch.setenv("AWS_REGION", "us-east-1")
-            for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
-                monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
-            assert storage.exists("s3://bucket/key")
-            once = len(asked)
-            assert once > 0
-            with ThreadPoolExecutor(4) as threads:
-                assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
-            assert len(asked) == once
-        finally:
-            server.shutdown()
 
 
 def every_call(uri: str) -> Iterator[Any]:

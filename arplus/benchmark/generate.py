@@ -13,7 +13,7 @@ from arplus.benchmark.paper import PaperARPlus, paper_replies
 from arplus.benchmark.pool import PoolBenchmark
 from arplus.benchmark.report import Result, rate
 from arplus.benchmark.train import timed
-from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
+from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
 from arplus.model.attention import leave_cudnn_out
 from arplus.model.generate import generate
@@ -23,7 +23,7 @@ from arplus.model.generate import generate
 class GenerateBenchmark(PoolBenchmark):
     """Measures replies of AR+ at its real size with random weights, all of the same length."""
 
-    characters: Annotated[int, Gt(0)] = Sampling.max_characters
+    characters: Annotated[int, Gt(0)] = ExampleRules.max_utterance_characters
     """Characters of every reply."""
     rounds: Annotated[int, Gt(0)] = 3
     """Rounds that the medians are taken of, after one batch of ours that is not counted."""

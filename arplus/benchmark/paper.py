@@ -147,6 +147,7 @@ def mean_losses(model: PaperARPlus, batch: Batch) -> tuple[Tensor, Tensor]:
 def paper_replies(model: PaperARPlus, batch: Batch, settings: Sampling, bos: int) -> Tensor:
     """Ids (B, L) of replies by nucleus sampling, the whole network over the whole response for each character."""
     model.eval()
+    assert settings.max_characters is not None, "Sampling.of fills it in"
     ids_BT = torch.full_like(batch.response_BT[:, :1], bos)
     for _ in range(settings.max_characters):
         # The model drops the last id, which is a target in training.

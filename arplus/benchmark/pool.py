@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from arplus import storage
 from arplus.benchmark.report import Output
-from arplus.config import FeedConfig, ModelConfig, VocabularySizes, special_ids
+from arplus.config import ExampleRules, FeedConfig, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import EXACT, Draws, Layout, Widths, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.examples import SCHEMA
@@ -26,7 +26,7 @@ from arplus.model.batch import Batch
 UTTERANCES = {1: 0.45, 3: 0.27, 5: 0.14, 7: 0.14}
 """Utterances of a context, and how often. With the lengths below a context has 33.6 characters on average and a
 response 11.4 targets, and random batches of 64 are 65 % and 28 % padding: what training examples were found to have."""
-LENGTH_MU, LENGTH_SIGMA, LONGEST = 2.42, 0.87, 15
+LENGTH_MU, LENGTH_SIGMA, LONGEST = 2.42, 0.87, ExampleRules.max_utterance_characters
 """Characters of an utterance: lognormal, cut at the longest."""
 ITEMS = {3: 0.42, 4: 0.25, 6: 0.2, 9: 0.13}
 """Words of a profile, gender and place included, and how often."""

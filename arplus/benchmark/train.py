@@ -6,6 +6,7 @@ and a 1024-wide matrix product, the yardstick between machines. A machine that s
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
@@ -22,12 +23,15 @@ from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
 from arplus.benchmark.pool import PoolBenchmark, real_lengths
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
-from arplus.config import TrainConfig, VocabularySizes, special_ids
-from arplus.data.collate import EXACT, STATIC
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, special_ids
+from arplus.data.collate import EXACT, Widths
 from arplus.data.feed import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
+from arplus.training import node
 from arplus.training.group import process_group
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -51,8 +55,10 @@ class TrainBenchmark(PoolBenchmark):
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
     run = run or sides.run_config(config.precision, config.zero, config.batch_size, compiled=config.compile)
+    if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
+        log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
-    pool = config.pool(run.model, sizes, STATIC if config.compile else EXACT)
+    pool = config.pool(run.model, sizes, Widths.static(ExampleRules()) if config.compile else EXACT)
     mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
     with process_group():
         taken = {"ours": sides.train_step("ours", run, sizes)}

@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from arplus.errors import NO_CREDENTIALS, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
 
 T = TypeVar("T")
 
-_WITH_CREDENTIALS = re.compile(r"(\w+=)?[a-z][a-z0-9+.-]*://[^/@\s]+@")
-"""Starts a setting that is a URI with a user or password in it, or a name and such a URI."""
+_ADDRESS = re.compile(r"\s*([^:/=@]*=)?[A-Za-z][A-Za-z0-9+.-]*:/")
+"""Starts a setting that is a URI, or a name and a URI."""
+FREE_TEXT = {"free text": True}
+"""A field's metadata: anybody's words. An address in it is part of what is said, and the word None is a text like any
+other on the command line, where elsewhere it unsets a setting."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -94,12 +97,16 @@ def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, f.name)):
             yield from _check(value, f"{prefix}{f.name}.")
-        elif any(isinstance(part, str) and _WITH_CREDENTIALS.match(part) for part in _parts(value)):
+        elif f.metadata != FREE_TEXT and any(map(_with_credentials, _parts(value))):
             yield prefix + f.name, NO_CREDENTIALS
         elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
             yield prefix + f.name, f"must be finite (got {value})"
     if hasattr(config, "check"):
         yield from ((prefix + name, problem) for name, problem in config.check())
+
+
+def _with_credentials(value: Any) -> bool:
+    return isinstance(value, str) and _ADDRESS.match(value) is not None and masked(value) != value
 
 
 def _parts(value: Any) -> tuple[Any, ...]:

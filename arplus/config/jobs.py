@@ -2,23 +2,56 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from arplus.config.checks import FREE_TEXT
 from arplus.config.training import Device
+from arplus.errors import UserError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExampleRules:
+    """How sessions become examples. ``jobs/prepare.py`` decides it; the data set and every checkpoint carry it."""
+
+    max_utterance_characters: Annotated[int, Gt(0)] = 15
+    """Characters kept of an utterance, so of a response too."""
+    max_context_utterances: Annotated[int, Gt(0)] = 7
+    """Utterances kept of a context: three turns of two and the question."""
+    incomplete_personas: Literal["drop", "keep"] = "drop"
+    """What to do with an example in which a speaker lacks gender or location."""
+
+    @property
+    def max_context_ids(self) -> int:
+        """Ids of the longest context: every utterance is followed by [SEP]."""
+        return self.max_context_utterances * (self.max_utterance_characters + 1)
+
+    @property
+    def max_response_ids(self) -> int:
+        """Ids of the longest response, [BOS] and [EOS] included."""
+        return self.max_utterance_characters + 2
+
+    def differences(self, other: "ExampleRules") -> list[str]:
+        """What differs in ``other``, a line for each rule: its name, the value here and the value there."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [f"{name} {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Turns raw records into an encoded data set."""
+    """Turns raw records into an encoded data set.
+
+    Of a profile, the first 100 tags are kept, and 50 characters of a tag and of a place; what is cut off is counted.
+    """
 
     input: str = ""
-    """URI of a JSON-lines file (.jsonl, .json, .txt; plain, .gz or .zst) or of a folder of them."""
+    """URI of a JSON-lines file of any name, or of a folder: its *.jsonl, *.json, *.ndjson and Spark's part-00000 are
+    read, plain or with .gz, .zst, .bz2 or .xz, and its other files are listed as left out."""
     output: str = ""
     """URI of the data set to make."""
     evaluation_set: tuple[str, ...] = ()
@@ -26,7 +59,7 @@ class PrepareConfig:
     training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
     duplicate_key: Literal["exact_record", "dialogue_and_profiles", "dialogue"] = "dialogue_and_profiles"
     """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
-    incomplete_personas: Literal["drop", "keep"] = "drop"
+    incomplete_personas: Literal["drop", "keep"] = ExampleRules.incomplete_personas
     """What to do with an example in which a speaker lacks gender or location."""
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
     """Stop, with nothing committed, when more than this share of the records is rejected."""
@@ -34,9 +67,9 @@ class PrepareConfig:
     """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
     test: Annotated[float, Ge(0)] = 20_000
     """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
-    max_utterance_characters: Annotated[int, Gt(0)] = 15
-    """Characters kept of an utterance."""
-    max_context_utterances: Annotated[int, Gt(0)] = 7
+    max_utterance_characters: Annotated[int, Gt(0)] = ExampleRules.max_utterance_characters
+    """Characters kept of an utterance; models trained on the data reply with at most as many."""
+    max_context_utterances: Annotated[int, Gt(0)] = ExampleRules.max_context_utterances
     """Utterances kept of a context: three turns of two and the question."""
     min_character_count: Annotated[int, Gt(0)] = 5
     """Rarer characters of the training sessions become [UNK]."""
@@ -50,6 +83,11 @@ class PrepareConfig:
     """URI of a given character vocabulary (one token and its count a line) instead of one that is counted."""
     persona_vocabulary: str | None = None
     """URI of a given persona vocabulary instead of one that is counted."""
+
+    @property
+    def rules(self) -> ExampleRules:
+        """The settings that the data set hands on."""
+        return ExampleRules(**{f.name: getattr(self, f.name) for f in fields(ExampleRules)})
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -120,14 +158,24 @@ class Sampling:
     """Nucleus: the likeliest characters up to this probability, the first past it included; 0 keeps all."""
     top_k: Annotated[int, Ge(0)] = 0
     """Keep at most this many characters, before the nucleus is taken; 0 keeps all."""
-    max_characters: Annotated[int, Gt(0)] = 15
-    """Longest reply."""
+    max_characters: Annotated[int, Gt(0)] | None = None
+    """Longest reply; by default as long as an utterance of the data on which the model was trained."""
     min_characters: Annotated[int, Ge(0)] = 1
     """Shortest reply: until then no special token, which would end it, can be drawn."""
 
+    def of(self, rules: ExampleRules) -> "Sampling":
+        """The same for a model of these rules: the longest reply is filled in.
+
+        Raises :class:`UserError` where the shortest reply would be longer.
+        """
+        filled = replace(self, max_characters=self.max_characters or rules.max_utterance_characters)
+        for name, problem in filled.check():
+            raise UserError(f"--sampling.{name.replace('_', '-')}: {problem}")
+        return filled
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        if self.min_characters > self.max_characters:
+        if self.max_characters is not None and self.min_characters > self.max_characters:
             yield (
                 "min_characters",
                 f"must be at most max_characters = {self.max_characters} (got {self.min_characters})",
@@ -177,12 +225,12 @@ class ChatConfig:
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
     gender: Literal["男", "女", "male", "female", ""] = ""
     """Gender of the model's persona; empty is unknown."""
-    location: str = ""
+    location: str = field(default="", metadata=FREE_TEXT)
     """Place of the model's persona, as in "四川 成都"; empty is unknown."""
-    tags: str = ""
+    tags: str = field(default="", metadata=FREE_TEXT)
     """Interests of the model's persona, joined by ";"."""
-    say: str | None = None
-    """Answer this utterance and stop; without it, a conversation on the terminal."""
+    say: str | None = field(default=None, metadata=FREE_TEXT)
+    """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,10 @@ from arplus.config.checks import dotted_names, flag, unknown_key
 from arplus.config.training import TrainConfig
 
 Kind = Literal["uniform", "loguniform", "int", "choice"]
+LARGEST_INT = 1 << 53
+"""Whole numbers up to here are exact as floating-point numbers, which ranges are divided in."""
+LEAST_NUMBERS = 1_000
+"""Floating-point numbers that a range must hold."""
 DEFAULT_SPACE = ("optimizer.lr=loguniform(1.5e-4,1e-2)", "objective.lambda1=uniform(0,1)")
 """What every sweep varies unless it is told otherwise: the learning rate above the paper's floor, and λ1."""
 FORMS = (
@@ -64,7 +69,8 @@ class Dimension:
             return round(low + share * (high - low))
         if share in (0, 1):  # to the bit, where the road over logarithms is not
             return (low, high)[int(share)]
-        return low * (high / low) ** share if self.kind == "loguniform" else low + share * (high - low)
+        value = low * (high / low) ** share if self.kind == "loguniform" else low + share * (high - low)
+        return min(max(value, low), high)  # rounding may step over an end
 
 
 def parse_space(items: Sequence[str]) -> list[Dimension]:
@@ -103,12 +109,33 @@ def _parse(item: str) -> Dimension | None:
     allowed: Any = int if kind == "int" else int | float
     if len(values) != 2 or not all(isinstance(v, allowed) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{item}: needs {'two whole numbers' if kind == 'int' else 'two numbers'}, {kind}(LOW,HIGH)")
-    low, high = values
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"{item}: LOW must be below HIGH, and both finite")
-    if kind == "loguniform" and low <= 0:
-        raise ValueError(f"{item}: LOW must be above 0 for loguniform")
+    if problem := bounds_problem(kind, *values):
+        raise ValueError(f"{item}: {problem}")
     return Dimension(name, kind, values)
+
+
+def bounds_problem(kind: Kind, low: float, high: float) -> str | None:
+    """What makes a range one in which floating-point arithmetic finds no values; None where it does."""
+    if kind == "int":
+        if max(abs(low), abs(high)) > LARGEST_INT:
+            return f"LOW and HIGH must be whole numbers of at most {LARGEST_INT:,} (2⁵³), either way"
+        return None if low < high else "LOW must be below HIGH"
+    try:
+        low, high = float(low), float(high)
+    except OverflowError:  # a whole number of more than 308 digits
+        return "LOW must be below HIGH, and both finite"
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        return "LOW must be below HIGH, and both finite"
+    if kind == "loguniform" and low <= 0:
+        return "LOW must be above 0 for loguniform"
+    least = sys.float_info.min
+    if any(0 < abs(v) < least for v in (low, high, high - low)):
+        return f"LOW, HIGH and the range between them must be 0 or at least {least:.3g}, the least precise float"
+    if not math.isfinite(high / low if kind == "loguniform" else high - low):
+        return f"HIGH {'/' if kind == 'loguniform' else '-'} LOW must be below {sys.float_info.max:.3g}"
+    if high - low < LEAST_NUMBERS * math.ulp(max(abs(low), abs(high))):
+        return f"LOW and HIGH are so near that fewer than {LEAST_NUMBERS:,} floating-point numbers lie between them"
+    return None
 
 
 def _value(text: str) -> Any:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from arplus.config.checks import from_dict, to_dict
-from arplus.config.space import parse_space
+from arplus.config.names import model_name_problem
+from arplus.config.space import bounds_problem, parse_space
 from arplus.config.training import PAPER_ROWS, PRESETS, TrainConfig, tiny
 
 
@@ -20,7 +21,7 @@ class StudyConfig(TrainConfig):
     """What all studies have beside the settings of their runs."""
 
     run_name: str = ""
-    """Name of the study and of its folder; the job's and the preset's name where empty."""
+    """Name of the study, its folder and its best model in MLflow; the job's and the preset's name where empty."""
     experiment: str = ""
     """MLflow experiment; the study's name where empty."""
     resume: str = "auto"
@@ -32,9 +33,14 @@ class StudyConfig(TrainConfig):
     concurrency: Annotated[int, Gt(0)] | None = None
     """Runs side by side; by default as many as the cluster has living GPUs for, or, on CPUs, whole CPUs, or one."""
 
+    def run_name_problem(self) -> str | None:
+        """What is wrong with the study's name, which is its best model's too."""
+        return model_name_problem(self.run_name)
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
         yield from super().check()
+        yield from self.name_problems()
         if self.resume not in ("auto", "never"):
             yield "resume", f"must be auto or never for a study (got {self.resume!r})"
         if self.max_steps is not None:
@@ -113,6 +119,8 @@ class LrFindConfig(TrainConfig):
         yield from super().check()
         if self.lr_from >= self.lr_to:
             yield "lr_from", f"must be below lr_to = {self.lr_to:g} (got {self.lr_from:g})"
+        elif problem := bounds_problem("loguniform", self.lr_from, self.lr_to):
+            yield "lr_from", f"is LOW and lr_to is HIGH: {problem} (got {self.lr_from:g} and {self.lr_to:g})"
         if self.resume not in ("auto", "never"):
             yield "resume", f"must be auto or never for a range test (got {self.resume!r})"
         if len(self.world_sizes) > 1:

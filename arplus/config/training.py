@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.model import ModelConfig
+from arplus.config.names import experiment_name_problem, run_name_problem
 from arplus.errors import UserError
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -143,7 +144,7 @@ class TrainConfig:
     mlflow: str | None = None
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: str = "arplus"
-    """MLflow experiment."""
+    """MLflow experiment; arplus where empty."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -166,6 +167,20 @@ class TrainConfig:
     def micro_batch_size(self, workers: int) -> int:
         """Rows in one forward pass of one of ``workers`` workers, those that only fill it up included."""
         return -(-self.batch_size // (workers * self.accumulation))
+
+    def run_name_problem(self) -> str | None:
+        """What is wrong with the run's name."""
+        return run_name_problem(self.run_name)
+
+    def name_problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for names that MLflow or a file system would refuse.
+
+        Apart from :meth:`check`, which a checkpoint of a run that began under such a name must pass, to be read.
+        """
+        if problem := self.run_name_problem():
+            yield "run_name", problem
+        if problem := experiment_name_problem(self.experiment):
+            yield "experiment", problem
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from arplus.data import statistics
-from arplus.data.records import REJECT_REASONS
+from arplus.data.records import MAX_TAGS, MAX_WORD_CHARACTERS, REJECT_REASONS
 from arplus.text import Vocabulary
 
 JSON, PAGE = "data_card.json", "data_card.html"
@@ -25,6 +25,11 @@ _KEYS = {
     "dialogue_and_profiles": "the same utterances, speakers and profiles",
     "dialogue": "the same utterances",
 }
+_CUTS = {
+    "tags_left_out": f"tags beyond the first {MAX_TAGS} of a profile",
+    "words_cut": f"tags and places longer than {MAX_WORD_CHARACTERS} characters, cut there",
+}
+"""What is cut off profiles."""
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:52em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.15em .8em .15em 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}i.b{display:inline-block;height:.8em;background:#47a}
@@ -50,7 +55,10 @@ def facts(
     return {
         "fingerprint": manifest["fingerprint"],
         "source": manifest["source"],
-        **{name: manifest[name] for name in (*counts, "evaluation_sets", "uid_missing", "blank_lines", "rules")},
+        **{
+            name: manifest[name]
+            for name in (*counts, "evaluation_sets", "uid_missing", "profiles_cut", "blank_lines", "rules", "settings")
+        },
         "splits": {
             name: {"sessions": split["sessions"], "examples": split["examples"]}
             for name, split in manifest["splits"].items()
@@ -115,6 +123,7 @@ def to_html(card: Mapping[str, Any]) -> bytes:
         rows = [(f"in {name}", n) for name, n in card["overlaps"].items()]
         page += ["<p>Sessions whose dialogue is in an evaluation set are in no other split:</p>", _table((), rows)]
     page += [
+        *_left_out_html(card),
         "<h2>Duplicates</h2>",
         _table(
             ("by definition", "repeated", ""),
@@ -128,6 +137,7 @@ def to_html(card: Mapping[str, Any]) -> bytes:
         "<h2>Pairs of utterances that are no example</h2>",
         _table((), [(reason.replace("_", " "), n) for reason, n in card["examples_left_out"].items()]),
         f"<p>{card['uid_missing']:,} sessions do not say who speaks; alternation was assumed.</p>",
+        *(f"<p>{n:,} {_CUTS[name]}.</p>" for name, n in card["profiles_cut"].items()),
     ]
     for name, title in _TITLES.items():
         page += [f"<h2>{title}</h2>", _distribution(card[name])]
@@ -149,6 +159,24 @@ def to_html(card: Mapping[str, Any]) -> bytes:
     body = "\n".join(page)
     text = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Data card</title><style>{_STYLE}</style>\n'
     return f"{text}<body>\n{body}\n</body></html>\n".encode()
+
+
+def _left_out(facts: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Rows for the files left out of the input and of the evaluation sets; none where there are none."""
+    sets = {name: each["files_left_out"] for name, each in facts["evaluation_sets"].items()}
+    rows = []
+    for name, found in {"": facts["source"]["files_left_out"], **sets}.items():
+        if not found["files"]:
+            continue
+        rows.append((f"files left out of {name}" if name else "files left out", found["files"], "not read"))
+        rows += [(f"  {item['name']}", item["files"], item["why"]) for item in found["names"]]
+        if more := found["files"] - sum(item["files"] for item in found["names"]):
+            rows.append(("  others", more, "not listed"))
+    return rows
+
+
+def _left_out_html(card: Mapping[str, Any]) -> list[str]:
+    return ["<h2>Files left out</h2>", _table((), _left_out(card)) or "<p>None.</p>"]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -187,6 +215,7 @@ def report(manifest: dict[str, Any]) -> str:
     rejected = sum(manifest["rejected"].values())
     removed = manifest["duplicates"][manifest["duplicate_key"]]
     rows = [
+        *_left_out(manifest),
         ("records", manifest["records"], ""),
         ("rejected", rejected, ", ".join(f"{n} {reason}" for reason, n in manifest["rejected"].items())),
         ("duplicates removed", removed, ", ".join(f"{n} by {key}" for key, n in manifest["duplicates"].items())),
@@ -198,7 +227,13 @@ def report(manifest: dict[str, Any]) -> str:
         rows.append((f"  kept out: in {name}", n, "sessions whose dialogue is in that evaluation set"))
     for reason, n in manifest["examples_left_out"].items():
         rows.append((f"left out: {reason}", n, "pairs of utterances"))
+    rows += [(name.replace("_", " "), n, _CUTS[name]) for name, n in manifest["profiles_cut"].items() if n]
     for name, size in manifest["vocabulary"].items():
         rows.append((f"vocabulary: {name}", size, "with the nine special tokens"))
     lines = [f"{name:<32}{number:>12,}  {note}".rstrip() for name, number, note in rows]
-    return "\n".join([*lines, f"{'fingerprint':<32}{manifest['fingerprint']}"])
+    lines.append(f"{'fingerprint':<32}{manifest['fingerprint']}")
+    valid = manifest["splits"]["valid"]
+    if not valid["examples"]:
+        missing = "example" if valid["sessions"] else "session"
+        lines.append(f"validation: no {missing}; training will keep its last checkpoint")
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
+from arplus.config import ExampleRules, ModelConfig, SpecialIds, VocabularySizes, special_ids
 
 Int = NDArray[np.int32]
 
@@ -60,14 +60,19 @@ class Widths(NamedTuple):
     profiles: int = 1
     persona: int = 1
 
+    @classmethod
+    def static(cls, rules: ExampleRules) -> "Widths":
+        """For kernels that are compiled per shape: few widths of contexts, and one of all else but for rare profiles.
+
+        Contexts have a width for each number of utterances (seven by default). The longest infilled response is the
+        longest response with an inserted [MASK].
+        """
+        utterance = rules.max_utterance_characters + 1
+        return cls(context=utterance, response=rules.max_response_ids + 1, profiles=4, persona=16)
+
 
 EXACT = Widths()
 """As narrow as a batch allows."""
-STATIC = Widths(context=16, response=18, profiles=4, persona=16)
-"""For kernels that are compiled a shape: seven widths of contexts, and one of all else but for rare profiles.
-
-18 is the longest infilled response: 15 characters, [BOS], [EOS] and an inserted [MASK].
-"""
 
 
 @dataclass(frozen=True, kw_only=True)

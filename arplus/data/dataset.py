@@ -1,15 +1,25 @@
 """A prepared data set: what its manifest says of it. Written by :mod:`arplus.data.prepare`, read by the feed."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from arplus import storage
-from arplus.config import VocabularySizes
+from arplus.config import ExampleRules, VocabularySizes, from_dict
 from arplus.errors import UserError
 from arplus.text import Vocabulary, sizes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+
+def is_manifest(data: bytes) -> bool:
+    """Whether a file called :data:`MANIFEST` is ours: many programs call theirs so."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and {"format", "fingerprint", "splits"} <= value.keys()
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Dataset:
 
     uri: str
     manifest: dict[str, Any]
+    rules: ExampleRules
+    """How its sessions became examples; every checkpoint of a model that is trained on it carries them on."""
     characters: Vocabulary
     persona_words: Vocabulary
 
@@ -49,11 +61,15 @@ class Dataset:
         if not storage.exists(path):
             raise UserError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
         manifest = storage.read_json(path)
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: prepare it again")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found is None:
+            raise UserError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
+        if found != FORMAT:
+            raise UserError(f"{path}: format {found!r}; this version reads {FORMAT}: prepare it again")
         return cls(
             uri=uri,
             manifest=manifest,
+            rules=from_dict(ExampleRules, manifest["rules"], source=path),
             characters=Vocabulary.load(storage.join(uri, "vocabulary", "characters.txt")),
             persona_words=Vocabulary.load(storage.join(uri, "vocabulary", "persona_words.txt")),
         )
@@ -67,6 +83,15 @@ class Dataset:
     def sizes(self) -> VocabularySizes:
         """Sizes of the two vocabularies."""
         return sizes(self.characters, self.persona_words)
+
+    def check_splits(self, *names: str, why: str) -> None:
+        """Raises :class:`UserError`, which says ``why``, where one of these splits has no example."""
+        for name in names:
+            if not self.split(name).examples:
+                raise UserError(
+                    f"--data {self.uri}: has no example in the split {name}, and {why}; prepare it again "
+                    f"with a larger --{name}"
+                )
 
     def split(self, name: str, first: int | None = None) -> Split:
         """A split by name, or its ``first`` examples. Raises :class:`UserError` for an unknown one, or one too small.

@@ -1,9 +1,10 @@
 """Session → examples by the paper's rules, encoded, for a whole table of sessions at once and without a Python loop.
 
 The utterances of a session are paired (0, 1), (2, 3), …; an odd last one is dropped. Each pair is an example: its
-second utterance is the response, and the context is everything up to the first, at most the last seven utterances.
-Utterances are cut to 15 characters and each one of the context is followed by [SEP]. A session that ends with a test
-record's reference reply is one example, whose response is that reply, however many utterances come before it.
+second utterance is the response, and the context is everything up to the first, at most its last utterances, seven by
+default. Utterances are cut, by default to 15 characters, and each one of the context is followed by [SEP]
+(:class:`arplus.config.ExampleRules`). A session that ends with a test record's reference reply is one example, whose
+response is that reply, however many utterances come before it.
 
 An utterance that is empty after normalisation keeps its place as a turn, so that the pairing does not shift. But an
 example with an empty response, or with no character in its whole context, is none (`empty_response`,
@@ -12,13 +13,13 @@ example with an empty response, or with no character in its whole context, is no
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from arplus.config import ExampleRules
 from arplus.data.duplicates import example_ids
 from arplus.data.sessions import code_points, hash_words
 from arplus.text import PERSONA_KEYS, Vocabulary
@@ -36,6 +37,13 @@ LIST_COLUMNS = (
     "target_words",
     "target_characters",
 )
+
+LEFT_OUT = {
+    "empty_response": "the reply has no character",
+    "empty_context": "nothing is said before the reply",
+    "incomplete_persona": "a speaker lacks gender or location; --incomplete-personas keep takes these",
+}
+"""Every reason for which a pair of utterances is no example, in words."""
 
 SCHEMA = pa.schema([("example_id", pa.int64()), *((name, pa.list_(pa.int32())) for name in LIST_COLUMNS)])
 """One row an example. Ids of characters unless said otherwise; "local" profiles are those of this example: 0 is the
@@ -78,14 +86,11 @@ def encode_sessions(
     sessions: pa.Table,
     characters: Vocabulary,
     persona_words: Vocabulary,
-    *,
-    max_utterance_characters: int = 15,
-    max_context_utterances: int = 7,
-    incomplete_personas: Literal["drop", "keep"] = "drop",
+    rules: ExampleRules,
 ) -> Encoded:
     """All examples of the sessions (:data:`arplus.data.sessions.SCHEMA`)."""
     sessions = sessions.combine_chunks()
-    dialogues = _Dialogues(sessions, characters, max_utterance_characters)
+    dialogues = _Dialogues(sessions, characters, rules.max_utterance_characters)
     personas = _Personas(sessions, characters, persona_words)
 
     has_reference = _column(sessions, "has_reference").to_numpy(zero_copy_only=False)
@@ -94,7 +99,7 @@ def encode_sessions(
     response_index = 2 * ranges(np.zeros(len(sessions), np.int64), pairs) + 1
     response_index = np.where(has_reference[session], dialogues.counts[session] - 1, response_index)
     response = dialogues.first[session] + response_index
-    context_turns = np.minimum(response_index, max_context_utterances)
+    context_turns = np.minimum(response_index, rules.max_context_utterances)
     context = response - context_turns
 
     # Who takes part: the responder, then each utterance's speaker. Columns are few, rows are many.
@@ -112,7 +117,7 @@ def encode_sessions(
     empty_response = characters_of[response] == 0
     empty_context = dialogues.offsets[response] - dialogues.offsets[context] == context_turns
     incomplete = (personas.incomplete[part] & (part >= 0)).any(1)
-    if incomplete_personas == "keep":
+    if rules.incomplete_personas == "keep":
         incomplete[:] = False
     left_out = {
         "empty_response": session[empty_response],

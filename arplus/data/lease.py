@@ -2,7 +2,8 @@
 
 The holder renews it from a thread; one that is not renewed for :data:`LIFETIME` seconds is free to be taken, and one
 whose process has ended on this machine at once. On S3 taking it is a conditional write (``If-None-Match``, and
-``If-Match`` for one that has run out), which exactly one of several jobs wins; local files are locked meanwhile.
+``If-Match`` for one that has run out), which exactly one of several jobs wins; a store that has none is refused. Local
+files are locked meanwhile.
 
 The lease also marks an output as unfinished: it is removed only after the manifest is written.
 """
@@ -19,15 +20,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
-import boto3
 import psutil
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from arplus import storage
+from arplus import s3, storage
 from arplus.errors import UserError
 
 FILE = "_lease.json"
@@ -63,6 +61,11 @@ class Lease:
                 f"{output}: {holder['holder']} is preparing a data set there, and its lease lasts until {until} "
                 "unless it is renewed; wait for that job, or choose another --output"
             )
+        try:
+            lease._file.check_conditions(lease._entry())
+        except UserError:
+            lease._file.remove()
+            raise
         lease._thread.start()
         return lease
 
@@ -117,6 +120,12 @@ def is_unfinished(output: str) -> bool:
     return storage.exists(storage.join(output, FILE))
 
 
+def is_lease(data: bytes) -> bool:
+    """Whether a file called :data:`FILE` is ours: also one that is not yet written, or cut short by a full disk."""
+    start = b'{"token": '
+    return start.startswith(data[: len(start)])
+
+
 def _this_process() -> list[Any] | None:
     """What tells this process from all others, anywhere and at any time; ``None`` where that cannot be known."""
     return _process(os.getpid())
@@ -156,6 +165,9 @@ class _LocalFile:
             file.flush()
         return None
 
+    def check_conditions(self, entry: dict[str, Any]) -> None:
+        """Nothing: a lock needs no condition."""
+
     def remove(self) -> None:
         with self._locked():
             self._path.unlink()
@@ -180,12 +192,12 @@ class _S3File:
     """The lease on S3, written on condition that it has not changed since it was read."""
 
     def __init__(self, output: str):
-        parts = urlsplit(output)
+        path = storage.absolute(output).removeprefix("s3://")
+        bucket, _, folder = path.partition("/")
         self._uri = output
-        self._place = {"Bucket": parts.netloc, "Key": f"{parts.path.strip('/')}/{FILE}".lstrip("/")}
-        config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard", "total_max_attempts": 3})
+        self._place = {"Bucket": bucket, "Key": f"{folder}/{FILE}".lstrip("/")}
         logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found which variable
-        self._client = boto3.client("s3", config=config)
+        self._client = s3.client()
 
     def replace(self, entry: dict[str, Any], unless: Any) -> dict[str, Any] | None:
         """As :meth:`_LocalFile.replace`."""
@@ -205,11 +217,32 @@ class _S3File:
                 self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
                 return None
             except ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+                if _is_unknown(error):
+                    raise self._unconditional("refuses") from error
+                if not _is_unmet(error):
                     raise self._refused(error) from error
                 # Another job was faster: look again.
             except BotoCoreError as error:
                 raise self._refused(error) from error
+
+    def check_conditions(self, entry: dict[str, Any]) -> None:
+        """Raises :class:`UserError` where the store writes whatever the condition says; the lease is ours and stays."""
+        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": '"00000000000000000000000000000000"'}):
+            try:
+                self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
+            except ClientError as error:
+                if _is_unmet(error):
+                    continue
+                raise (self._unconditional("refuses") if _is_unknown(error) else self._refused(error)) from error
+            except BotoCoreError as error:
+                raise self._refused(error) from error
+            raise self._unconditional("ignores the conditions of")
+
+    def _unconditional(self, what: str) -> UserError:
+        return UserError(
+            f"{self._uri}: this S3 store {what} conditional writes (If-None-Match, If-Match), without which two jobs "
+            "could write there at once; choose an --output on another store or a local path"
+        )
 
     def remove(self) -> None:
         try:
@@ -218,7 +251,22 @@ class _S3File:
             raise self._refused(error) from error
 
     def _refused(self, error: Exception) -> UserError:
-        return UserError(f"{self._uri}: S3 refused or did not answer; check {storage.AWS_VARIABLES} ({error})")
+        return UserError(f"{self._uri}: S3 refused or did not answer; check {s3.SETTINGS} ({error})")
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _is_unmet(error: ClientError) -> bool:
+    """Whether a condition was not met: the file is there, is another one, or is just being written or deleted."""
+    return _status(error) in (404, 409, 412)
+
+
+def _is_unknown(error: ClientError) -> bool:
+    """Whether the store knows no conditions; a code, since 400 stands for much else."""
+    unknown = ("NotImplemented", "NotSupported", "InvalidArgument", "InvalidRequest", "UnsupportedHeader")
+    return _status(error) == 501 or (_status(error) == 400 and error.response["Error"]["Code"] in unknown)
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

@@ -68,14 +68,7 @@ def encode(
     parts_of = np.array(list(parts.values()), np.uint64)
     for shard in shards:
         sessions, session_split = read_survivors(shard, removed, boundaries)
-        encoded = examples.encode_sessions(
-            sessions,
-            characters,
-            persona_words,
-            max_utterance_characters=config.max_utterance_characters,
-            max_context_utterances=config.max_context_utterances,
-            incomplete_personas=config.incomplete_personas,
-        )
+        encoded = examples.encode_sessions(sessions, characters, persona_words, config.rules)
         for i, reasons in encoded.left_out_of(session_split).items():
             left_out[names[i]].update(reasons)
         split = session_split[encoded.session]

@@ -34,12 +34,13 @@ from arplus.config import PrepareConfig, checked, to_dict
 from arplus.data import card, faults, output, parts, stages
 from arplus.data.dataset import FORMAT
 from arplus.data.duplicates import MAX_SHARE, SPLITS, Boundaries, boundaries
+from arplus.data.examples import LEFT_OUT
 from arplus.data.lease import Lease
-from arplus.data.lines import BLOCK_BYTES, LinesDatasource, input_files
+from arplus.data.lines import BLOCK_BYTES, LinesDatasource
 from arplus.data.progress import Progress, as_completed
-from arplus.data.records import REJECT_REASONS
 from arplus.data.sessions import DUPLICATE_KEYS
 from arplus.data.shards import Shard, Staged
+from arplus.data.sources import Source, add_up, find_sources, summarise
 from arplus.errors import ResourceError, UserError
 from arplus.text import ALWAYS_CHARACTERS, ALWAYS_PERSONA_WORDS, Vocabulary
 
@@ -59,22 +60,6 @@ MAX_GROUPS = 256
 READER_CPUS, PARSER_CPUS = 0.02, 0.9
 
 
-@dataclass(frozen=True)
-class Source:
-    """The input, or an evaluation set."""
-
-    name: str
-    """Of the evaluation set; empty for the input."""
-    uri: str
-    first: int
-    """Number of its first file among all files."""
-    files: list[str]
-
-    def owns(self, shard: Shard) -> bool:
-        """Whether the shard comes from it."""
-        return self.first <= shard.file < self.first + len(self.files)
-
-
 def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
     """Prepares a data set on the connected Ray cluster and returns its manifest.
 
@@ -83,7 +68,7 @@ def prepare(config: PrepareConfig, *, block_bytes: int = BLOCK_BYTES) -> dict[st
     """
     # Checked: it also makes 20000 and 20000.0 the same rule, wherever the settings come from.
     config = checked(replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output)))
-    sources = _sources(config)
+    sources = find_sources(config)
     nodes.check_workers()
     given = {
         name: Vocabulary.load(uri) if uri else None
@@ -111,7 +96,7 @@ def _prepare(
     splits = [*SPLITS, *(source.name for source in evaluation_sets)]
 
     blocks, parsed = _parse(config, sources, lease, block_bytes)
-    facts = {source.name: _facts(config, source, parsed) for source in sources}
+    facts = {source.name: add_up(config, source, parsed) for source in sources}
     counts, rejected = facts[""]
     lease.check()
 
@@ -120,7 +105,7 @@ def _prepare(
     duplicates_removed, removed = len(removed), np.union1d(removed, overlapping.ids)
     removed_ref = ray.put(removed)
     split_of = {
-        file: i for i, s in enumerate(sources[1:], len(SPLITS)) for file in range(s.first, s.first + len(s.files))
+        file: i for i, s in enumerate(evaluation_sets, len(SPLITS)) for file in range(s.first, s.first + len(s.files))
     }
     parsed.sort(key=lambda shard: (shard.file, shard.first_line))
     groups = _split([Staged(s.uri, split_of.get(s.file)) for s in parsed if s.uri], MAX_GROUPS)
@@ -142,6 +127,8 @@ def _prepare(
     lease.check()
     sessions = dict(zip(splits, total.sessions.tolist(), strict=True))
     left_out, written = _encode_and_write(config, lease, groups, removed_ref, ends, characters, persona_words, sessions)
+    if not written["train"]:
+        raise UserError(_no_example(config, sessions, left_out["train"], len(overlapping.ids)))
 
     overlaps = {source.name: int((overlapping.files == i).sum()) for i, source in enumerate(evaluation_sets)}
     manifest = {
@@ -168,14 +155,23 @@ def _prepare(
                 "rejected": dict(sorted(facts[source.name][1].items())),
                 "examples_left_out": _total([left_out[source.name]]),
                 "source": source.uri,
+                "files_left_out": summarise(source.left_out),
             }
             for source in evaluation_sets
         },
         "vocabulary": {"characters": characters.size, "persona_words": persona_words.size},
         "uid_missing": counts["uid_missing"],
+        "profiles_cut": {
+            name: sum(facts[source.name][0][name] for source in sources) for name in ("tags_left_out", "words_cut")
+        },
         "blank_lines": counts["blank_lines"],
-        "rules": _rules(config),
-        "source": {"input": config.input, "files": len(input_.files)},
+        "rules": to_dict(config.rules),
+        "settings": _settings(config),
+        "source": {
+            "input": config.input,
+            "files": len(input_.files),
+            "files_left_out": summarise(input_.left_out),
+        },
     }
     manifest["fingerprint"] = _fingerprint(manifest, characters, persona_words)
     assert manifest["records"] == sum(rejected.values()) + duplicates_removed + manifest["sessions"], manifest
@@ -188,24 +184,18 @@ def _prepare(
     return manifest
 
 
-def _sources(config: PrepareConfig) -> list[Source]:
-    """The input, then the evaluation sets.
-
-    Raises :class:`UserError` where one cannot be read, and where the output lies in one: what a preparation leaves
-    there would be read as records by the next one.
-    """
-    sources: list[Source] = []
-    first = 0
-    for name, uri in [("", config.input), *(item.split("=", 1) for item in config.evaluation_set)]:
-        uri = storage.absolute(uri)
-        if storage.within(config.output, uri):
-            raise UserError(f"--output {config.output}: is or lies in the input {uri}; name a folder beside it")
-        files = input_files(uri)
-        if storage.size(files[0]):
-            storage.read_range(files[0], 0, 1)  # may be forbidden where listing is not
-        sources.append(Source(name, uri, first, files))
-        first += len(files)
-    return sources
+def _no_example(config: PrepareConfig, sessions: dict[str, int], left_out: Counter[str], overlaps: int) -> str:
+    """What a preparation without a training example says: where its sessions are, and why their pairs are none."""
+    where = ", ".join(f"{sessions[split]} in {split}" for split in SPLITS)
+    where += f", {overlaps} kept out for an evaluation set" if overlaps else ""
+    reasons = [f"{n} {reason} ({LEFT_OUT[reason]})" for reason, n in left_out.most_common() if n]
+    if reasons:
+        why = f"pairs of utterances left out of train: {'; '.join(reasons)}"
+    elif sessions["train"]:
+        why = "every session in train has a single utterance; an example takes two"
+    else:
+        why = "too few dialogues for a training split; prepare more, or set --valid 0 and --test 0"
+    return f"{config.input}: no training example; sessions: {where}; {why}"
 
 
 def _parse(
@@ -255,28 +245,6 @@ def _parse(
         lease.check()
     progress.end(records)
     return blocks, parsed
-
-
-def _facts(config: PrepareConfig, source: Source, parsed: list[Shard]) -> tuple[Counter[str], Counter[str]]:
-    """A source's counts, and its rejects by reason. Raises :class:`UserError` where it cannot be used."""
-    counts, rejected = Counter[str](), Counter[str]()
-    ours = [shard for shard in parsed if source.owns(shard)]
-    for shard in ours:
-        counts.update(shard.counts)
-        rejected.update(shard.rejected)
-    if not counts["records"]:
-        raise UserError(f"{source.uri}: no record in it")
-    rejects = sum(rejected.values())
-    where = f"{'; '.join(f'{n} {r} ({REJECT_REASONS[r]})' for r, n in rejected.most_common(3))}. "
-    where += f"Each is kept with its reason in {storage.join(config.output, 'rejects')}"
-    if rejects / counts["records"] > config.max_reject_share:
-        raise UserError(
-            f"{source.uri}: {rejects} of {counts['records']} records rejected, more than --max-reject-share "
-            f"{config.max_reject_share:g} allows: {where}"
-        )
-    if not counts["sessions"]:
-        raise UserError(f"{source.uri}: no session among {counts['records']} records: {where}")
-    return counts, rejected
 
 
 @dataclass(frozen=True)
@@ -383,16 +351,18 @@ def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _rules(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that decide the content, whatever the place of the files."""
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the content beside the rules, whatever the place of the files."""
     elsewhere = ("input", "output", "evaluation_set", "character_vocabulary", "persona_vocabulary", "max_reject_share")
-    return {name: value for name, value in to_dict(config).items() if name not in elsewhere}
+    told = {*elsewhere, *to_dict(config.rules)}
+    return {name: value for name, value in to_dict(config).items() if name not in told}
 
 
 def _fingerprint(manifest: dict[str, Any], characters: Vocabulary, persona_words: Vocabulary) -> str:
     content = {
         "format": manifest["format"],
         "rules": manifest["rules"],
+        "settings": manifest["settings"],
         "vocabularies": [characters.tokens, persona_words.tokens],
         "rows": {split: [f["digest"] for f in facts["files"]] for split, facts in manifest["splits"].items()},
     }

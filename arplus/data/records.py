@@ -8,6 +8,8 @@ one (also with the profiles as columns), tags as one string, and test records wi
 exact type checks, the few objects, and text that stays one string until a whole block of it is cut at once.
 """
 
+import json
+import math
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -21,11 +23,18 @@ HASH_BYTES = 16
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is rejected: what a line may cost in memory is bounded."""
+MAX_TAGS = 100
+"""Tags kept of a profile, the first ones: a batch is as wide as its widest profile. Real ones have at most ten."""
+MAX_WORD_CHARACTERS = 50
+"""Characters kept of a tag and of a place, for the same reason. Real tags have at most seven, places some twelve."""
 
 REJECT_REASONS = {
     "line_too_long": f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
     "invalid_utf8": "the line is not UTF-8",
-    "invalid_json": "the line is not JSON (cut, or with a lone surrogate or a raw control character)",
+    "invalid_json": "the line is not JSON (cut, with a raw control character, or nested too deep)",
+    "json_constant": "the line holds NaN or Infinity, which JSON has not; write null instead",
+    "number_too_large": "the line holds a number beyond the range of a 64-bit float",
+    "lone_surrogate": "the line holds one half of a surrogate pair (\\ud800 to \\udfff) without the other",
     "not_an_object": "the line is JSON, but no object",
     "dialog": "`dialog` is missing or no list",
     "empty_dialogue": "`dialog` has no utterance",
@@ -51,6 +60,10 @@ class Profile(NamedTuple):
     """Gender (男, 女 or empty), place (province and city joined, or empty), then the tags, each once; tabs between."""
     key: str
     """The same with the tags in order: equal for what counts as the same profile."""
+    tags_left_out: int = 0
+    """Different tags beyond :data:`MAX_TAGS`."""
+    words_cut: int = 0
+    """Tags and places longer than :data:`MAX_WORD_CHARACTERS`."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -162,8 +175,9 @@ def _joined(texts: list[str]) -> str:
 def make_profile(gender: str, location: str, tags: str) -> Profile:
     """A profile from its raw strings: ``male``, ``female`` or empty; "省 市"; tags joined by ``;``.
 
-    White space and U+FE0F disappear: "四川 成都" is the one word 四川成都. Raises KeyError for another gender, and
-    TypeError or AttributeError for what is no string.
+    White space and U+FE0F disappear: "四川 成都" is the one word 四川成都. What is more than :data:`MAX_TAGS` and
+    :data:`MAX_WORD_CHARACTERS` allow is cut off and counted. Raises KeyError for another gender, and TypeError or
+    AttributeError for what is no string.
     """
     plain = _without_tags(gender, location)
     if tags == "":
@@ -172,18 +186,22 @@ def make_profile(gender: str, location: str, tags: str) -> Profile:
     words = list(dict.fromkeys(tags.split(";")))
     if "" in words:
         words.remove("")
-    if len(words) < 2:
-        text = "\t".join([plain.text, *words])
-        return Profile(text, text)
+    left_out = cut = 0
+    if len(tags) > MAX_WORD_CHARACTERS:  # else there is neither a longer tag nor so many
+        left_out = max(0, len(words) - MAX_TAGS)
+        words = words[:MAX_TAGS]
+        cut = sum(len(word) > MAX_WORD_CHARACTERS for word in words)
+        words = list(dict.fromkeys([word[:MAX_WORD_CHARACTERS] for word in words]))
     text = "\t".join([plain.text, *words])
     words.sort()
-    return Profile(text, "\t".join([plain.text, *words]))
+    return Profile(text, "\t".join([plain.text, *words]), left_out, plain.words_cut + cut)
 
 
 @lru_cache(maxsize=1 << 14)
 def _without_tags(gender: str, location: str) -> Profile:
-    text = f"{_GENDERS[gender]}\t{clean(location)}"
-    return Profile(text, text)
+    place = clean(location)
+    text = f"{_GENDERS[gender]}\t{place[:MAX_WORD_CHARACTERS]}"
+    return Profile(text, text, 0, int(len(place) > MAX_WORD_CHARACTERS))
 
 
 def _parse_profile(raw: Any) -> Any:
@@ -240,8 +258,23 @@ def _rows(columns: dict[str, Any]) -> Any:
 
 
 def _why_not_json(line: bytes) -> str:
+    """Why orjson refuses a line. What Python's own reader would take is not JSON either, and is called by its name."""
+    constants: list[str] = []
+    infinite: list[float] = []
+
+    def number(text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            infinite.append(value)
+        return value
+
     try:
-        line.decode()
+        record = json.loads(line.decode(), parse_constant=constants.append, parse_int=number, parse_float=number)
+        json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         return "invalid_utf8"
-    return "invalid_json"
+    except UnicodeEncodeError:
+        return "lone_surrogate"
+    except (ValueError, RecursionError):
+        return "invalid_json"
+    return "json_constant" if constants else "number_too_large" if infinite else "invalid_json"

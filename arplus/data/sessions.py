@@ -56,13 +56,14 @@ class ParsedBlock:
     """Of every session by each definition of a duplicate, 16 bytes each, in the order of ``sessions``."""
     rejects: list[RejectedLine]
     counts: Counter[str] = field(default_factory=Counter)
-    """`records`, `sessions`, `blank_lines` (no records) and `uid_missing` (sessions whose speakers were assumed)."""
+    """`records`, `sessions`, `blank_lines` (no records), `uid_missing` (sessions whose speakers were assumed); and
+    `tags_left_out` and `words_cut` of the sessions' profiles, as in :class:`arplus.data.records.Profile`."""
 
 
 def parse_block(
     lines: bytes, *, file: int, first_line: int, duplicate_key: DuplicateKey, left_out: int = 0
 ) -> ParsedBlock:
-    """Parses every line of a block; ``first_line`` is the number of its first one in the file, from 0.
+    """Parses every line of a block, with LF at its end; ``first_line`` is the number of its first one in the file.
 
     With ``left_out`` the block is the start of one line that is too long, without that many bytes at its end.
     """
@@ -77,8 +78,6 @@ def parse_block(
         if len(line) > MAX_LINE_BYTES:
             rejects.append(RejectedLine(number, "line_too_long", line))
             continue
-        if line.endswith(b"\r"):
-            line = line[:-1]
         result = parse_line(line)
         if type(result) is Session:
             sessions.append(result)
@@ -97,6 +96,8 @@ def parse_block(
     counts["records"] = len(sessions) + len(rejects)
     counts["sessions"] = len(sessions)
     counts["uid_missing"] = sum([s.uid_missing for s in sessions])
+    counts["tags_left_out"] = sum([p.tags_left_out for s in sessions for p in s.profiles])
+    counts["words_cut"] = sum([p.words_cut for s in sessions for p in s.profiles])
     ids = (np.asarray(numbers, dtype=np.int64) | (file << LINE_BITS)) if numbers else np.empty(0, np.int64)
     return ParsedBlock(to_table(sessions, ids, hashes[duplicate_key]), hashes, rejects, counts)
 

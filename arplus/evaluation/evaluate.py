@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from arplus import checkpoint, cluster, nodes, storage
 from arplus.checkpoint import build_model
-from arplus.config import EvaluateConfig, special_ids
+from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.feed import Order, as_batch
@@ -49,6 +49,11 @@ class Tally:
     samples: list[Sample] = field(default_factory=list)
     """What is compared with another checkpoint, if it is."""
 
+    @classmethod
+    def empty(cls, special: SpecialIds, rules: ExampleRules) -> "Tally":
+        """Metrics of no example."""
+        return cls(HonestMetrics(special), PaperMetrics(special, width=rules.max_utterance_characters + 1))
+
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
             self.honest.merge(other.honest),
@@ -73,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` those of
     the other checkpoint as well, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UserError` where
-    the data set has other vocabularies than a checkpoint.
+    the data set has other vocabularies than a checkpoint, or was prepared by other rules.
     """
     config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
@@ -111,8 +116,7 @@ def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
 
 def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
     """The checkpoint's URI as the actors, which may run elsewhere, understand it."""
-    found = checkpoint.find(storage.absolute(uri))
-    state = checkpoint.load(found)
+    found, state = checkpoint.load_found(storage.absolute(uri))
     for kind, mine, theirs in (
         ("characters", state.characters, dataset.characters),
         ("persona words", state.persona_words, dataset.persona_words),
@@ -123,6 +127,12 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
                 f"checkpoint {uri}; prepare the data with the checkpoint's vocabularies "
                 "(jobs/prepare.py --character-vocabulary … --persona-vocabulary …)"
             )
+    if different := state.rules.differences(dataset.rules):
+        raise UserError(
+            f"--data {config.data}: was prepared by other rules than the checkpoint {uri} was trained on "
+            f"({'; '.join(different)}); prepare the data with the checkpoint's rules (flags of jobs/prepare.py)"
+        )
+    config.sampling.of(state.rules)
     return found
 
 
@@ -130,8 +140,7 @@ def _evaluate(config: EvaluateConfig, dataset: Dataset, split: Split) -> Tally:
     order = Order(
         split=split, batch_size=config.batch_size, window_batches=WINDOW_BATCHES, seed=config.seed, shuffled=False
     )
-    special = dataset.characters.special
-    tally = sum(_tallies(order, config), Tally(HonestMetrics(special), PaperMetrics(special)))
+    tally = sum(_tallies(order, config), Tally.empty(dataset.characters.special, dataset.rules))
     assert tally.examples == split.examples, "evaluation must see every example exactly once"
     return tally
 
@@ -163,6 +172,7 @@ class Evaluator:
         self.state = checkpoint.load(config.checkpoint)
         self.order = order
         self.config = config
+        self.sampling = config.sampling.of(self.state.rules)
         self.layout = Layout.of(self.state.config.model, self.state.sizes)
         leave_cudnn_out()
         # A GPU that is not this actor's own is in sight too (ray#54868).
@@ -182,7 +192,7 @@ class Evaluator:
         columns = self.layout.columns
         table = self.order.read(0, index, [*columns, *({"target_words"} - set(columns))])
         window = Window(table, self.layout)
-        tally = Tally(HonestMetrics(self.special), PaperMetrics(self.special))
+        tally = Tally.empty(self.special, self.state.rules)
         random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
         targets_R = window.response.lengths + 1  # [EOS]
         nats_GR = np.zeros((2, len(window)))
@@ -191,7 +201,7 @@ class Evaluator:
             arrays = window.batch(rows, np.ones(len(rows), bool), Draws(self.config.seed, 0))
             batch = as_batch(arrays).to(self.device)
             nats_GR[:, rows] = nats_by_row(self.model, batch).cpu()
-            drawn = generate(self.model, batch, self.config.sampling, random).cpu()
+            drawn = generate(self.model, batch, self.sampling, random).cpu()
             replies, references = drawn.tolist(), arrays["response_BT"][:, 1:].tolist()
             for row, *pair in zip(rows, replies, references, strict=True):
                 pairs[row] = tuple(pair)
@@ -234,7 +244,7 @@ class Evaluator:
         profiles = batch.profiles_BPW.clone()
         profiles[:, 0] = profiles[:, 0].roll(1, 0)
         shuffled = generate(
-            self.model, replace(batch, target_persona_BK=other, profiles_BPW=profiles), self.config.sampling, random
+            self.model, replace(batch, target_persona_BK=other, profiles_BPW=profiles), self.sampling, random
         ).tolist()
         for i, question, persona in asked:
             metrics.add_answer(question, persona, said[i], decode(shuffled[i]))

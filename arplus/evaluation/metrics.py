@@ -19,8 +19,6 @@ from arplus.config import SpecialIds
 
 Rows = Iterable[Sequence[int]]
 """Rows of ids: lists, or the rows of an integer array."""
-MAX_CHARACTERS = 15
-"""Characters of a reply, and so of a reference."""
 MAX_ORDER = 4
 """BLEU-4."""
 HONEST_BLEU_SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:none|smooth:exp"
@@ -65,8 +63,8 @@ class NgramMatches:
 class HonestMetrics:
     """Response perplexity, and replies against references on characters, without special tokens.
 
-    A row ends at its first [EOS] or [PAD]; [BOS] is left out; references are cut at 15 characters. [UNK] stands for
-    some character, never for the same one: it matches nothing.
+    A row ends at its first [EOS] or [PAD]; [BOS] is left out. [UNK] stands for some character, never for the same one:
+    it matches nothing.
     """
 
     special: SpecialIds
@@ -99,7 +97,7 @@ class HonestMetrics:
         """Adds replies (B rows of ids) and the reference of each."""
         for row, reference_row in zip(replies, references, strict=True):
             reply = _text(self.special, row)
-            reference = _text(self.special, reference_row)[:MAX_CHARACTERS]
+            reference = _text(self.special, reference_row)
             self.unigrams.update([*reference, self.special.eos])
             # An id that no reply has, so that [UNK] matches nothing.
             reference = [-1 if i == self.special.unk else i for i in reference]
@@ -180,8 +178,8 @@ class PaperMetrics:
 
     special: SpecialIds
     """Special ids of the character vocabulary."""
-    width: int = MAX_CHARACTERS + 1
-    """Least width of the padded rows: 15 characters and [EOS]."""
+    width: int
+    """Least width of the padded rows: the longest utterance of the data (15 characters in the paper) and [EOS]."""
     batches: int = 0
     """Number of batches with replies."""
     bleu_sum: float = 0.0

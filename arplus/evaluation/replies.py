@@ -1,6 +1,7 @@
 """Replies of a checkpoint: in a conversation, and to examples of a data set."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import orjson
@@ -27,13 +28,16 @@ def raw_profile(gender: str, location: str, tags: str) -> dict[str, object]:
 
 
 class Responder:
-    """Answers utterances under a chosen persona, in the form in which the model was trained."""
+    """Answers utterances under a chosen persona, in the form in which the model was trained.
+
+    Raises :class:`UserError` for a shortest reply that is longer than the model's longest.
+    """
 
     def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
         self.state = state
         self.model = build_model(state)
         self.profile = profile
-        self.sampling = sampling
+        self.sampling = sampling.of(state.rules)
         self.random = torch.Generator().manual_seed(seed)
 
     def reply(self, utterances: Sequence[str]) -> str:
@@ -61,9 +65,9 @@ class Responder:
         if isinstance(session, Reject):
             raise UserError(f"this cannot be answered: {session.reason}")
         sessions = to_table([session], np.zeros(1, np.int64), session.record_hash)
-        examples = encode_sessions(
-            sessions, self.state.characters, self.state.persona_words, incomplete_personas="keep"
-        ).table
+        # Whoever talks need not say who they are, whatever was done with such examples in training.
+        rules = replace(self.state.rules, incomplete_personas="keep")
+        examples = encode_sessions(sessions, self.state.characters, self.state.persona_words, rules).table
         if not len(examples):
             raise UserError("--say: there is nothing to answer in it")
         window = Window(examples, Layout.of(self.state.config.model, self.state.sizes))
@@ -79,7 +83,7 @@ def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
     table = order.read(0, 0, [*layout.columns, *({"target_words"} - set(layout.columns))])
     rows = np.arange(len(table))
     batch = as_batch(Window(table, layout).batch(rows, np.ones(len(rows), bool), Draws(0, 0)))
-    replies = generate(build_model(state), batch, Sampling(), torch.Generator().manual_seed(0))
+    replies = generate(build_model(state), batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):
         context = "".join(dataset.characters.token(i) for i in example["context"]).replace("[SEP]", " / ")

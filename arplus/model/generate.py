@@ -71,16 +71,14 @@ def _inverse(p_BV: Tensor, uniform_BR: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model: ARPlus, batch: Batch, settings: Sampling | None = None, generator: torch.Generator | None = None
-) -> Tensor:
+def generate(model: ARPlus, batch: Batch, settings: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Replies as character ids (B, L) int64, padded with [PAD]; L is the longest reply's length.
 
-    Any special token ends a reply and is not part of it. ``generator`` (on the CPU) makes the draw reproducible: it is
-    read once, row by row, so neither the device nor how long other replies are changes a row's random numbers. The
-    batch's response is not read. Dropout is off meanwhile.
+    ``settings`` say how long a reply may be (:meth:`Sampling.of`). Any special token ends a reply and is not part of
+    it. ``generator`` (on the CPU) makes the draw reproducible: it is read once, row by row, so neither the device nor
+    how long other replies are changes a row's random numbers. The batch's response is not read. Dropout is off
+    meanwhile.
     """
-    settings = settings or Sampling()
     training = model.training
     model.eval()
     try:
@@ -93,13 +91,15 @@ def _generate(model: ARPlus, batch: Batch, settings: Sampling, generator: torch.
     ids = special_ids(model.sizes.characters)
     first_special = min(ids)  # the special tokens are the last ids of the vocabulary
     B, device = len(batch.context_BS), batch.context_BS.device
-    uniform_BLR = torch.rand(B, settings.max_characters, _DRAWS, generator=generator).to(device)
-    replies_BL = torch.full((B, settings.max_characters), ids.pad, device=device)
+    longest = settings.max_characters
+    assert longest is not None, "Sampling.of fills it in"
+    uniform_BLR = torch.rand(B, longest, _DRAWS, generator=generator).to(device)
+    replies_BL = torch.full((B, longest), ids.pad, device=device)
     last_B = torch.full((B,), ids.bos, device=device)
     going_B = torch.ones(B, dtype=torch.bool, device=device)
     memories = [[to.for_steps() for to in memory] for memory in model.encode(batch)]
     cache = model.new_cache()
-    for step in range(settings.max_characters):
+    for step in range(longest):
         logits_BV = model.generator(model.decode(last_B[:, None], memories, cache)[:, 0]).float()
         if step < settings.min_characters:
             logits_BV[:, first_special:] = -torch.inf

@@ -81,7 +81,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     :class:`RunError` for a study that was stopped or of which no run came to a result.
     """
     config = named(config, "ablate")
-    dataset = Dataset.open(config.data)
+    dataset = _dataset(config)
     sizes = _sizes(config, dataset)
     room = find_room(config, len(config.rows) * len(sizes) * config.seeds)
     preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
@@ -103,10 +103,16 @@ def plan(config: AblateConfig) -> str:
     of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
     if config.data:
-        for size in _sizes(config, Dataset.open(config.data)):
+        for size in _sizes(config, _dataset(config)):
             budget = config.examples or config.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
     return "\n".join(lines)
+
+
+def _dataset(config: AblateConfig) -> Dataset:
+    dataset = Dataset.open(config.data)
+    dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
+    return dataset
 
 
 def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:

@@ -23,6 +23,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import storage, tracking
 from arplus.config import LrFindConfig, flat
+from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UserError
 from arplus.training import node, preflight, workers
@@ -110,7 +111,7 @@ def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, 
         low, high = float(found["lr"]["low"]), float(found["lr"]["high"])
     except (KeyError, TypeError, ValueError):
         low = high = math.nan
-    if not 0 < low < high < math.inf:
+    if bounds_problem("loguniform", low, high):
         raise UserError(f"--lr-bounds {uri}: is no range test's {FILE}; make one with jobs/lr_find.py")
     if found.get("preset") != preset:
         raise UserError(f"--lr-bounds {uri}: is of preset {found.get('preset')!r}, not {preset!r}")

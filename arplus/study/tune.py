@@ -42,12 +42,14 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     :class:`RunError` for a sweep that was stopped or in which no trial came to a result.
     """
     config = named(config, "tune")
-    dataset = Dataset.open(config.data)
+    dataset = _dataset(config)
     dimensions = space(config, dataset)
     examples = dataset.split("train", config.feed.subset).examples
     budget = config.examples or config.epochs * examples
     room = find_room(config, config.trials)
-    preflight.check_nodes(config, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
+    varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
+    asked = replace(config, precision="bf16") if varied else config
+    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.conducted(study) as tracker:
         source = _Trials(config, study, dimensions, budget, examples, tracker)
@@ -92,9 +94,15 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     return dimensions
 
 
+def _dataset(config: TuneConfig) -> Dataset:
+    dataset = Dataset.open(config.data)
+    dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
+    return dataset
+
+
 def plan(config: TuneConfig) -> str:
     """What a sweep would try, as text, computed without starting anything."""
-    dataset = Dataset.open(config.data) if config.data else None
+    dataset = _dataset(config) if config.data else None
     dimensions = space(config, dataset)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
     lines += [f"  {dimension.text}" for dimension in dimensions]

@@ -1,4 +1,7 @@
-"""``python -m arplus.tracking replay RECORD --mlflow URI``."""
+"""``python -m arplus.tracking replay RECORD --mlflow URI``.
+
+Exit codes: 0 all is there, 2 the user's error, 3 the server does not answer, or does not take some of the values.
+"""
 
 import argparse
 import os
@@ -6,7 +9,7 @@ import sys
 
 from arplus import cli
 from arplus.errors import UserError, redacted
-from arplus.tracking.replay import replay
+from arplus.tracking.replay import UnsentError, replay
 
 
 def main() -> None:
@@ -21,8 +24,14 @@ def main() -> None:
     uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError("--mlflow: is required where MLFLOW_TRACKING_URI is not set")
-    sent = replay(arguments.record, uri)
+    try:
+        sent, unsent = replay(arguments.record, uri), None
+    except UnsentError as error:
+        sent, unsent = error.sent, error
     sys.stdout.write(f"{sent} values sent to MLflow at {redacted(uri)}\n")
+    sys.stdout.flush()
+    if unsent is not None:
+        raise unsent
 
 
 if __name__ == "__main__":

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arplus.errors import ResourceError, UserError, redacted
+from arplus.tracking.refusal import Event, brief, is_final
 from arplus.tracking.run import Run, absolute_uri
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Event = dict[str, Any]
-"""One thing that was logged; a line of the record. It holds ``run_id``, ``timestamp`` (milliseconds) and one of:
-``key, value, step`` (a metric), ``tag, value``, ``artifact, text``, ``artifact, file``, ``dataset``, ``status``."""
-
 METRICS_A_REQUEST = 1000
 """MLflow's limit."""
 TAG_LENGTH = 5000
@@ -33,20 +30,6 @@ _REACH_S = 15.0
 _SQLITE_S = 180.0
 """Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
 _DIGEST_LENGTH = 36
-_FINAL_ERRORS = frozenset(
-    {
-        "BAD_REQUEST",
-        "CUSTOMER_UNAUTHORIZED",
-        "ENDPOINT_NOT_FOUND",
-        "INVALID_PARAMETER_VALUE",
-        "INVALID_STATE",
-        "PERMISSION_DENIED",
-        "RESOURCE_ALREADY_EXISTS",
-        "RESOURCE_DOES_NOT_EXIST",
-        "UNAUTHENTICATED",
-    }
-)
-"""MLflow's error codes that the same request would meet again."""
 
 
 # ------------------------------------------------------------------------------------------------------- connecting
@@ -93,17 +76,6 @@ def explained(uri: str) -> Iterator[None]:
         raise ResourceError(
             f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); start it, or choose another with --mlflow"
         ) from None
-
-
-def is_final(error: Exception) -> bool:
-    """Whether the same request would fail again, however long one waits."""
-    return isinstance(error, FileNotFoundError | TypeError) or getattr(error, "error_code", None) in _FINAL_ERRORS
-
-
-def brief(error: Exception) -> str:
-    """The start of an error's message, on one line and without a password."""
-    text = " ".join(redacted(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _load() -> Any:
@@ -241,29 +213,50 @@ def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping
 
 
 def end_run(run: Run, status: str, tags: Mapping[str, str]) -> None:
-    """Sets the status and tags of a run that another process has logged to."""
+    """Sets the status and tags of a run that another process has logged to; what is refused is left, with a warning.
+
+    Raises :class:`ResourceError` for a server that does not answer.
+    """
     from mlflow.entities import RunTag
 
-    with explained(run.uri):
-        client = connect(run.uri)
-        client.log_batch(run.run_id, tags=[RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()])
+    client = connect(run.uri)
+    ended = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()]
+    with explained(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
         client.set_terminated(run.run_id, status)
+        client.log_batch(run.run_id, tags=ended)
 
 
 def end_children(parent: Run, status: str = "KILLED") -> int:
-    """Ends the runs of a study that are still RUNNING, and gives their number.
+    """Ends the runs of a study that are still RUNNING, and gives their number; one that is refused stops no other.
 
     A process that was killed between making a run and noting its id leaves one that nobody knows.
     """
-    ended = 0
+    ended, tried = 0, set[str]()
     with explained(parent.uri):
         client = connect(parent.uri)
         family = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
-        while found := client.search_runs([parent.experiment_id], family, max_results=500):
-            for run in found:
-                client.set_terminated(run.info.run_id, status)
-            ended += len(found)
+        while new := [
+            run.info.run_id
+            for run in client.search_runs([parent.experiment_id], family, max_results=500)
+            if run.info.run_id not in tried
+        ]:
+            for run_id in new:
+                with _unless_refused(f"MLflow run {run_id}: cannot be set to {status}"):
+                    client.set_terminated(run_id, status)
+                    ended += 1
+            tried.update(new)
     return ended
+
+
+@contextlib.contextmanager
+def _unless_refused(what: str) -> Iterator[None]:
+    """Passes over what the server refuses, with a warning."""
+    try:
+        yield
+    except Exception as error:
+        if not is_final(error):
+            raise
+        logger.warning("%s: %s", what, brief(error))
 
 
 def register_model(run: Run, artifact: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
@@ -280,7 +273,8 @@ def register_model(run: Run, artifact: str, name: str, alias: str, tags: Mapping
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        versions = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run.run_id]
+        # Not by the name, which may hold quotes.
+        versions = [v for v in client.search_model_versions(f"run_id = '{run.run_id}'") if v.name == name]
         if not versions:
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
             versions = [client.create_model_version(name, source, run.run_id, tags=dict(tags))]

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import shlex
+import stat
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import NO_CREDENTIALS, UserError, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
 
 
 class Run(NamedTuple):
@@ -30,15 +32,15 @@ def default_uri(storage_uri: str) -> str:
     an address with a password in it, since it will be written down.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        if redacted(uri) != uri:
-            raise UserError(f"MLFLOW_TRACKING_URI={redacted(uri)}: {NO_CREDENTIALS}")
+        if masked(uri) != uri:
+            raise UserError(f"MLFLOW_TRACKING_URI={masked(uri)}: {NO_CREDENTIALS}")
         return uri
     if "://" in storage_uri and not storage_uri.startswith("file://"):
         raise UserError(
             f"--storage {storage_uri}: MLflow's sqlite file needs a local folder; pass --mlflow with the address of "
             "an MLflow server (http://…) or of a local file (sqlite:///…), or set MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{storage.resolve(storage_uri)[1]}/mlflow.db"
+    return _checked(f"sqlite:///{storage.resolve(storage_uri)[1]}/mlflow.db")
 
 
 def absolute_uri(uri: str) -> str:
@@ -50,8 +52,18 @@ def absolute_uri(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return uri.rstrip("/")
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    raise UserError(f"--mlflow {redacted(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
+        return _checked(f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}")
+    raise UserError(f"--mlflow {masked(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
+
+
+def _checked(uri: str) -> str:
+    """``uri`` of a sqlite file. MLflow takes ``%``, ``?`` and ``#`` in it for parts of a URL, and tries for minutes."""
+    if re.search("[%?#]", uri):
+        raise UserError(
+            f"{uri}: MLflow cannot keep a sqlite file in a path with %, ? or #; choose another --storage, or pass "
+            "--mlflow with a server (http://…) or another file (sqlite:///FILE)"
+        )
+    return uri
 
 
 def run_url(run: Run) -> str:
@@ -87,7 +99,22 @@ def record_of(run: Run, uri: str) -> Path:
     """The local record of what is tracked: in the folder ``uri`` of the run, a temporary one where that is remote."""
     if storage.is_local(uri):
         return Path(storage.resolve(uri)[1]) / "tracking.jsonl"
-    return Path(tempfile.gettempdir(), "arplus", f"{run.run_id}.jsonl")
+    return _own_folder() / f"{run.run_id}.jsonl"
+
+
+def _own_folder() -> Path:
+    """A folder for temporary files that is this user's alone. Raises :class:`UserError` where there can be none."""
+    folder = Path(tempfile.gettempdir(), f"arplus-{os.getuid()}")
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            folder.chmod(0o700)
+            return folder
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
+    raise UserError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
 
 
 def keep_of(uri: str) -> str | None:

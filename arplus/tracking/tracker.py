@@ -1,4 +1,4 @@
-"""The one through which everything is logged: a local record, a bounded queue, a background thread."""
+"""The one through which everything is logged: a local record, a bounded queue, threads in the background."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Literal, Self
@@ -16,16 +17,8 @@ from uuid import uuid4
 
 from arplus import storage
 from arplus.errors import UserError, redacted
-from arplus.tracking.client import (
-    METRICS_A_REQUEST,
-    TAG_LENGTH,
-    Event,
-    brief,
-    is_final,
-    make_client,
-    send,
-    without_repeats,
-)
+from arplus.tracking.client import METRICS_A_REQUEST, TAG_LENGTH, make_client, send, without_repeats
+from arplus.tracking.refusal import Event, Refused, advice, brief, is_final, kind_of, send_each, title, titles
 from arplus.tracking.run import Run
 
 logger = logging.getLogger(__name__)
@@ -35,21 +28,56 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAPACITY = 10_000
 """Events that wait for the server at most; further ones are only written to the record."""
 _GIVE_UP_S = 900.0
-"""Seconds after which a tag or artifact that the server cannot take stops holding up the metrics behind it."""
+"""Seconds after which a tag that the server cannot take stops holding up the metrics behind it."""
 _LONGEST_WAIT_S = 30.0
 _BYTES_A_SECOND = 5 << 20
 """What a slow server takes of a file: the 1.2 GB of a large model's weights are given four minutes."""
-_AWAY = "MLflow does not answer, trying again: %s"
+
+
+@dataclass
+class _Lane:
+    """Events that wait for the server in one order, and the thread that sends them."""
+
+    name: str
+    waiting: deque[Event] = field(default_factory=deque)
+    status: Event | None = None
+    """The run's newest status, which goes before all that waits."""
+    thread: threading.Thread | None = None
+    away: bool = False
+
+    @property
+    def events(self) -> list[Event]:
+        """All that waits."""
+        return [*([] if self.status is None else [self.status]), *self.waiting]
+
+    def next_batch(self) -> list[Event]:
+        """What to send next: it stays here until it is sent. Nothing where nothing waits."""
+        if self.status is not None:
+            return [self.status]
+        if self.waiting and "key" in self.waiting[0]:
+            return list(islice(takewhile(lambda event: "key" in event, self.waiting), METRICS_A_REQUEST))
+        return list(islice(self.waiting, 1))
+
+    def remove(self, batch: list[Event]) -> None:
+        """Takes out what was sent; a status that was set meanwhile stays."""
+        if "status" not in batch[0]:
+            for _ in batch:
+                self.waiting.popleft()
+        elif self.status is batch[0]:
+            self.status = None
 
 
 class Tracker:
     """Logs to one run without ever making its caller wait for, or fail with, the server.
 
-    Every call writes to the record, queues and returns. A daemon thread sends; it retries for as long as the server is
-    away. Only the queue's bound loses points, and only for the server: they are counted, said once in a warning and
-    again by :meth:`close`, and the record has them all. Nothing is sent before the first call, so that attaching to a
-    run (after a worker's restart, say) works while the server is down. A point of a step that an earlier tracker of
-    the run has sent is left out, but with ``repeats``.
+    Every call writes to the record, queues and returns. Two daemon threads send, one the values and one the artifacts,
+    so that neither the run's status nor its metrics wait for a file: the status goes before all else, and a file that
+    fails goes behind the other files. They retry for as long as the server is away. What it will never take
+    (:mod:`arplus.tracking.refusal`) is given up at once. That and what the queue's bound leaves out is lost for the
+    server alone: it is counted, said in one warning a kind and again by :meth:`close`, and the record has it all.
+
+    Nothing is sent before the first call, so that attaching to a run (after a worker's restart, say) works while the
+    server is down. A point of a step that an earlier tracker of the run has sent is left out, but with ``repeats``.
     """
 
     def __init__(
@@ -69,11 +97,12 @@ class Tracker:
         """Events that will not reach the server by themselves."""
         self._capacity = capacity
         self._repeats = repeats
-        self._pending: deque[Event] = deque()
+        self._given_up: list[Event] = []
+        self._values = _Lane("MLflow")
+        self._files = _Lane("MLflow's artifact store")
         self._changed = threading.Condition()
         self._deadline: float | None = None  # set by close(): when to stop trying
         self._closed = False
-        self._thread: threading.Thread | None = None
         self._said: set[str] = set()
         self._prepare_record()
 
@@ -99,7 +128,7 @@ class Tracker:
 
     def mark(self, status: Status) -> None:
         """Sets the run's status at once, for a process that may not live until :meth:`close`, which may set another."""
-        self._put({"status": status}, always=True)
+        self._put({"status": status})
 
     def close(self, status: Status | None = None, timeout: float = 30.0) -> int:
         """Sends what waits, for ``timeout`` seconds at most, and ends the run as ``status``; None leaves it as it is.
@@ -110,21 +139,26 @@ class Tracker:
         if self._closed:
             return self.dropped
         if status is not None:
-            self._put({"status": status}, always=True)
+            self._put({"status": status})
         with self._changed:
             self._closed = True
-            timeout += sum(map(_bytes, self._pending)) / _BYTES_A_SECOND
+            timeout += sum(map(_bytes, self._files.waiting)) / _BYTES_A_SECOND
             self._deadline = time.monotonic() + timeout
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        for lane in (self._values, self._files):
+            if lane.thread is not None:
+                lane.thread.join(max(self._deadline - time.monotonic(), 0))
         with self._changed:
-            self.dropped += len(self._pending)
+            late = [*self._values.events, *self._files.events]
+            self.dropped += len(late)
+            missing = titles(self._given_up + late)
         if self.dropped:
             logger.warning(
-                "MLflow (%s) misses %d logged values; send them with: python -m arplus.tracking replay %s --mlflow %s",
+                "MLflow (%s) misses %d logged values%s; send them with: "
+                "python -m arplus.tracking replay %s --mlflow %s",
                 redacted(self.run.uri),
                 self.dropped,
+                missing and f" ({missing})",
                 shlex.quote(self._kept()),
                 shlex.quote(redacted(self.run.uri)),
             )
@@ -159,66 +193,93 @@ class Tracker:
                     if file.read(1) != b"\n":
                         file.write(b"\n")
 
-    def _put(self, *events: Event, always: bool = False) -> None:
+    def _put(self, *events: Event) -> None:
         assert not self._closed, "the tracker is closed"
+        if not events:
+            return
         head = {"run_id": self.run.run_id, "timestamp": time.time_ns() // 1_000_000}
         full = [head | event for event in events]
         with self._changed:
             with self._record_errors(), open(self.record, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in full))
-            if always or len(self._pending) + len(full) <= self._capacity:
-                self._pending.extend(full)
-                self._changed.notify()
+            lane = self._files if "artifact" in events[0] else self._values
+            if "status" in events[0]:
+                lane.status = full[0]  # the one before it, if it was not sent yet, is of no use
+            elif len(self._values.waiting) + len(self._files.waiting) + len(full) <= self._capacity:
+                lane.waiting.extend(full)
             else:
                 self.dropped += len(full)
                 self._say_once("the queue to MLflow is full: values go to %s only", self.record)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
-                self._thread.start()
+            self._changed.notify_all()
+            if lane.thread is None:
+                lane.thread = threading.Thread(target=self._send_all, args=(lane,), name="mlflow", daemon=True)
+                lane.thread.start()
 
-    def _send_all(self) -> None:
+    def _send_all(self, lane: _Lane) -> None:
         client = None
         known: dict[str, set[int]] = {}
-        while batch := self._next_batch():
-            wait, since = 1.0, time.monotonic()
-            while True:
-                try:
-                    client = client or make_client(self.run.uri)
-                    again = self._repeats or "key" not in batch[0]
-                    if new := batch if again else without_repeats(client, batch, known):
-                        send(client, new)
-                    break
-                except Exception as error:  # whatever a server or a network may do, training goes on
-                    with self._changed:
-                        if self._past_deadline():
-                            return
-                        stuck = "key" not in batch[0] and time.monotonic() - since > _GIVE_UP_S
-                        if stuck or is_final(error):
-                            self.dropped += len(batch)
-                            self._say_once("MLflow refused logged values, which stay in the record: %s", brief(error))
-                            break
-                        self._say_once(_AWAY, brief(error))
-                        # Not just wait(): each call of log() notifies, and must not wake an impatient retry.
-                        if self._changed.wait_for(lambda: self._closed, timeout=wait):
-                            self._changed.wait(timeout=0.5)
-                        wait = min(2 * wait, _LONGEST_WAIT_S)
-            with self._changed:
-                for _ in batch:
-                    self._pending.popleft()
-                if _AWAY in self._said:
-                    self._said.remove(_AWAY)
-                    logger.warning("MLflow answers again; %d values wait", len(self._pending))
+        wait, first, since = 1.0, None, 0.0
 
-    def _next_batch(self) -> list[Event]:
-        """The events to send next, which stay queued until they are sent; none when the tracker is closed and done."""
+        def deliver(events: list[Event]) -> None:
+            if new := events if self._repeats or "key" not in events[0] else without_repeats(client, events, known):
+                send(client, new)
+
+        while batch := self._next_batch(lane):
+            if batch[0] is not first:
+                first, since = batch[0], time.monotonic()
+            try:
+                client = client or make_client(self.run.uri)
+                refused = send_each(batch, deliver)
+            except Exception as error:  # whatever a server or a network may do, training goes on
+                stuck = lane is self._values and "key" not in first and time.monotonic() - since > _GIVE_UP_S
+                if not stuck and not is_final(error):
+                    self._wait(lane, error, wait)
+                    wait = min(2 * wait, _LONGEST_WAIT_S)
+                    continue
+                refused = [(event, error) for event in batch]
+            wait = 1.0
+            self._note_sent(lane, batch, refused)
+
+    def _next_batch(self, lane: _Lane) -> list[Event]:
+        """The events to send next; none when the tracker is closed and done."""
         with self._changed:
-            while not self._pending and not self._closed:
+            while not lane.next_batch() and not self._closed:
                 self._changed.wait()
-            if not self._pending or self._past_deadline():
-                return []
-            if "key" in self._pending[0]:
-                return list(islice(takewhile(lambda event: "key" in event, self._pending), METRICS_A_REQUEST))
-            return [self._pending[0]]
+            return [] if self._past_deadline() else lane.next_batch()
+
+    def _wait(self, lane: _Lane, error: Exception, seconds: float) -> None:
+        """Waits for a server that is away; half a second where the tracker is closed, which wakes this up."""
+        with self._changed:
+            if not lane.away:
+                lane.away = True
+                logger.warning("%s does not answer, trying again: %s", lane.name, brief(error))
+            if lane is self._files:
+                lane.waiting.rotate(-1)
+            # Not just wait(): each call of log() notifies, and must not wake an impatient retry.
+            if self._changed.wait_for(lambda: self._closed, timeout=seconds):
+                self._changed.wait(timeout=0.5)
+
+    def _note_sent(self, lane: _Lane, batch: list[Event], refused: Refused) -> None:
+        with self._changed:
+            lane.remove(batch)
+            self.dropped += len(refused)
+            self._given_up += [event for event, _ in refused]
+            if lane.away and len(refused) < len(batch):
+                lane.away = False
+                logger.warning("%s answers again; %d values wait", lane.name, len(lane.events))
+        for event, error in refused:
+            kind = f"{lane.name} {kind_of(error)}"
+            if kind not in self._said:
+                self._said.add(kind)
+                logger.warning(
+                    "%s does not take the %s: %s; %s. It stays in the record %s, like all that meets the same; the "
+                    "rest is sent",
+                    lane.name,
+                    title(event),
+                    brief(error),
+                    advice(error),
+                    self.record,
+                )
 
     def _past_deadline(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline

@@ -4,27 +4,29 @@ import json
 
 import torch
 
-from arplus.config import PEAK_TFLOPS, TrainConfig, VocabularySizes, to_dict
+from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySizes, to_dict
 from arplus.data.dataset import Dataset
 from arplus.model.arplus import ARPlus
 from arplus.model.cost import forward_backward_flops, live_parameters
-from arplus.training.memory import CONTEXT, activation_bytes, worker_bytes
+from arplus.training.memory import activation_bytes, worker_bytes
 
 
 def report(config: TrainConfig) -> str:
     """The resolved configuration, parameters by component, float operations, steps, memory, hours and cost, as text.
 
-    Without a data set it takes the paper's vocabulary sizes. Raises :class:`UserError` where the data set is none.
+    Without a data set it takes the paper's vocabulary sizes and rules. Raises :class:`UserError` where ``--data`` is
+    not a prepared data set.
     """
     dataset = Dataset.open(config.data) if config.data else None
     sizes = dataset.sizes if dataset else VocabularySizes()
+    rules = dataset.rules if dataset else ExampleRules()
     with torch.device("meta"):
         parts = live_parameters(ARPlus(config.model, sizes))
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
     flops = forward_backward_flops(config.model, sizes)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
-    lines += ["", *_memory(config, sizes), ""]
+    lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
         return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
     examples = dataset.split("train").examples
@@ -34,7 +36,7 @@ def report(config: TrainConfig) -> str:
     return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
 
 
-def _memory(config: TrainConfig, sizes: VocabularySizes) -> list[str]:
+def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:
     """A table of the train state a worker, by ZeRO stage and number of workers, and the activations on top."""
     state = worker_bytes(config, sizes)
     workers = config.world_sizes
@@ -45,12 +47,13 @@ def _memory(config: TrainConfig, sizes: VocabularySizes) -> list[str]:
         mark = " (this run's)" if stage == config.zero else ""
         figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
         lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
-    micro_batches = {w: activation_bytes(config.model, sizes, config.micro_batch_size(w)) for w in shown}
+    micro_batches = {w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w)) for w in shown}
     lines += [f"  {'activations':24}" + "".join(f"{micro_batches[w] / 2**30:8.2f}" for w in shown)]
     return [
         *lines,
-        f"  (activations: {' / '.join(str(config.micro_batch_size(w)) for w in shown)} examples of {CONTEXT} context "
-        "characters, the longest there are, in fp32; about half in bf16; --accumulation divides them)",
+        f"  (activations: {' / '.join(str(config.micro_batch_size(w)) for w in shown)} examples of "
+        f"{rules.max_context_ids} context characters, the longest there are, in fp32; about half in bf16; "
+        "--accumulation divides them)",
     ]
 
 

@@ -183,6 +183,7 @@ class RunHooks(Hooks):
                 config=self.job.config,
                 progress=replace(progress),
                 schedule=self.engine.schedule_state(),
+                rules=self.dataset.rules,
                 characters=self.dataset.characters,
                 persona_words=self.dataset.persona_words,
                 weights=weights,

@@ -71,9 +71,11 @@ class Hooks:
 def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> None:
     """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
-    Raises :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
+    Where the validation split has no example, nothing is validated and no checkpoint is the best one. Raises
+    :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
     """
     total = total_steps(config, train)
+    validates = valid.order.split.examples > 0
     if progress.unvalidated:
         if not _validated(engine, valid, progress, config, hooks):
             return
@@ -99,7 +101,7 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
                 progress.epoch += 1
                 progress.epoch_step = 0
             asked = Ask(result.asked)
-            if at_end or _due(config.validate_every, progress.step):
+            if validates and (at_end or _due(config.validate_every, progress.step)):
                 progress.unvalidated = True
                 if Ask.END in asked or not _validated(engine, valid, progress, config, hooks):
                     asked |= Ask.END

@@ -7,16 +7,15 @@ All of it is fp32: bf16 is autocast's, and its copies of weights are counted wit
 import torch
 from torch.fx.experimental import _config as data_dependent
 
-from arplus.config import ModelConfig, TrainConfig, VocabularySizes
+from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 
 BYTES = 4
 BUCKET = 1 << 24
 """Most elements of a bucket in which ZeRO adds gradients up: 64 MiB, two of them for AR+ and 18 for arplus-large."""
-CONTEXT, RESPONSE, PERSONA_WORDS, PERSONA_CHARACTERS = 112, 17, 16, 40
-"""The longest example that jobs/prepare.py makes by default: seven utterances of 15 characters and [SEP], a response of
-15 between [BOS] and [EOS]; and a long persona."""
+PERSONA_WORDS, PERSONA_CHARACTERS = 16, 40
+"""A long persona."""
 _PERSISTENT = 100_000
 """DeepSpeed's ``stage3_param_persistence_threshold``: smaller parameters stay whole on every worker."""
 
@@ -42,7 +41,7 @@ def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
     return BYTES * elements
 
 
-def activation_bytes(model: ModelConfig, sizes: VocabularySizes, examples: int) -> int:
+def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleRules, examples: int) -> int:
     """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
 
     Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
@@ -62,7 +61,7 @@ def activation_bytes(model: ModelConfig, sizes: VocabularySizes, examples: int) 
         data_dependent.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        network(_longest(model, examples))
+        network(_longest(model, rules, examples))
     return sum(storage.nbytes() for storage in list(kept.values())[weights:])
 
 
@@ -79,17 +78,17 @@ def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int,
     return {(s, w): state_bytes(s, w, elements) for s in range(4) for w in config.world_sizes}
 
 
-def _longest(model: ModelConfig, examples: int) -> Batch:
+def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
     def ids(*shape: int) -> torch.Tensor:
         return torch.zeros(examples, *shape, dtype=torch.int32, device="meta")
 
     return Batch(
         example_id_B=ids(),
         counted_B=ids().bool(),
-        context_BS=ids(CONTEXT),
-        context_profile_BS=ids(CONTEXT),
+        context_BS=ids(rules.max_context_ids),
+        context_profile_BS=ids(rules.max_context_ids),
         profiles_BPW=ids(2, PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
         target_persona_BK=ids(PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
-        response_BT=ids(RESPONSE),
-        infilled_BU=ids(RESPONSE) if model.auxiliary == "infilling" else None,
+        response_BT=ids(rules.max_response_ids),
+        infilled_BU=ids(rules.max_response_ids) if model.auxiliary == "infilling" else None,
     )

@@ -16,6 +16,11 @@ from arplus import __version__, storage
 from arplus.errors import ResourceError, RunError, UserError
 
 PACKAGES = ("ray", "torch", "deepspeed")
+SLOW_BF16 = (
+    "--precision bf16: this processor has no bf16 instructions (avx512_bf16, amx_bf16 or Arm's bf16), so that training "
+    "takes several times as long as in fp32; take --precision fp32, or auto"
+)
+"""Measured: the tiny model trains at 18 examples a second instead of 140 on a processor with AVX2 alone."""
 
 
 class Facts(NamedTuple):
@@ -27,6 +32,8 @@ class Facts(NamedTuple):
     """Free bytes where temporary files go, which is where Ray keeps its logs and spills objects."""
     free_shm: int
     """Free bytes of /dev/shm, where Ray's object store and NCCL live."""
+    bf16: bool
+    """Whether its processor multiplies in bf16."""
     problems: list[str]
     """Why the node cannot read the data or write to the storage; nothing where it can."""
 
@@ -52,8 +59,23 @@ def look(data_file: str, storage_uri: str, marker: str, node: str) -> Facts:
         versions=versions(),
         free_disk=shutil.disk_usage(tempfile.gettempdir()).free,
         free_shm=shutil.disk_usage(shm).free if shm.exists() else 0,
+        bf16=has_bf16(),
         problems=problems,
     )
+
+
+def has_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether a processor has instructions for products in bf16, by what Linux says of it (``/proc/cpuinfo``).
+
+    True where it says nothing: nothing is known then that a user could be warned of.
+    """
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+        except OSError:
+            return True
+    listed = [line.partition(":")[2].split() for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))]
+    return not listed or any({"avx512_bf16", "amx_bf16", "bf16"} & set(flags) for flags in listed)
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ the cluster's resources and its nodes. A node that joins later is only asked for
 """
 
 import json
+import logging
 import os
 import shutil
 from typing import Any, cast
@@ -19,6 +20,8 @@ from arplus.config import MIN_WORKER_CPUS, TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UserError
 from arplus.training import node
+
+log = logging.getLogger(__name__)
 
 FEED_CPUS = 1
 """Whole logical CPUs that workers must leave to Ray Data; without one its tasks wait for ever (ray#64588)."""
@@ -127,6 +130,14 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
             raise ResourceError(
                 f"node {name}: {_size(said.free_disk)} free for temporary files, and Ray needs {_size(MIN_DISK)}"
             )
+    warn_of_slow_bf16(config, facts)
+
+
+def warn_of_slow_bf16(config: TrainConfig, facts: dict[str, node.Facts]) -> None:
+    """Warns, once for all workers, where they are to compute in bf16 on processors that have no instructions for it."""
+    slow = [name for name, said in facts.items() if not said.bf16]
+    if config.precision == "bf16" and slow and not cluster.offer(config.device, 1).gpus:
+        log.warning("%s (node %s)", node.SLOW_BF16, ", ".join(slow))
 
 
 def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:

@@ -19,8 +19,8 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import TrainConfig, VocabularySizes, flat, to_dict
-from arplus.data.collate import EXACT, STATIC, Layout
+from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
+from arplus.data.collate import EXACT, Layout, Widths
 from arplus.data.dataset import Dataset
 from arplus.data.feed import Feed, Order, Place
 from arplus.errors import ResourceError, RunError, UserError
@@ -57,6 +57,12 @@ def train(
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
+    if not dataset.split("valid").examples:
+        log.warning(
+            "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
+            "run; to have some, prepare the data with a larger --valid",
+            config.data,
+        )
     run_uri = storage.join(config.storage, config.run_name)
     start = storage.patiently(run_uri, lambda: find_start(config, run_uri, dataset))
     tracked = _tracked(config, dataset, start, part)
@@ -158,11 +164,14 @@ def resolved(config: C) -> C:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UserError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+    for field, problem in config.name_problems():
+        raise UserError(f"--{flag(field)}: {problem}")
     return replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
+        experiment=config.experiment or TrainConfig().experiment,
         init_from=config.init_from and storage.absolute(config.init_from),
     )
 
@@ -170,6 +179,7 @@ def resolved(config: C) -> C:
 def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[Feed, Feed]:
     """The training and the validation feed of one worker."""
     layout = Layout.of(config.model, sizes)
+    widths = Widths.static(dataset.rules) if config.compile else EXACT
 
     def feed(split: str, shuffled: bool) -> Feed:
         order = Order(
@@ -180,16 +190,15 @@ def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: i
             shuffled=shuffled,
         )
         place = Place(rank=rank, workers=dist.get_world_size(), accumulation=config.accumulation)
-        return Feed(order, layout, place, config.feed, STATIC if config.compile else EXACT)
+        return Feed(order, layout, place, config.feed, widths)
 
     return feed("train", True), feed("valid", False)
 
 
 def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
     """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
-    state = checkpoint.load(run_uri)
+    folder, state = checkpoint.load_found(run_uri)
     tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
-    folder = checkpoint.find(run_uri)
     for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
         tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
 
@@ -228,7 +237,7 @@ def _run(job: Job) -> dict[str, Any]:
     dataset, model, state = agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
+        state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
     train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)

@@ -22,7 +22,12 @@ RECORDS = [
 ]
 MANIFEST: dict[str, Any] = {
     "fingerprint": "abc",
-    "source": {"input": "<raw> & all", "files": 1},
+    "source": {
+        "input": "<raw> & all",
+        "files": 1,
+        "files_left_out": {"files": 45, "names": [{"name": "<a>.txt", "files": 1, "why": "not named as records are"}]},
+    },
+    "profiles_cut": {"tags_left_out": 19_900, "words_cut": 0},
     "records": 12,
     "rejected": {"invalid_json": 3},
     "duplicates": {"exact_record": 5, "dialogue_and_profiles": 7, "dialogue": 8},
@@ -34,6 +39,7 @@ MANIFEST: dict[str, Any] = {
     "uid_missing": 0,
     "blank_lines": 0,
     "rules": {"max_utterance_characters": 15},
+    "settings": {},
     "splits": {"train": {"sessions": 1, "examples": 9, "files": []}},
 }
 
@@ -96,6 +102,11 @@ def test_the_card_says_how_much_the_vocabularies_cover(histograms: statistics.Hi
     assert "&lt;raw&gt; &amp; all" in page
     assert "90.000%" in page
     assert "in random" in page
+    assert '&lt;a&gt;.txt</td><td class="n">1</td><td>not named as records are' in page
+    assert 'others</td><td class="n">44</td>' in page
+    assert "19,900 tags beyond the first 100 of a profile" in page
+    assert facts["source"]["files_left_out"]["files"] == 45
+    assert facts["profiles_cut"] == {"tags_left_out": 19_900, "words_cut": 0}
 
 
 def test_a_card_of_nothing_is_a_card() -> None:

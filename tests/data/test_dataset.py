@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
+from arplus.config import ExampleRules, to_dict
 from arplus.data.dataset import FORMAT, Dataset, RowGroup
 from arplus.errors import UserError
 
 MANIFEST: dict[str, Any] = {
     "format": FORMAT,
+    "rules": to_dict(ExampleRules()),
     "fingerprint": "abc",
     "splits": {
         "train": {
@@ -51,8 +53,12 @@ def test_an_unknown_split_is_an_error_that_lists_the_splits(folder: Path) -> Non
 
 def test_a_folder_without_manifest_or_of_another_format_is_refused(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match="format"):
+    with pytest.raises(UserError, match=rf"format {FORMAT + 1}; this version reads {FORMAT}"):
         Dataset.open(str(folder))
+    for foreign in ({"entries": []}, [1]):
+        (folder / "manifest.json").write_text(json.dumps(foreign))
+        with pytest.raises(UserError, match=r"not a prepared data set \(manifest.json is not ours\)"):
+            Dataset.open(str(folder))
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"no manifest.json.*jobs/prepare.py"):
         Dataset.open(str(folder))

@@ -125,7 +125,7 @@ def test_an_evaluation_set_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         prepare(settings(tmp_path, "a", ours, evaluation_set=(f"random={tmp_path}/absent.jsonl",)))
     broken = write(tmp_path / "broken.jsonl", [{"no": "record"}])
-    with pytest.raises(UserError, match=r"broken.jsonl: 1 of 1 records rejected"):
+    with pytest.raises(UserError, match=r"broken.jsonl: every line is rejected \(1 of 1: dialog,"):
         prepare(settings(tmp_path, "b", ours, evaluation_set=(f"random={broken}",)))
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arplus.config import ExampleRules
 from arplus.data.examples import LIST_COLUMNS, Encoded, encode_sessions, ranges
 from arplus.data.records import Profile, Session
 from arplus.data.sessions import to_table
@@ -19,7 +20,8 @@ WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "女", "福建厦门", 
 
 def encode(sessions: list[Session], **options: Any) -> Encoded:
     keys = b"".join(s.record_hash for s in sessions)
-    return encode_sessions(to_table(sessions, np.arange(len(sessions)), keys), CHARACTERS, WORDS, **options)
+    table = to_table(sessions, np.arange(len(sessions)), keys)
+    return encode_sessions(table, CHARACTERS, WORDS, ExampleRules(**options))
 
 
 def oracle(sessions: list[Session], utterance: int, context: int, drop: bool) -> tuple[list[dict], Counter[str]]:

@@ -12,7 +12,7 @@ from prepared import random_examples, write_dataset
 from ray.data import DataContext
 
 from arplus.config import AR, FeedConfig, ModelConfig, special_ids
-from arplus.data.collate import EXACT, STATIC, Draws, Layout, Window
+from arplus.data.collate import EXACT, Draws, Layout, Widths, Window
 from arplus.data.dataset import Dataset, RowGroup, Split
 from arplus.data.feed import Feed, Order, Place, Step, _from_table, _to_table, prepare_window, read_ahead
 from arplus.model.batch import Batch
@@ -171,7 +171,7 @@ def test_a_window_at_once_is_its_batches_one_by_one(dataset: Dataset, model: Mod
 def test_static_shapes_are_few_and_only_pad(dataset: Dataset) -> None:
     ids = special_ids(dataset.sizes.characters)
     plain = make_feed(dataset)
-    static = Feed(plain.order, plain.layout, plain.place, FeedConfig(), STATIC)
+    static = Feed(plain.order, plain.layout, plain.place, FeedConfig(), Widths.static(dataset.rules))
     shapes = set()
     for window in range(plain.order.windows):
         pairs = zip(*(_from_table(prepare_window(0, window, f), pin=False) for f in (plain, static)), strict=True)

@@ -123,3 +123,12 @@ def test_that_of_a_killed_process_on_this_machine_is_free_at_once(output: str) -
 def test_a_lease_cut_short_is_free(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"holder": "x"})[:5])
     Lease.take(str(tmp_path)).release(finished=True)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b=c", "100% +成都"])
+def test_on_s3_it_lies_in_the_output_whatever_its_name(s3_server: Any, name: str) -> None:
+    output = s3_server.uri(f"{uuid4().hex}/{name}/data")
+    lease = Lease.take(output)
+    assert is_unfinished(output)
+    lease.release(finished=True)
+    assert not is_unfinished(output)

@@ -1,11 +1,26 @@
+import bz2
 import gzip
+import lzma
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from arplus.data.lines import RangeReader, input_files, read_blocks
+from arplus.data.lines import read_blocks
+from arplus.data.packed import RangeReader
 from arplus.errors import RefusedError, UserError
+
+CASES = Path(__file__).parent.parent / "cases"
+
+
+def skippable(size: int, kind: int = 0) -> bytes:
+    """A frame of Zstandard that holds no data, as pzstd begins its files with."""
+    return struct.pack("<II", 0x184D2A50 + kind, size) + bytes(size)
+
 
 LINES = b"".join(b'{"n": %d, "text": "%s"}\n' % (i, b"x" * (i % 70)) for i in range(20_000))
 HALF = LINES[: len(LINES) // 2]
@@ -15,7 +30,18 @@ FORMS = {
     "gz of two members": gzip.compress(HALF) + gzip.compress(LINES[len(HALF) :]),
     "zst": zstandard.compress(LINES),
     "zst of two frames": zstandard.compress(HALF) + zstandard.compress(LINES[len(HALF) :]),
+    "zst of skippable frames too": skippable(4)
+    + skippable(300_000, 15)
+    + zstandard.compress(HALF)
+    + skippable(0, 7)
+    + zstandard.compress(LINES[len(HALF) :])
+    + skippable(9),
+    "bz2": bz2.compress(LINES),
+    "bz2 of two streams": bz2.compress(HALF) + bz2.compress(LINES[len(HALF) :]),
+    "xz": lzma.compress(LINES),
+    "xz of two streams": lzma.compress(HALF) + bytes(8) + lzma.compress(LINES[len(HALF) :]) + bytes(4),
 }
+PACKED = [form for form in FORMS if form != "plain"]
 
 
 def read(path: Path, data: bytes, block_bytes: int) -> list[bytes]:
@@ -36,7 +62,10 @@ def test_every_form_is_cut_at_line_ends_whatever_its_name(tmp_path: Path, form: 
         assert all(block_bytes <= len(block) < 2 * block_bytes + 100 for block in blocks[:-1])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd"), ("a.jsonl.bz2", "bzip2"), ("a.json.xz", "xz"), ("A.GZ", "gzip")],
+)
 def test_an_empty_compressed_file_is_cut_short(tmp_path: Path, name: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: the {kind} stream is cut short or damaged"):
         read(tmp_path / name, b"", 1000)
@@ -47,8 +76,8 @@ def test_odd_ends_are_kept(tmp_path: Path, data: bytes) -> None:
     assert b"".join(read(tmp_path / "x", data, 100)) == data
 
 
-@pytest.mark.parametrize("form", ["gz", "gz of two members", "zst", "zst of two frames"])
-@pytest.mark.parametrize("cut", [-1, -9, -3000, 20])
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("cut", [-5, -200, 20])
 def test_a_cut_stream_is_an_error_that_names_the_file(tmp_path: Path, form: str, cut: int) -> None:
     path = tmp_path / "data"
     with pytest.raises(UserError, match="stream is cut short or damaged") as caught:
@@ -56,37 +85,50 @@ def test_a_cut_stream_is_an_error_that_names_the_file(tmp_path: Path, form: str,
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("rest", [b"garbage", LINES, b"\x1f", b"BZ"])
+def test_what_follows_a_stream_and_is_none_is_an_error(tmp_path: Path, form: str, rest: bytes) -> None:
+    with pytest.raises(UserError, match="stream is cut short or damaged"):
+        read(tmp_path / "data", FORMS[form] + rest, 1000)
+
+
+def test_a_zstandard_window_that_is_too_large_is_told_from_damage(tmp_path: Path) -> None:
+    data = (CASES / "long28.jsonl.zst").read_bytes()
+    for before in (b"", FORMS["zst"], skippable(3)):
+        with pytest.raises(UserError, match=r"data: its Zstandard window is larger than 128 MiB.*--long=31 data"):
+            read(tmp_path / "data", before + data, 1 << 20)
+
+
+def test_a_zstandard_dictionary_is_told_from_damage(tmp_path: Path) -> None:
+    samples = [b'{"n": %d, "m": "%d"}' % (i, i * 7) for i in range(3000)]
+    packer = zstandard.ZstdCompressor(dict_data=zstandard.train_dictionary(2000, samples))
+    with pytest.raises(UserError, match="packed with a Zstandard dictionary"):
+        read(tmp_path / "data", packer.compress(LINES), 1000)
+
+
+def test_a_dictionary_of_xz_that_is_too_large_is_told_from_damage(tmp_path: Path) -> None:
+    data = bytearray(lzma.compress(b"{}\n", filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 4096}]))
+    assert data[16] == 0  # the dictionary's size as the header of the first block codes it
+    data[16] = 34  # 512 MiB
+    data[20:24] = struct.pack("<I", zlib.crc32(data[12:20]))
+    with pytest.raises(UserError, match="more than 256 MiB"):
+        read(tmp_path / "data", bytes(data), 1000)
+
+
+@given(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r", b"\r\n"])), st.integers(1, 5))
+def test_every_end_of_a_line_becomes_a_line_feed(tmp_path_factory: pytest.TempPathFactory, pieces, size: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "ends"
+    data = b"".join(pieces)
+    path.write_bytes(data)
+    found = b"".join(block.lines for block in read_blocks(str(path), size))
+    assert found == data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
 def test_a_damaged_gzip_is_an_error(tmp_path: Path) -> None:
     data = bytearray(FORMS["gz"])
     data[len(data) // 2 : len(data) // 2 + 8] = b"damaged!"
     with pytest.raises(UserError, match="gzip stream is cut short or damaged"):
         read(tmp_path / "data", bytes(data), 1000)
-
-
-def test_a_folder_s_record_files_in_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b.jsonl.gz", "a.jsonl", "sub/c.json", "notes.md", "_SUCCESS.txt", ".hidden.jsonl", "d.zst", "e.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    names = [Path(file).relative_to(tmp_path).as_posix() for file in input_files(str(tmp_path))]
-    assert names == ["a.jsonl", "b.jsonl.gz", "e.txt", "sub/c.json"]
-    assert input_files(str(tmp_path / "d.zst")) == [str(tmp_path / "d.zst")]
-
-
-@pytest.mark.parametrize("mark", ["manifest.json", "_lease.json"])
-def test_hidden_folders_and_prepared_data_sets_are_no_records(tmp_path: Path, mark: str) -> None:
-    names = ("a.jsonl", "_temporary/b.jsonl", "x/.git/c.txt", "x/d.jsonl", f"x/out/{mark}", "x/out/rejects/e.jsonl.gz")
-    for name in (*names, "x/outer/f.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    found = [Path(file).relative_to(tmp_path).as_posix() for file in input_files(str(tmp_path))]
-    assert found == ["a.jsonl", "x/d.jsonl", "x/outer/f.json"]
-
-
-def test_no_file_is_an_error_that_names_the_place(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no record file"):
-        input_files(str(tmp_path))
-    with pytest.raises(UserError, match="no such file"):
-        input_files(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("block_bytes", [100, 3000, 1 << 20])

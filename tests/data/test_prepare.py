@@ -305,7 +305,7 @@ def test_too_many_rejects_commit_nothing_and_a_second_run_may_follow(tmp_path: P
         ({}, "no record file"),
         ({"a.jsonl": b""}, "no record in it"),
         ({"a.jsonl": b"\n \n"}, "no record in it"),
-        ({"a.jsonl": b"{\n"}, "no session among 1 records"),
+        ({"a.jsonl": b"{\n"}, r"a.jsonl: every line is rejected \(1 of 1: invalid_json"),
     ],
 )
 def test_no_data_is_an_error(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
@@ -334,3 +334,55 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     (output / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not empty"):
         run(tmp_path, content, name="twice")
+
+
+CASES = Path(__file__).parent.parent / "cases"
+
+
+def test_left_out_files_and_cut_profiles_are_in_output_and_card(tmp_path: Path) -> None:
+    many = {**CORPUS[0], "profile": [{**CORPUS[0]["profile"][0], "tag": [";".join(map(str, range(20_000)))]}] * 2}
+    content = {"a.JSONL": b"".join(lines([many, *CORPUS[1:40]])), "README.txt": b"read me\n", "_SUCCESS": b""}
+    official = tmp_path / "official"
+    official.mkdir()
+    (official / "r.jsonl").write_bytes(lines(CORPUS[50:51])[0])
+    (official / "notes.md").write_text("")
+    output, manifest = run(tmp_path, content, name="left", valid=0, evaluation_set=(f"random={official}",))
+    names = [
+        {"name": "README.txt", "files": 1, "why": "not named as records are"},
+        {"name": "_SUCCESS", "files": 1, "why": "hidden"},
+    ]
+    facts = json.loads((output / "data_card.json").read_text())
+    for where in (manifest, facts):
+        assert where["records"] == 40
+        assert where["source"]["files_left_out"] == {"files": 2, "names": names}
+        assert where["evaluation_sets"]["random"]["files_left_out"]["names"][0]["name"] == "notes.md"
+        assert where["profiles_cut"] == {"tags_left_out": 2 * 19_900, "words_cut": 0}
+    text, page = report(manifest), (output / "data_card.html").read_text()
+    for shown in (text, page):
+        assert all(name in shown for name in ("README.txt", "_SUCCESS", "notes.md", "files left out of random"))
+        assert "39,800" in shown
+    assert text.endswith("validation: no session; training will keep its last checkpoint")
+    width = max(len(row["profile_words"]) for row in rows(output, "train"))
+    assert width <= 8 * 102
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            (CASES / "no_gender100.jsonl").read_bytes(),
+            r"no training example; sessions: \d+ in train.* \d+ incomplete_persona \(a speaker lacks .*"
+            "--incomplete-personas keep",
+        ),
+        (b"".join(lines([{**item, "dialog": item["dialog"][:1], "uid": [0]} for item in CORPUS[:60]])), "takes two"),
+        (b"".join(lines([{**item, "dialog": [["好"], [" "]], "uid": [0, 1]} for item in CORPUS[:60]])), "empty_resp"),
+    ],
+)
+def test_no_training_example_is_an_error_with_reasons_and_counts(tmp_path: Path, content: bytes, message: str) -> None:
+    refused(tmp_path, {"a.jsonl": content}, message)
+
+
+def test_incomplete_personas_that_are_kept_are_examples(tmp_path: Path) -> None:
+    content = {"a.jsonl": (CASES / "no_gender100.jsonl").read_bytes()}
+    _, manifest = run(tmp_path, content, incomplete_personas="keep", valid=0, test=0)
+    assert manifest["splits"]["train"]["examples"] == 100

@@ -155,7 +155,7 @@ def nasty(good: bytes) -> tuple[list[bytes], Counter[str]]:
         (good[:11], "invalid_json"),
         (good + good, "invalid_json"),
         (good.replace(b"dialog", b"dia\x00log"), "invalid_json"),
-        (good.replace(b'[["', b'[["\\ud800'), "invalid_json"),
+        (good.replace(b'[["', b'[["\\ud800'), "lone_surrogate"),
         (good.replace(b'[["', b'[["\xff'), "invalid_utf8"),
         (NESTED, "invalid_json"),
         (b"\x00" * 100, "invalid_json"),

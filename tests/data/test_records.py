@@ -134,17 +134,43 @@ def test_a_wrong_record_is_rejected_with_its_reason(record: Any, reason: str) ->
     [
         (b"", "invalid_json"),
         (json.dumps(RAW).encode()[:-7], "invalid_json"),
-        (json.dumps(RAW).replace("\\u90a3", "\\ud800").encode(), "invalid_json"),
+        (json.dumps(RAW).replace("\\u90a3", "\\ud800").encode(), "lone_surrogate"),
         (json.dumps(RAW, ensure_ascii=False).encode().replace("晚".encode(), b"\0"), "invalid_json"),
         (json.dumps(RAW, ensure_ascii=False).encode().replace("晚".encode(), b"\xff"), "invalid_utf8"),
         (json.dumps(RAW, ensure_ascii=False).encode()[:16], "invalid_utf8"),
         (b"[" * 100_000, "invalid_json"),
-        (b'{"dialog": NaN}', "invalid_json"),
+        (b'{"dialog": NaN}', "json_constant"),
+        (json.dumps({**RAW, "score": float("nan")}).encode(), "json_constant"),
+        (json.dumps({**RAW, "score": float("inf")}).encode(), "json_constant"),
+        (json.dumps({**RAW, "score": -float("inf")}).encode(), "json_constant"),
+        (json.dumps({**RAW, "score": float("nan")}).encode()[:-1], "invalid_json"),
+        (json.dumps({**RAW, "score": 10**400}).encode(), "number_too_large"),
+        (json.dumps(RAW).replace("[0, 1]", '[0, 1], "x": 1e999').encode(), "number_too_large"),
+        (json.dumps({**RAW, "\udc00": 1}).encode(), "lone_surrogate"),
+        (b"[" * 1500 + b"]" * 1500, "invalid_json"),
         (b"null", "not_an_object"),
     ],
 )
 def test_a_broken_line_is_rejected_with_its_reason(line: bytes, reason: str) -> None:
     assert parse_line(line) == Reject(reason)
+
+
+def test_a_large_number_in_an_unused_field_does_not_matter() -> None:
+    assert session({**RAW, "id": 10**30}) == session(RAW)
+
+
+def test_a_profile_is_bounded_and_what_is_cut_off_is_counted() -> None:
+    tags = [f"t{i}" for i in range(20_000)]
+    profile = {"tag": [";".join(tags)], "loc": "省" * 51, "gender": "male"}
+    for many in (profile, {**profile, "tag": tags}):
+        first, second = session(changed(profile=[many, RAW["profile"][0]])).profiles
+        assert first.words == ("男", "省" * 50, *tags[:100])
+        assert (first.tags_left_out, first.words_cut) == (19_900, 1)
+        assert (second.tags_left_out, second.words_cut) == (0, 0)
+    long = {"tag": ["长" * 1000 + ";短;" + "长" * 2000 + ";" + "x" * 50], "loc": "", "gender": ""}
+    first = session(changed(profile=[long, RAW["profile"][0]])).profiles[0]
+    assert first.words == ("", "", "长" * 50, "短", "x" * 50)
+    assert (first.tags_left_out, first.words_cut) == (0, 2)
 
 
 def test_rare_but_valid_text_is_kept() -> None:

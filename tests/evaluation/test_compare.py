@@ -37,7 +37,7 @@ def test_the_metrics_are_those_of_the_split() -> None:
     nats, targets = np.array([10.0, 12.0, 60.0]), np.array([6, 4, 31])
     whole = HonestMetrics(SPECIAL)
     whole.add(rows, references)
-    whole.add_loss(82.0, 6 + 4 + 31)  # all of a reference that is cut for BLEU and F1
+    whole.add_loss(82.0, 6 + 4 + 31)
     one = Sample.of(SPECIAL, np.arange(3), nats, targets, rows, references)
     found = compare(one, one, seed=0, resamples=20)
     for name in METRICS:

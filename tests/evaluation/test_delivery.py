@@ -13,7 +13,7 @@ from prepared import CHARACTERS, PERSONA_WORDS
 
 from arplus import checkpoint, tracking
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import EvaluateConfig, preset
+from arplus.config import EvaluateConfig, ExampleRules, preset
 from arplus.errors import ResourceError, UserError
 from arplus.evaluation.delivery import Destination, deliver, destination
 
@@ -33,6 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
         config=trained,
         progress=Progress(fingerprint="test", examples=640),
         schedule={},
+        rules=ExampleRules(),
         characters=CHARACTERS,
         persona_words=PERSONA_WORDS,
         weights={},

@@ -12,7 +12,8 @@ from arplus.model.batch import Batch
 from arplus.model.generate import draw, generate, top_probabilities
 
 IDS = special_ids(SIZES.characters)
-GREEDY = Sampling(temperature=0)
+GREEDY = Sampling(temperature=0, max_characters=15)
+PAPERS = Sampling(max_characters=15)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +134,13 @@ def test_seeded_replies_are_reproducible_and_independent_of_the_batch():
     config = small("arplus")
     model = make_model(config)
     batch = make_batch(config, rows=8)
-    first, again, other = (generate(model, batch, None, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    first, again, other = (generate(model, batch, PAPERS, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert first.equal(again)
     assert first.shape != other.shape or not first.equal(other)
     half = dataclasses.replace(
         batch, **{f.name: v[:4] for f in dataclasses.fields(Batch) if (v := getattr(batch, f.name)) is not None}
     )
-    shorter = generate(model, half, None, torch.Generator().manual_seed(5))
+    shorter = generate(model, half, PAPERS, torch.Generator().manual_seed(5))
     for row, alone in zip(first.tolist(), shorter.tolist(), strict=False):
         assert [i for i in row if i != IDS.pad] == [i for i in alone if i != IDS.pad]
 
@@ -169,8 +170,8 @@ def test_every_special_token_ends_a_reply():
             model.generator.bias = torch.nn.Parameter(torch.zeros(SIZES.characters))
             model.generator.bias[special] = 50.0
             model.generator.bias[7] = 20.0
-        assert generate(model, batch).tolist() == [[7], [7]]
-        nothing = generate(model, batch, Sampling(min_characters=0))
+        assert generate(model, batch, PAPERS).tolist() == [[7], [7]]
+        nothing = generate(model, batch, dataclasses.replace(PAPERS, min_characters=0))
         assert nothing.shape == (2, 0)
 
 

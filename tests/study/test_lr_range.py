@@ -56,6 +56,10 @@ def test_a_range_must_be_one() -> None:
     plain = to_dict(study_settings(LrFindConfig, preset("arplus")))
     with pytest.raises(UserError, match="--lr-from: must be below lr_to = 1"):
         from_dict(LrFindConfig, plain | {"lr_from": 2.0}, source="test")
+    with pytest.raises(UserError, match=r"--lr-from: is LOW and lr_to is HIGH: .* at least 2\.23e-308"):
+        from_dict(LrFindConfig, plain | {"lr_from": 1e-320}, source="test")
+    with pytest.raises(UserError, match=r"--lr-from: .*HIGH / LOW must be below"):
+        from_dict(LrFindConfig, plain | {"lr_from": 1e-300, "lr_to": 1e300}, source="test")
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ from arplus.config import (
     tiny,
     to_dict,
 )
+from arplus.config.space import bounds_problem
 from arplus.errors import UserError
+from arplus.study.search import make_search
 
 
 def by_name(*items: str) -> dict[str, Dimension]:
@@ -70,6 +73,23 @@ def test_all_forms_are_read() -> None:
         ("batch_size=choice(8,8)", "needs choices that differ"),
         ("run_name=choice(a,b)", "unknown key"),
         ("epochs=int(1,3)", "unknown key"),
+        ("optimizer.lr=loguniform(1e-320,1e-3)", "must be 0 or at least 2.23e-308"),
+        ("optimizer.lr=loguniform(1e-3,1e-320)", "LOW must be below HIGH"),
+        ("optimizer.lr=loguniform(1e-300,1e300)", "HIGH / LOW must be below 1.8e[+]308"),
+        ("optimizer.lr=loguniform(1,1.0000000000000002)", "so near that fewer than 1,000"),
+        ("optimizer.lr=uniform(0,1e-310)", "must be 0 or at least"),
+        ("optimizer.lr=uniform(2.3e-308,2.4e-308)", "the range between them must be 0 or at least"),
+        ("optimizer.lr=uniform(0.1,0.10000000000000002)", "so near"),
+        ("model.dropout=uniform(-1e308,1e308)", "HIGH - LOW must be below"),
+        ("model.dropout=uniform(0,1e999)", "both finite"),
+        ("model.dropout=uniform(0,Infinity)", "both finite"),
+        ("model.dropout=uniform(NaN,1)", "both finite"),
+        (f"model.dropout=uniform(0,1{'0' * 400})", "both finite"),
+        ("model.dropout=uniform(9007199254740992,9007199254740993)", "LOW must be below HIGH"),
+        ("model.memory_hops=int(1e300,2e300)", "needs two whole numbers"),
+        ("model.memory_hops=int(3,3)", "LOW must be below HIGH"),
+        (f"batch_size=int(1,1{'0' * 400})", "at most 9,007,199,254,740,992"),
+        ("seed=int(0,9223372036854775807)", "at most 9,007,199,254,740,992"),
     ],
 )
 def test_a_mistake_names_the_flag_and_the_item(item: str, problem: str) -> None:
@@ -93,6 +113,26 @@ def test_values_along_a_range() -> None:
     assert lr.holds(1e-4)
     assert not lr.holds(2e-2)
     assert not lr.holds(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [
+        ("loguniform", 2.3e-308, 4.0),
+        ("loguniform", 1.0, 1.000000000001),
+        ("uniform", -8.9e307, 8.9e307),
+        ("uniform", 0.1, 0.1 + 1e-12),
+        ("int", -(2**53), 2**53),
+    ],
+)
+def test_the_widest_and_the_narrowest_ranges_are_held(kind: Any, low: float, high: float) -> None:
+    assert bounds_problem(kind, low, high) is None
+    dimension = Dimension("optimizer.weight_decay", kind, (low, high))
+    for search in ("random", "grid", "optuna"):
+        found = make_search(replace(sweep(), search=search, trials=9, grid_points=9), [dimension], {})
+        values = [chosen["optimizer.weight_decay"] for n in range(2, 8) if (chosen := found.choose(n))]
+        assert len(set(values)) == 6
+        assert all(dimension.holds(value) for value in values)
 
 
 def test_a_grid_that_is_larger_than_the_sweep_is_refused_with_the_sum() -> None:

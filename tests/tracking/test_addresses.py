@@ -1,9 +1,12 @@
 """Where runs go and where they are seen."""
 
+import tempfile
+
 import pytest
 
 from arplus.errors import UserError
 from arplus.tracking import Run, check_reachable, compare_url, default_uri, open_command, run_url, study_url
+from arplus.tracking.run import record_of
 
 
 def test_the_default_is_a_sqlite_file_under_local_storage(tmp_path, monkeypatch):
@@ -42,3 +45,18 @@ def test_where_runs_are_compared():
     assert compare_url(runs) == (
         "http://h:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
     )
+
+
+def test_sqlite_is_not_kept_where_mlflow_would_not_find_it():
+    with pytest.raises(UserError, match=r"100%.*--mlflow"):
+        default_uri("/tmp/100%/runs")
+
+
+def test_a_temporary_record_lies_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    record = record_of(Run("http://h", "1", "abc"), "s3://bucket/run")
+    assert record.parent.stat().st_mode & 0o777 == 0o700
+    record.parent.rmdir()
+    record.parent.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="TMPDIR"):
+        record_of(Run("http://h", "1", "abc"), "s3://bucket/run")

@@ -169,6 +169,7 @@ def test_an_experiment_that_another_process_made_meanwhile_is_taken(store, monke
 @pytest.mark.parametrize("kind", ["store", "server"])
 def test_a_model_is_registered_once_a_run_and_its_alias_moves(kind, request, tmp_path):
     uri = getattr(request.getfixturevalue(kind), "uri", None) or request.getfixturevalue(kind)
+    name = f"""the "best" of 今天's {kind}"""
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"weights")
     versions = []
@@ -176,11 +177,11 @@ def test_a_model_is_registered_once_a_run_and_its_alias_moves(kind, request, tmp
         run = begin(uri)
         with Tracker(run, record=tmp_path / "r.jsonl") as tracker:
             tracker.log_file(weights, "checkpoint")
-        versions.append(register_model(run, "checkpoint", f"best of {kind}", "best", {"number": str(number)}))
-        assert register_model(run, "checkpoint", f"best of {kind}", "best", {}) == versions[-1], "no second version"
+        versions.append(register_model(run, "checkpoint", name, "best", {"number": str(number)}))
+        assert register_model(run, "checkpoint", name, "best", {}) == versions[-1], "no second version"
     assert versions == ["1", "2"]
     mlflow = client.connect(uri)
-    found = mlflow.get_model_version_by_alias(f"best of {kind}", "best")
+    found = mlflow.get_model_version_by_alias(name, "best")
     assert (str(found.version), found.run_id, found.tags) == ("2", run.run_id, {"number": "1"})
     copy = mlflow.download_artifacts(found.run_id, "checkpoint/weights.safetensors", str(tmp_path))
     assert Path(copy).read_bytes() == b"weights"

@@ -258,7 +258,8 @@ class LiveBytes(TorchDispatchMode):
 def memory(configs: list[TrainConfig], bucket: int) -> list[tuple[int, int]]:
     """Bytes between two steps and at a step's peak, counted, for each configuration; with buckets of that size.
 
-    One example a worker, so that activations are next to nothing.
+    One example a worker, so that activations are next to nothing. Of three steps the least peak is taken: how long a
+    buffer lives that the other worker has not yet added up, or that is left in a cycle, is luck.
     """
     from arplus.training import engine
 
@@ -267,17 +268,15 @@ def memory(configs: list[TrainConfig], bucket: int) -> list[tuple[int, int]]:
     for c in configs:
         with LiveBytes() as live:
             made = engine.Engine(initial_model(c), c, torch.device("cpu"))
-            steps = [Step([part(s.micro_batches[0], 0, 8)], s.targets) for s in engine_steps(c, 0, 6)]
+            steps = [Step([part(s.micro_batches[0], 0, 8)], s.targets) for s in engine_steps(c, 0, 5)]
             for step in steps[:2]:
                 made.train_step(step)
-            gc.collect()  # what is left of them in cycles, as luck has it, is no part of a step
-            between, peaks = live.now, []
+            peaks = []
             for step in steps[2:]:
-                live.peak = live.now
+                gc.collect()
+                live.peak = between = live.now
                 made.train_step(step)
                 peaks.append(live.peak)
-            # Gloo's threads let go of a tensor a little after a collective has ended, now and then after the next
-            # bucket is made, so the least of the peaks is that of a step.
             found.append((between, min(peaks)))
         del made
     return found

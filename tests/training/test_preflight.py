@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -165,3 +166,45 @@ def test_a_node_that_does_not_answer(config: TrainConfig, dataset: Dataset, monk
     monkeypatch.setattr(nodes, "ANSWER_S", 0.0)
     code, said = refusal(config, dataset)
     assert (code, "no answer within 0 s" in said) == (3, True), said
+
+
+# --------------------------------------------------------------------------------------------------------------- bf16
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu avx avx2 fma\n", False),
+        ("flags\t\t: avx2 avx512f avx512_vnni\nvmx flags\t: bf16\n", False),
+        ("flags\t\t: avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd sve\n", False),
+        ("Features\t: fp asimd sve svebf16 i8mm bf16\n", True),
+        ("processor\t: 0\nmodel name\t: something else\n", True),
+    ],
+)
+def test_bf16_is_known_by_the_processors_flags(cpuinfo: str, found: bool) -> None:
+    assert node.has_bf16(cpuinfo) == found
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "has", "warned"),
+    [("bf16", 0, False, 1), ("bf16", 0, True, 0), ("bf16", 1, False, 0), ("auto", 0, False, 0), ("fp32", 0, False, 0)],
+)
+def test_bf16_that_a_processor_lacks_is_said_once(
+    config: TrainConfig,
+    dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: Any,
+    gpus: int,
+    has: bool,
+    warned: int,
+) -> None:
+    ask = nodes.ask
+    monkeypatch.setattr(nodes, "ask", lambda *a: {n: f._replace(bf16=has) for n, f in ask(*a).items()})
+    monkeypatch.setattr(cluster, "offer", lambda *_: cluster.Offer(4, gpus))
+    preflight.check_nodes(replace(config, precision=precision, workers=2), dataset, 0)
+    assert [("takes several times as long" in m, "--precision fp32" in m) for m in caplog.messages] == [
+        (True, True)
+    ] * warned

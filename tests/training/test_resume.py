@@ -8,7 +8,7 @@ from prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import PAPER_ROWS, TrainConfig, preset, tiny, to_dict
+from arplus.config import PAPER_ROWS, ExampleRules, TrainConfig, preset, tiny, to_dict
 from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.model.arplus import ARPlus
 from arplus.training import attempt
@@ -36,6 +36,7 @@ def save(config: TrainConfig, step: int, number: int = 1, **changes) -> str:
         config=config,
         progress=Progress(fingerprint="test", step=step),
         schedule={"lr": 0.1},
+        rules=ExampleRules(),
         characters=CHARACTERS,
         persona_words=PERSONA_WORDS,
         weights={"a": torch.tensor([float(step)])},

@@ -8,7 +8,7 @@ from prepared import CHARACTERS, PERSONA_WORDS
 
 from arplus import checkpoint, storage
 from arplus.checkpoint import Progress, TrainState
-from arplus.config import preset, tiny
+from arplus.config import ExampleRules, preset, tiny
 from arplus.errors import RefusedError, ResourceError, UserError
 from arplus.training.attempt import SupersededError
 from arplus.training.saver import Saver
@@ -24,6 +24,7 @@ def state(step):
         config=tiny(preset("arplus")),
         progress=Progress(fingerprint="test", step=step),
         schedule={},
+        rules=ExampleRules(),
         characters=CHARACTERS,
         persona_words=PERSONA_WORDS,
         weights={"a": torch.tensor([float(step)])},

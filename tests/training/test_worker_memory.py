@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine_worker import SIZES, config, global_batch, initial_model, memory
 
-from arplus.config import TrainConfig, VocabularySizes, preset
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, preset
 from arplus.training import memory as estimate
 from arplus.training.memory import activation_bytes, checkpoint_bytes, state_bytes, worker_bytes
 
@@ -56,18 +58,19 @@ def _activations(c: TrainConfig) -> int:
 def test_activations_are_those_that_a_forward_pass_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     c = config(name)
     batch = global_batch(c.model, 0)
-    monkeypatch.setattr(estimate, "CONTEXT", batch.context_BS.shape[1])
-    monkeypatch.setattr(estimate, "RESPONSE", batch.response_BT.shape[1])
     persona = "PERSONA_WORDS" if c.model.memory_hops else "PERSONA_CHARACTERS"
     monkeypatch.setattr(estimate, persona, batch.target_persona_BK.shape[1])
-    estimated = activation_bytes(c.model, SIZES, len(batch.counted_B))
+    lengths: Any = SimpleNamespace(
+        max_context_ids=batch.context_BS.shape[1], max_response_ids=batch.response_BT.shape[1]
+    )
+    estimated = activation_bytes(c.model, SIZES, lengths, len(batch.counted_B))
     # Kernels of the CPU keep less or more than the formulas that torch takes without a device.
     assert 0.6 * estimated <= _activations(c) <= 1.1 * estimated
 
 
 def test_activations_grow_with_the_micro_batch_and_state_does_not() -> None:
     model, sizes = preset("arplus").model, VocabularySizes()
-    one, two = (activation_bytes(model, sizes, examples) for examples in (8, 16))
+    one, two = (activation_bytes(model, sizes, ExampleRules(), examples) for examples in (8, 16))
     assert one < two < 2.05 * one
 
 

@@ -22,11 +22,7 @@ def test_cores_are_the_machines_or_those_that_ray_was_given(
 def test_a_worker_without_a_gpu_of_its_own_sees_none(ray_cluster: None, tmp_path: Path) -> None:
     """Ray 2.60 leaves a node's GPUs in sight of workers that took none, as with --device cpu."""
 
-    def sees(_: dict[str, Any]) -> tuple[str | None, bool]:
-        from torch.backends import cuda
+    def sees(_: dict[str, Any]) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-        workers.set_up()
-        return os.environ.get("CUDA_VISIBLE_DEVICES"), cuda.cudnn_sdp_enabled()
-
-    found = workers.run(sees, {}, preflight.scaling(TrainConfig(device="cpu")), str(tmp_path))
-    assert found == ("", False), "and no attention of cuDNN"
+    assert workers.run(sees, {}, preflight.scaling(TrainConfig(device="cpu")), str(tmp_path)) == ""

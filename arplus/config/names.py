@@ -1,0 +1,46 @@
+"""Names that a user gives, by the rules of MLflow 3 and of file systems: what is wrong with one is said before a run.
+
+MLflow itself is not asked, as importing it takes seconds; ``tests/test_names.py`` compares the rules with its own.
+"""
+
+import posixpath
+import unicodedata
+
+LONGEST_RUN_NAME = 250
+"""Characters of a run's name: of the column that MLflow's servers keep it in."""
+LONGEST_FOLDER_NAME = 250
+"""Bytes of a folder's name: file systems take 255, and a study's best settings are named after it and "-best"."""
+LONGEST_EXPERIMENT_NAME = 500
+
+
+def run_name_problem(name: str) -> str | None:
+    """What is wrong with a run's name, which is that of its folder too; None for a good one, or for none."""
+    if name and (posixpath.normpath(name) != name or name.startswith(("..", "/")) or name == "."):
+        return f"must be the path of a folder within --storage, without .. and the like (got {name!r})"
+    longest = max(len(part.encode(errors="surrogatepass")) for part in name.split("/"))
+    if len(name) > LONGEST_RUN_NAME or longest > LONGEST_FOLDER_NAME:
+        return f"must have at most {LONGEST_RUN_NAME} characters, and as many bytes as a folder's name (has {longest})"
+    return _character_problem(name)
+
+
+def model_name_problem(name: str) -> str | None:
+    """What is wrong with a study's name, under which MLflow registers its best model; None for a good one, or none."""
+    if name and (not name.strip() or "/" in name or ":" in name):
+        return (
+            "is the name under which MLflow registers the best model, and must not be blank or hold / or : "
+            f"(got {name!r})"
+        )
+    return run_name_problem(name)
+
+
+def experiment_name_problem(name: str) -> str | None:
+    """What is wrong with the name of an MLflow experiment; None for a good one, or for none."""
+    if len(name) > LONGEST_EXPERIMENT_NAME:
+        return f"must have at most {LONGEST_EXPERIMENT_NAME} characters (has {len(name)})"
+    return _character_problem(name)
+
+
+def _character_problem(name: str) -> str | None:
+    if wrong := sorted({c for c in name if unicodedata.category(c) in ("Cc", "Cs")}):
+        return f"must not hold control characters, or bytes that are not UTF-8 (got {wrong[0]!r} in {name!r})"
+    return None

@@ -1,0 +1,210 @@
+"""Both S3 clients are told the same, whoever says it; and a store without conditional writes is found out."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from arplus import s3, storage
+from arplus.data.lease import Lease
+from arplus.errors import UserError
+
+VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets variables, and the text of AWS's configuration file, where nothing else is set."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or name.lower() in VARIABLES:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    def set_(profile: str = "", **variables: str) -> None:
+        (tmp_path / "AWS_CONFIG_FILE").write_text(profile)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_
+
+
+def test_the_environment_and_the_profile_are_read_as_aws_says(settings: Any, tmp_path: Path) -> None:
+    profile = "[default]\nregion = eu-west-3\nendpoint_url = http://profile:1\ns3 =\n  addressing_style = virtual\n"
+    settings(profile)
+    found = s3.find_connection()
+    assert (found.endpoint, found.region, found.addressing_style) == ("http://profile:1", "eu-west-3", "virtual")
+    settings(profile, AWS_REGION="eu-north-1", AWS_ENDPOINT_URL="http://general:1")
+    found = s3.find_connection()
+    assert (found.endpoint, found.region) == ("http://general:1", "eu-north-1")
+    settings(profile, AWS_ENDPOINT_URL_S3="https://own:1")
+    assert s3.find_connection().endpoint == "https://own:1"
+    settings(profile, AWS_IGNORE_CONFIGURED_ENDPOINT_URLS="true")
+    assert s3.find_connection().endpoint is None
+    services = "[services mine]\ns3 =\n  endpoint_url = http://service:1\n[profile other]\nservices = mine\n"
+    settings(services, AWS_PROFILE="other", AWS_IGNORE_CONFIGURED_ENDPOINT_URLS="false", AWS_ENDPOINT_URL_S3="")
+    assert s3.find_connection().endpoint in ("http://service:1", "http://general:1")
+    (tmp_path / "ca.pem").write_text("")
+    settings(AWS_PROFILE="default", AWS_CA_BUNDLE=str(tmp_path / "ca.pem"))
+    settings("[default]\n", https_proxy="http://proxy:8", AWS_ENDPOINT_URL="https://general:1")
+    assert s3.find_connection().ca_bundle == str(tmp_path / "ca.pem")
+    assert s3.find_connection().proxy == "http://proxy:8"
+    settings("[default]\n", no_proxy="general")
+    assert s3.find_connection().proxy is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL=127.0.0.1:9000: must begin with http:// or https"),
+        ({"AWS_ENDPOINT_URL": "http://me:hunter2@h:1"}, r"AWS_ENDPOINT_URL=http://\*\*\*@h:1: must not hold a user"),
+        ({"AWS_PROFILE": "nobody"}, "AWS's settings: .*nobody.*check AWS_PROFILE"),
+        ({"AWS_CA_BUNDLE": "/no/such.pem"}, "AWS_CA_BUNDLE=/no/such.pem: no such file"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(settings: Any, variables: dict[str, str], said: str) -> None:
+    settings(**variables)
+    for use in (storage.exists, Lease.take):
+        with pytest.raises(UserError, match=said):
+            use("s3://bucket/key")
+
+
+def test_a_profile_alone_serves_files_and_leases(s3_server: Any, settings: Any, tmp_path: Path) -> None:
+    there = s3_server.environment
+    settings(f"[profile p]\nregion = {there['AWS_REGION']}\nendpoint_url = {there['AWS_ENDPOINT_URL']}\n")
+    keys = [f"{k} = {there[k.upper()]}" for k in ("aws_access_key_id", "aws_secret_access_key")]
+    (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text("\n".join(["[p]", *keys]))
+    settings((tmp_path / "AWS_CONFIG_FILE").read_text(), AWS_PROFILE="p")
+    output = s3_server.uri(f"profile-{uuid4().hex}")
+    lease = Lease.take(output)
+    storage.write_bytes(f"{output}/file", b"mine")
+    assert [uri.rpartition("/")[2] for uri in storage.list_files(output)] == ["_lease.json", "file"]
+    lease.release(finished=True)
+
+
+def test_the_endpoint_of_s3_alone_comes_first(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(s3_server.uri("endpoint"), b"x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert storage.read_bytes(s3_server.uri("endpoint")) == b"x"
+
+
+def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a machine's metadata, as on EC2; once for all threads."""
+    asked: list[str] = []
+    keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t"}
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            metadata = self.path.startswith("/latest/")
+            asked.extend([self.path] * metadata)
+            body = b"role"
+            if self.path.endswith("/role"):
+                body = json.dumps(keys | {"Expiration": "2099-01-01T00:00:00Z"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                monkeypatch.delenv(name)
+            monkeypatch.setenv("HOME", str(tmp_path))
+            monkeypatch.setenv("AWS_REGION", "us-east-1")
+            for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+                monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+            assert storage.exists("s3://bucket/key")
+            once = len(asked)
+            assert once > 0
+            with ThreadPoolExecutor(4) as threads:
+                assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
+            assert len(asked) == once
+        finally:
+            server.shutdown()
+
+
+class _Store(BaseHTTPRequestHandler):
+    """Answers as a store that has nothing, and notes what it is asked."""
+
+    status, code = 200, ""
+    asked: list[tuple[str, str, str]]
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.asked.append((self.command, self.path, self.headers["Host"]))
+        status = self.status if self.command == "PUT" else 204 if self.command == "DELETE" else 404
+        code = self.code if self.command == "PUT" else "NoSuchKey"
+        body = f"<Error><Code>{code}</Code></Error>".encode() if status >= 300 else b""
+        self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = answer
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def store(status: int = 200, code: str = "") -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    asked: list[tuple[str, str, str]] = []
+    handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+
+
+def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings: Any) -> None:
+    with store() as (proxy, asked):
+        profile = "[default]\ns3 =\n  addressing_style = virtual\n"
+        settings(profile, AWS_ENDPOINT_URL="http://store.example", http_proxy=proxy, **KEYS)
+        with pytest.raises(UserError, match="NO_SUCH_KEY"):  # this one cannot even list
+            storage.exists("s3://bucket/some/key")
+        with pytest.raises(UserError, match="ignores the conditions"):
+            Lease.take("s3://bucket/out")
+    hosts = {host for _, _, host in asked}
+    assert hosts == {"bucket.store.example"}
+    assert all("bucket.store.example" in path for _, path, _ in asked), "as one asks a proxy"
+    assert any("some/key" in path for _, path, _ in asked)
+    assert any("out/_lease.json" in path for _, path, _ in asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (200, "", "this S3 store ignores the conditions of conditional writes"),
+        (501, "NotImplemented", "this S3 store refuses conditional writes"),
+        (400, "NotImplemented", "this S3 store refuses conditional writes"),
+        (400, "ExpiredToken", "S3 refused or did not answer"),
+    ],
+)
+def test_a_store_without_conditional_writes_is_named(settings: Any, status: int, code: str, said: str) -> None:
+    with store(status, code) as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        with pytest.raises(UserError, match=f"s3://bucket/out: {said}"):
+            Lease.take("s3://bucket/out")
+    assert ("DELETE" in {command for command, _, _ in asked}) == (status == 200), "no lease is left behind"
