@@ -91,10 +91,12 @@ def last_words(node_id: str) -> str:
 
     lines: list[str] = []
     with contextlib.suppress(Exception):  # an explanation that cannot be had is no reason to fail in another way
-        for part in get_log(node_id=node_id, filename="raylet.err", tail=_TAIL, timeout=_LOG_S, errors="replace"):
+        own = ray.get_runtime_context().gcs_address  # it finds another of this machine's clusters without
+        wanted: dict[str, Any] = {"filename": "raylet.err", "tail": _TAIL, "timeout": _LOG_S, "errors": "replace"}
+        for part in get_log(own, node_id, **wanted):
             lines += part.splitlines()
-    own = [line.strip() for line in lines if line.strip() and not _RAYLETS_OWN.match(line)]
-    return own[-1] if own else ""
+    said = [line.strip() for line in lines if line.strip() and not _RAYLETS_OWN.match(line)]
+    return said[-1] if said else ""
 
 
 def _in_a_line(error: Exception) -> str:

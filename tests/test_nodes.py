@@ -30,10 +30,11 @@ for work in (lambda: nodes.ask(look), lambda: prepare(PrepareConfig(input="recor
 """
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_cannot_start_is_heard(tmp_path: Path) -> None:
     """As where `uv run` on a cluster makes an empty environment; Ray itself would try for ever.
 
-    On a cluster of its own, since Ray lets no other worker start for a minute after that.
+    On a cluster of its own, since Ray lets no other worker start for a minute after that; the other is not asked.
     """
     (tmp_path / "records.jsonl").write_text("{}\n")
     empty = f"{sys.executable} -c 'raise ModuleNotFoundError(\"No module named ray\")'"
