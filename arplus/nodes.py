@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -87,16 +88,24 @@ def last_words(node_id: str) -> str:
 
     Such a worker writes to the log of its node's raylet, among the raylet's own lines.
     """
-    from ray.util.state import get_log
-
     lines: list[str] = []
     with contextlib.suppress(Exception):  # an explanation that cannot be had is no reason to fail in another way
-        own = ray.get_runtime_context().gcs_address  # it finds another of this machine's clusters without
-        wanted: dict[str, Any] = {"filename": "raylet.err", "tail": _TAIL, "timeout": _LOG_S, "errors": "replace"}
-        for part in get_log(own, node_id, **wanted):
-            lines += part.splitlines()
+        lines = _log_of(node_id, "raylet.err")
     said = [line.strip() for line in lines if line.strip() and not _RAYLETS_OWN.match(line)]
     return said[-1] if said else ""
+
+
+def _log_of(node_id: str, name: str) -> list[str]:
+    """The last lines of a file among a node's logs."""
+    from ray.util.state import get_log
+
+    context, mine = ray.get_runtime_context(), ray._private.worker._global_node
+    if node_id == context.get_node_id() and mine is not None:
+        # The agent that would read it is missing where several clusters share a machine, and with it a port.
+        return Path(mine.get_logs_dir_path(), name).read_text(errors="replace").splitlines()[-_TAIL:]
+    wanted: dict[str, Any] = {"filename": name, "tail": _TAIL, "timeout": _LOG_S, "errors": "replace"}
+    # Without an address it looks for a cluster, and finds others of this machine too.
+    return "".join(get_log(context.gcs_address, node_id, **wanted)).splitlines()
 
 
 def _in_a_line(error: Exception) -> str:
