@@ -145,3 +145,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(15)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """Where the folder of a run may be."""
+    return str(tmp_path / "run")
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_run(request: pytest.FixtureRequest, run: str, tmp_path: Path) -> str:
+    """The same, here and on the S3 server."""
+    return run if request.param == "local" else request.getfixturevalue("s3_server").uri(f"checkpoint/{tmp_path.name}")

@@ -16,10 +16,13 @@ MANIFEST = "manifest.json"
 def is_manifest(data: bytes) -> bool:
     """Whether a file called :data:`MANIFEST` is ours: many programs call theirs so."""
     try:
-        value = json.loads(data)
+        return _is_ours(json.loads(data))
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and {"format", "fingerprint", "splits"} <= value.keys()
+
+
+def _is_ours(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and {"format", "fingerprint", "splits"} <= manifest.keys()
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,10 @@ class Dataset:
         if not storage.exists(path):
             raise UserError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
         manifest = storage.read_json(path)
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        if found is None:
+        if not _is_ours(manifest):
             raise UserError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
-        if found != FORMAT:
-            raise UserError(f"{path}: format {found!r}; this version reads {FORMAT}: prepare it again")
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}: prepare it again")
         return cls(
             uri=uri,
             manifest=manifest,

@@ -7,9 +7,8 @@ import shlex
 
 _PACKED = {
     "gzip": re.compile(rb"\x1f\x8b"),
-    "zstd": re.compile(
-        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
-    ),  # the second: a skippable frame, as pzstd writes it
+    # The second is a skippable frame, with which pzstd begins.
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     "bzip2": re.compile(rb"BZh[1-9]"),
     "xz": re.compile(rb"\xfd7zXZ\x00"),
 }

@@ -213,30 +213,29 @@ class _S3File:
                 raise self._refused(error) from error
             if old is not None and unless(old):
                 return old
-            try:
-                self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
+            if self._put(entry, condition):
                 return None
-            except ClientError as error:
-                if _is_unknown(error):
-                    raise self._unconditional("refuses") from error
-                if not _is_unmet(error):
-                    raise self._refused(error) from error
-                # Another job was faster: look again.
-            except BotoCoreError as error:
-                raise self._refused(error) from error
+            # Another job was faster: look again.
 
     def check_conditions(self, entry: dict[str, Any]) -> None:
         """Raises :class:`UserError` where the store writes whatever the condition says; the lease is ours and stays."""
         for condition in ({"IfNoneMatch": "*"}, {"IfMatch": '"00000000000000000000000000000000"'}):
-            try:
-                self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
-            except ClientError as error:
-                if _is_unmet(error):
-                    continue
-                raise (self._unconditional("refuses") if _is_unknown(error) else self._refused(error)) from error
-            except BotoCoreError as error:
+            if self._put(entry, condition):
+                raise self._unconditional("ignores the conditions of")
+
+    def _put(self, entry: dict[str, Any], condition: dict[str, str]) -> bool:
+        """Writes the entry; False where the condition is not met: the file is there, or is another one by now."""
+        try:
+            self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
+            return True
+        except ClientError as error:
+            if _is_unknown(error):
+                raise self._unconditional("refuses") from error
+            if _status(error) not in (404, 409, 412):
                 raise self._refused(error) from error
-            raise self._unconditional("ignores the conditions of")
+            return False
+        except BotoCoreError as error:
+            raise self._refused(error) from error
 
     def _unconditional(self, what: str) -> UserError:
         return UserError(
@@ -256,11 +255,6 @@ class _S3File:
 
 def _status(error: ClientError) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-
-
-def _is_unmet(error: ClientError) -> bool:
-    """Whether a condition was not met: the file is there, is another one, or is just being written or deleted."""
-    return _status(error) in (404, 409, 412)
 
 
 def _is_unknown(error: ClientError) -> bool:

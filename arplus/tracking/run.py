@@ -35,7 +35,7 @@ def default_uri(storage_uri: str) -> str:
         if masked(uri) != uri:
             raise UserError(f"MLFLOW_TRACKING_URI={masked(uri)}: {NO_CREDENTIALS}")
         return uri
-    if "://" in storage_uri and not storage_uri.startswith("file://"):
+    if not storage.is_local(storage_uri):
         raise UserError(
             f"--storage {storage_uri}: MLflow's sqlite file needs a local folder; pass --mlflow with the address of "
             "an MLflow server (http://…) or of a local file (sqlite:///…), or set MLFLOW_TRACKING_URI"
