@@ -1,44 +1,171 @@
-"""A batch of examples as tensors: what the feed hands to the model, and nothing else.
+"""A batch of examples as tensors: its sequences lie end to end, without padding.
 
 Dimensions, here and in every shape-suffixed name of this package:
-    B examples, S context characters, T response ids, U infilled ids, P profiles, W words a profile,
-    K words (or characters) of the target persona, D width d_model, E embedding size, H heads, V vocabulary,
-    N real targets of a batch.
-
-Padding is the [PAD] id of the vocabulary that a tensor's ids belong to, and always follows the real ids.
+    B examples (or sequences), N tokens of all of them end to end, P profiles, M persona words, S and T widths to which
+    attention alone pads sequences, D width d_model, E embedding size, H heads, C = D / H, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100
+"""A target that no loss counts, as in torch: that of tokens which only fill a batch up to a capacity."""
 
 
-@dataclass(frozen=True, kw_only=True)
+class Block(NamedTuple):
+    """Consecutive sequences that attention lays side by side, padded to one width."""
+
+    sequences: int
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Where the sequences of N tokens lie; made by :meth:`of`. All tensors are int64."""
+
+    offsets: Tensor
+    """Where each sequence begins, and at last N: (B + 1,)."""
+    sequence_N: Tensor
+    """The sequence of each token."""
+    position_N: Tensor
+    """Its place in that sequence, from 0."""
+    slot_N: Tensor
+    """Its place in its padded block, whose rows lie end to end."""
+    token: Tensor
+    """The opposite: for each place of the padded blocks the token in its block, or one past them where there is none.
+    """
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def of(cls, lengths: Tensor, blocks: Iterable[int] | None = None, width: int | None = None) -> Self:
+        """Sequences of these lengths (B,), in blocks of so many sequences each, or all in one.
+
+        A block is as wide as its longest sequence, or ``width``; a sequence that is longer is a :class:`ValueError`.
+        """
+        lengths = lengths.long()
+        parts = [part.tolist() for part in lengths.split(list(blocks) if blocks is not None else [len(lengths)])]
+        found = tuple(Block(len(part), sum(part), width or max([1, *part])) for part in parts)
+        if width and any(length > width for part in parts for length in part):
+            raise ValueError(f"a sequence of {int(lengths.max())} tokens is longer than {width}")
+        offsets = functional.pad(lengths.cumsum(0), (1, 0))
+        sequence_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position_N = torch.arange(len(sequence_N)) - offsets[sequence_N]
+        start_B = torch.tensor([i * block.width for block in found for i in range(block.sequences)], dtype=torch.int64)
+        slot_N = start_B[sequence_N] + position_N
+        tokens = []
+        for block, slot in zip(found, slot_N.split([block.tokens for block in found]), strict=True):
+            token = torch.full((block.sequences * block.width,), block.tokens)
+            tokens.append(token.index_copy_(0, slot, torch.arange(block.tokens)))
+        return cls(offsets, sequence_N, position_N, slot_N, torch.cat(tokens), found)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, (B,)."""
+        return self.offsets.diff()
+
+    @property
+    def width(self) -> int:
+        """No sequence is longer."""
+        return max(block.width for block in self.blocks)
+
+    def sum(self, x_ND: Tensor) -> Tensor:
+        """The sum over each sequence's tokens, (N, D) to (B, D); of an empty one 0."""
+        return torch.segment_reduce(x_ND, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
+    def spread(self, x_BD: Tensor) -> Tensor:
+        """What belongs to a sequence, at each of its tokens: (B, D) to (N, D)."""
+        return functional.embedding(self.sequence_N, x_BD)
+
+    def softmax(self, score_N: Tensor) -> Tensor:
+        """The softmax over each sequence's tokens, (N,) to (N,)."""
+        highest_B = torch.segment_reduce(score_N.detach(), "max", offsets=self.offsets, axis=0, unsafe=True)
+        weight_N1 = (score_N - highest_B[self.sequence_N]).exp()[:, None]
+        return (weight_N1 / self.spread(self.sum(weight_N1))).squeeze(1)
+
+    def pad(self, x_ND: Tensor) -> list[Tensor]:
+        """The sequences side by side, block by block: (N, …) to (b, S, …) each, zero where there is no token."""
+        tokens = [block.tokens for block in self.blocks]
+        padded = []
+        for block, x, slot in zip(self.blocks, x_ND.split(tokens), self.slot_N.split(tokens), strict=True):
+            rows = x.new_zeros(block.sequences * block.width, *x.shape[1:]).index_copy(0, slot, x)
+            padded.append(rows.unflatten(0, (block.sequences, block.width)))
+        return padded
+
+    def pack(self, padded: Iterable[Tensor]) -> Tensor:
+        """What :meth:`pad` was given: (b, S, …) of each block to (N, …)."""
+        rows = [block.sequences * block.width for block in self.blocks]
+        packed = []
+        for block, x, token in zip(self.blocks, padded, self.token.split(rows), strict=True):
+            # Not a selection of rows: its gradient would be added up row by row, which takes ten times as long.
+            into = x.new_zeros(block.tokens + 1, *x.shape[2:])
+            packed.append(into.index_copy(0, token, x.flatten(0, 1))[: block.tokens])
+        return torch.cat(packed)
+
+    def real(self) -> list[Tensor]:
+        """Where the blocks of :meth:`pad` hold tokens, (b, S) bool each."""
+        lengths = self.lengths.split([block.sequences for block in self.blocks])
+        places = [torch.arange(block.width, device=self.offsets.device) for block in self.blocks]
+        return [place_S < part[:, None] for place_S, part in zip(places, lengths, strict=True)]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device; copies from pinned memory do not block."""
+        tensors = (self.offsets, self.sequence_N, self.position_N, self.slot_N, self.token)
+        return type(self)(*(t.to(device, non_blocking=True) for t in tensors), self.blocks)
+
+
+class Packed(NamedTuple):
+    """Sequences of ids."""
+
+    ids: Tensor
+    """(N,) int32 or int64."""
+    sequences: Sequences
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same on another device."""
+        return Packed(self.ids.to(device, non_blocking=True), self.sequences.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Examples as integer tensors (int32 or int64), padded on the right.
+    """Examples as integer tensors.
 
     Persona ids are words of the persona vocabulary for a model with a MemN2N memory, else characters.
     """
 
     example_id_B: Tensor
     """Stable ids (int64)."""
-    counted_B: Tensor
-    """False for a row that only fills a batch up: it repeats an example and enters no loss and no metric."""
-    context_BS: Tensor
+    context: Packed
     """Context characters; every utterance is followed by [SEP]."""
-    context_profile_BS: Tensor
-    """For each context position, the profile in 0 … P-1 of who speaks; 0 where the context is padding."""
-    profiles_BPW: Tensor
-    """Gender, place and tags of every profile, without the keys."""
-    target_persona_BK: Tensor
+    speaker_N: Tensor
+    """For each context character, which of the batch's profiles speaks."""
+    profiles: Packed
+    """Gender, place and tags of every profile of the batch, without the keys: P sequences."""
+    persona: Packed
     """The responder's persona with its keys: 性别 … 地址 … 兴趣 …"""
-    response_BT: Tensor
-    """[BOS] … [EOS]"""
-    infilled_BU: Tensor | None
-    """The response with a span replaced by one [MASK] (auxiliary task "infilling"), else None."""
+    response: Packed
+    """[BOS] and the characters of the response."""
+    target_N: Tensor
+    """What follows each of them: the characters and [EOS]."""
+    infilled: Packed | None
+    """[BOS] … [EOS] with a span replaced by one [MASK] (auxiliary task "infilling"), else None."""
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; copies from pinned memory do not block."""
-        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors if v is not None})
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(
+            self,
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+                for name, value in values
+                if value is not None
+            },
+        )
