@@ -41,8 +41,8 @@ def from_reference(config: ExportConfig) -> TrainState:
     """The paper code's weights with our names."""
     run = preset(config.preset)
     base = replace(run.model, heads=config.heads or run.model.heads, layers=config.layers or run.model.layers)
-    if base.groups > 1:
-        base = replace(base, groups=base.layers)
+    if base.repeats > 1:
+        base = replace(base, repeats=base.layers)
     uri = str(config.from_reference)
     weights = parse_state(storage.read_bytes(uri), uri)
     model_config, sizes = infer(weights, base)

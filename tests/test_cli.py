@@ -201,7 +201,7 @@ def test_a_runs_config_fed_back_is_the_same_run(name: str, file: Any) -> None:
 
 def test_a_file_need_only_fit_the_preset_it_changes(file: Any) -> None:
     # Neither file would pass with the defaults of AR+ at full size.
-    assert train("ar", "--config", file({"model": {"tied_generator": True}})) == preset("ar")
+    assert train("ar", "--config", file({"model": {"tied_head": True}})) == preset("ar")
     assert train("ar", "--tiny", "--config", file({"model": {"d_model": 100, "embedding_size": 100}})).model.heads == 4
 
 

@@ -45,18 +45,18 @@ ROWS = ["ar", "arplus", "no-rezero", "no-albert", "no-factor-ff", "no-memn2n", "
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "arplus": {},
     "no-rezero": {"rezero": False},
-    "no-albert": {"groups": 1, "embedding_size": 512},
+    "no-albert": {"repeats": 1, "embedding_size": 512},
     "no-factor-ff": {"ff_bottleneck": None},
     "no-memn2n": {"memory_hops": 0},
     "no-bart-mlm": {"auxiliary": "lm"},
     "ar": {
         "rezero": False,
-        "groups": 1,
+        "repeats": 1,
         "embedding_size": 512,
         "ff_bottleneck": None,
         "memory_hops": 0,
         "auxiliary": "lm",
-        "tied_generator": True,
+        "tied_head": True,
         "decoder_norm": False,
     },
 }
@@ -90,7 +90,7 @@ def test_the_presets_are_the_papers_seven_rows() -> None:
 def test_ar_plus_has_the_papers_sizes() -> None:
     assert asdict(preset("arplus").model) == {
         "layers": 6,
-        "groups": 6,
+        "repeats": 6,
         "d_model": 512,
         "embedding_size": 200,
         "heads": 8,
@@ -100,7 +100,7 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "fixed_attention": 0.1,
         "memory_hops": 3,
         "auxiliary": "infilling",
-        "tied_generator": False,
+        "tied_head": False,
         "decoder_norm": True,
         "dropout": 0.1,
     }
@@ -164,13 +164,13 @@ def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: st
     assert checked(small) == small
     assert small.preset == name
     # What makes the row the row stays, in the terms of the small network.
-    kept = ("rezero", "auxiliary", "tied_generator", "decoder_norm", "dropout", "fixed_attention")
+    kept = ("rezero", "auxiliary", "tied_head", "decoder_norm", "dropout", "fixed_attention")
     assert {k: getattr(small.model, k) for k in kept} == {k: getattr(row.model, k) for k in kept}
     assert small.model.memory_hops == min(row.model.memory_hops, 1)
     assert (small.model.ff_bottleneck is None) == (row.model.ff_bottleneck is None)
     assert (small.model.embedding_size == small.model.d_model) == (row.model.embedding_size == row.model.d_model)
     assert (small.model.unique_layers == 1) == (row.model.unique_layers == 1)
-    assert (small.model.groups == 1) == (row.model.groups == 1)
+    assert (small.model.repeats == 1) == (row.model.repeats == 1)
     assert small.model.d_model < row.model.d_model
 
 
@@ -241,7 +241,7 @@ def test_missing_keys_take_their_defaults() -> None:
 def test_flat_names_every_setting_once() -> None:
     values = flat(preset("ar"))
     assert list(values) == list(dotted_names(TrainConfig))
-    assert (values["optimizer.lr"], values["model.tied_generator"], values["preset"]) == (1.5e-4, True, "ar")
+    assert (values["optimizer.lr"], values["model.tied_head"], values["preset"]) == (1.5e-4, True, "ar")
     assert flag("model.ff_bottleneck") == "model.ff-bottleneck"
 
 
@@ -334,9 +334,9 @@ def test_other_workers_are_refused(workers: int | str) -> None:
 @pytest.mark.parametrize(
     ("cls", "values", "problem"),
     [
-        (TrainConfig, {"model": {"layers": 6, "groups": 4}}, "--model.groups: must divide layers = 6 (got 4)"),
+        (TrainConfig, {"model": {"layers": 6, "groups": 4}}, "--model.repeats: must divide layers = 6 (got 4)"),
         (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
-        (TrainConfig, {"model": {"tied_generator": True}}, "--model.embedding-size: must equal d_model = 512"),
+        (TrainConfig, {"model": {"tied_head": True}}, "--model.embedding-size: must equal d_model = 512"),
         (TrainConfig, {"compile": True, "zero": 3}, "--compile: needs --zero 0, 1 or 2"),
         (TrainConfig, {"compile": True, "device": "cpu"}, "--compile: needs GPUs, and --device cpu takes none"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
@@ -360,7 +360,7 @@ def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:
 
 
 def test_a_changed_preset_is_checked_too() -> None:
-    with pytest.raises(UserError, match=r"^command line: --model\.groups: "):
+    with pytest.raises(UserError, match=r"^command line: --model\.repeats: "):
         checked(replace(preset("arplus"), model=ModelConfig(layers=6, groups=5)))
 
 

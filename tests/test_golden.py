@@ -7,13 +7,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from arplus.config import ModelConfig, VocabularySizes
 from arplus.model.arplus import ARPlus
-from arplus.model.batch import Batch
+from arplus.model.batch import Batch, Packed
 from arplus.model.generate import Sampling, generate, top_probabilities
 from arplus.model.reference import infer, load_reference, sources
 
@@ -28,7 +29,7 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
     plus = "emb_dim" in theirs
     return ModelConfig(
         layers=theirs["num_layers"],
-        groups=theirs.get("num_groups", 1),
+        repeats=theirs.get("num_groups", 1),
         d_model=theirs["d_model"],
         embedding_size=theirs.get("emb_dim", theirs["d_model"]),
         heads=theirs["n_head"],
@@ -37,7 +38,7 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
         rezero=theirs.get("use_rezero", False),
         memory_hops=theirs["mem_n2n_hops"] if theirs.get("use_mem_n2n") else 0,
         auxiliary="infilling" if theirs.get("auxiliary_task") == "MLM" else "lm",
-        tied_generator=not plus,
+        tied_head=not plus,
         decoder_norm=plus,
         dropout=0.0,
     )
@@ -60,34 +61,35 @@ class Golden:
             characters=characters, persona_words=self.golden["persona_vocab_size"] or characters
         )
         self.ids = self.golden["char_special_ids"]
-        self.persona_pad = (self.golden["persona_special_ids"] or self.ids)["[PAD]"]
 
     def model(self) -> ARPlus:
         return load_reference(self.state, self.config, self.sizes).eval()
 
-    def batch(self, cases: list[dict], dtype: torch.dtype = torch.int32, extra: int = 0) -> Batch:
-        """The cases as one batch, padded to the longest and ``extra`` beyond."""
+    def batch(self, cases: list[dict], blocks: list[int] | None = None) -> Batch:
+        """The cases as one batch, in blocks of so many each."""
 
-        def padded(rows, pad):
-            width = max(map(len, rows)) + extra
-            return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=dtype)
+        def packed(rows: list[list[int]]) -> Packed:
+            return Packed.of(rows, blocks)
 
-        pad = self.ids["[PAD]"]
         profiles = [
-            [*words, *tags]
+            [
+                [*words, *tags]
+                for words, tags in zip(case["speaker_persona_words"], case["speaker_tag_words"], strict=True)
+            ]
             for case in cases
-            for words, tags in zip(case["speaker_persona_words"], case["speaker_tag_words"], strict=True)
         ]
-        infilled = [case.get("infilled_response") for case in cases]
+        first = np.cumsum([0, *map(len, profiles)])
+        speakers = [first[i] + s - 1 for i, case in enumerate(cases) for s in case["context_speaker"]]
+        masked = self.config.auxiliary == "infilling"
         return Batch(
             example_id_B=torch.arange(len(cases)),
-            counted_B=torch.ones(len(cases), dtype=torch.bool),
-            context_BS=padded([case["context"] for case in cases], pad),
-            context_profile_BS=padded([[s - 1 for s in case["context_speaker"]] for case in cases], 0),
-            profiles_BPW=padded(profiles, self.persona_pad).unflatten(0, (len(cases), -1)),
-            target_persona_BK=padded([case["target_persona"] for case in cases], self.persona_pad),
-            response_BT=padded([case["response"] for case in cases], pad),
-            infilled_BU=padded(infilled, pad) if self.config.auxiliary == "infilling" else None,
+            context=packed([case["context"] for case in cases]),
+            speaker_N=torch.tensor(np.array(speakers)),
+            profiles=Packed.of([profile for case in profiles for profile in case]),
+            persona=packed([case["target_persona"] for case in cases]),
+            response=packed([case["response"][:-1] for case in cases]),
+            target_N=torch.tensor([i for case in cases for i in case["response"][1:]]),
+            infilled=packed([case["infilled_response"] for case in cases]) if masked else None,
         )
 
     def reference_name(self, names) -> str:
@@ -120,11 +122,12 @@ def test_sizes_are_inferred_from_the_shapes(golden):
 def test_logits_of_single_cases(golden):
     model = golden.model()
     for k, case in enumerate(golden.cases):
-        batch = golden.batch([case], torch.int64)
-        response = model.generator(model.decode(batch.response_BT, model.encode(batch)))[0]
+        batch = golden.batch([case])
+        whole = Packed.of([case["response"]])  # with its [EOS], after which nothing is asked
+        response = model.head(model.decode(whole, model.encode(batch)))
         torch.testing.assert_close(response, golden.tensors[f"case{k}.logits_response"], atol=2e-5, rtol=0)
-        memories = [] if batch.infilled_BU is None else [model.encode_infilled(batch.infilled_BU)]
-        auxiliary = model.generator(model.decode(batch.response_BT[:, :-1], memories))[0]
+        memories = [] if batch.infilled is None else [model.encode_infilled(batch.infilled)]
+        auxiliary = model.head(model.decode(batch.response, memories))
         torch.testing.assert_close(auxiliary, golden.tensors[f"case{k}.logits_auxiliary"], atol=2e-5, rtol=0)
 
 
@@ -132,20 +135,21 @@ def test_logits_of_single_cases(golden):
 def test_losses_of_single_cases(golden):
     model = golden.model()
     for case in golden.cases:
-        losses = model(golden.batch([case]))
-        assert float(losses.sum_dialogue / losses.count_dialogue) == pytest.approx(case["loss_dialogue"], abs=1e-5)
-        assert float(losses.sum_auxiliary / losses.count_auxiliary) == pytest.approx(case["loss_auxiliary"], abs=1e-5)
+        batch = golden.batch([case])
+        losses, targets = model(batch), len(batch.target_N)
+        assert float(losses.sum_dialogue / targets) == pytest.approx(case["loss_dialogue"], abs=1e-5)
+        assert float(losses.sum_auxiliary / targets) == pytest.approx(case["loss_auxiliary"], abs=1e-5)
 
 
-@pytest.mark.parametrize("extra", [0, 3])
-def test_losses_and_gradients_of_all_cases_as_one_padded_batch(golden, extra):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_losses_and_gradients_of_all_cases_as_one_batch(golden, in_blocks):
     model = golden.model()
     expected = golden.golden["batch"]
-    losses = model(golden.batch(golden.cases, extra=extra))
-    assert int(losses.count_dialogue) == expected["dialogue_targets"]
-    assert int(losses.count_auxiliary) == expected["auxiliary_targets"]
-    dialogue = losses.sum_dialogue / losses.count_dialogue
-    auxiliary = losses.sum_auxiliary / losses.count_auxiliary
+    batch = golden.batch(golden.cases, [1, len(golden.cases) - 1] if in_blocks else None)
+    losses, targets = model(batch), len(batch.target_N)
+    assert targets == expected["dialogue_targets"] == expected["auxiliary_targets"]
+    dialogue = losses.sum_dialogue / targets
+    auxiliary = losses.sum_auxiliary / targets
     total = dialogue + golden.golden["config"]["alpha"] * auxiliary
     assert dialogue.item() == pytest.approx(expected["loss_dialogue"], abs=1e-5)
     assert auxiliary.item() == pytest.approx(expected["loss_auxiliary"], abs=1e-5)

@@ -118,7 +118,7 @@ class PaperARPlus(nn.Module):
         return o_BD
 
     def _encode(self, x_BSD: Tensor, pad_BS: Tensor) -> Tensor:
-        for _ in range(self.config.groups):
+        for _ in range(self.config.repeats):
             for layer in self.layers:
                 assert isinstance(layer, PaperLayer)
                 x_BSD = layer.encode(x_BSD, pad_BS)
@@ -126,7 +126,7 @@ class PaperARPlus(nn.Module):
 
     def _decode(self, ids_BT: Tensor, memory_BSD: Tensor, pad_BS: Tensor) -> Tensor:
         x_BTD = self._embed(ids_BT, "response")
-        for _ in range(self.config.groups):
+        for _ in range(self.config.repeats):
             for layer in self.layers:
                 assert isinstance(layer, PaperLayer)
                 x_BTD = layer.decode(x_BTD, memory_BSD, pad_BS)

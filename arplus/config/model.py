@@ -45,8 +45,8 @@ class ModelConfig:
 
     layers: Annotated[int, Gt(0)] = 6
     """Layers applied, in the encoder and in the decoder."""
-    groups: Annotated[int, Gt(0)] = 6
-    """How often the unique layers are applied in turn: layers / groups layers have weights of their own (ALBERT)."""
+    repeats: Annotated[int, Gt(0)] = 6
+    """How often the unique layers are applied in turn: layers / repeats layers have weights of their own (ALBERT)."""
     d_model: Annotated[int, Gt(0)] = 512
     """Width d of the hidden states."""
     embedding_size: Annotated[int, Gt(0)] = 200
@@ -65,7 +65,7 @@ class ModelConfig:
     """Hops of the MemN2N persona memory; 0 encodes the persona with the encoder instead (O_T then exists)."""
     auxiliary: Literal["infilling", "lm"] = "infilling"
     """The task behind L_LM: BART-style infilling of the response, or next-character language modelling."""
-    tied_generator: bool = False
+    tied_head: bool = False
     """Use the character table as output matrix too (AR); needs embedding_size = d_model."""
     decoder_norm: bool = True
     """Without ReZero: the decoder's first norm has weights of its own; AR shares the encoder's."""
@@ -75,13 +75,13 @@ class ModelConfig:
     @property
     def unique_layers(self) -> int:
         """Layers with weights of their own."""
-        return self.layers // self.groups
+        return self.layers // self.repeats
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        if self.layers % self.groups:
-            yield "groups", f"must divide layers = {self.layers} (got {self.groups})"
+        if self.layers % self.repeats:
+            yield "repeats", f"must divide layers = {self.layers} (got {self.repeats})"
         if self.d_model % self.heads:
             yield "heads", f"must divide d_model = {self.d_model} (got {self.heads})"
-        if self.tied_generator and self.embedding_size != self.d_model:
-            yield "embedding_size", f"must equal d_model = {self.d_model} when tied_generator is on"
+        if self.tied_head and self.embedding_size != self.d_model:
+            yield "embedding_size", f"must equal d_model = {self.d_model} when tied_head is on"

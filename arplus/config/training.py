@@ -199,13 +199,13 @@ class TrainConfig:
 
 
 AR = ModelConfig(
-    groups=1,
+    repeats=1,
     embedding_size=512,
     ff_bottleneck=None,
     rezero=False,
     memory_hops=0,
     auxiliary="lm",
-    tied_generator=True,
+    tied_head=True,
     decoder_norm=False,
 )
 """The baseline, AR (Zheng et al. 2019 without the weight predictor: a = 1, Eq. 2)."""
@@ -224,7 +224,7 @@ PAPER_ROWS: dict[str, TrainConfig] = {
         replace(_row("ar", AR, _LOW_LR), optimizer=OptimizerConfig(lr=_LOW_LR, eps=1e-8)),
         _row("arplus", ModelConfig(), 2e-3),
         _row("no-rezero", ModelConfig(rezero=False), _LOW_LR),
-        _row("no-albert", ModelConfig(groups=1, embedding_size=512), 2e-3),
+        _row("no-albert", ModelConfig(repeats=1, embedding_size=512), 2e-3),
         _row("no-factor-ff", ModelConfig(ff_bottleneck=None), _LOW_LR),
         _row("no-memn2n", ModelConfig(memory_hops=0), _LOW_LR),
         _row("no-bart-mlm", ModelConfig(auxiliary="lm"), _LOW_LR),
@@ -235,7 +235,7 @@ PAPER_ROWS: dict[str, TrainConfig] = {
 LARGE = replace(
     _row(
         "arplus-large",
-        ModelConfig(layers=24, groups=2, d_model=1536, embedding_size=512, heads=24, ff_size=6144, ff_bottleneck=512),
+        ModelConfig(layers=24, repeats=2, d_model=1536, embedding_size=512, heads=24, ff_size=6144, ff_bottleneck=512),
         5e-4,
     ),
     batch_size=256,
@@ -264,13 +264,13 @@ def preset(name: str) -> TrainConfig:
 def tiny(config: TrainConfig) -> TrainConfig:
     """Shrinks any preset to seconds of training on a CPU; what makes the row the row stays."""
     model = config.model
-    d_model, shared = 128, model.groups > 1
+    d_model, shared = 128, model.repeats > 1
     return replace(
         config,
         model=replace(
             model,
             layers=4 if shared and model.unique_layers > 1 else 2,
-            groups=2 if shared else 1,
+            repeats=2 if shared else 1,
             d_model=d_model,
             embedding_size=d_model if model.embedding_size == model.d_model else 64,
             heads=4,

@@ -5,7 +5,7 @@ Dimensions, here and in every shape-suffixed name of this package:
     attention alone pads sequences, D width d_model, E embedding size, H heads, C = D / H, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Self
 
@@ -110,12 +110,6 @@ class Sequences:
             packed.append(into.index_copy(0, token, x.flatten(0, 1))[: block.tokens])
         return torch.cat(packed)
 
-    def real(self) -> list[Tensor]:
-        """Where the blocks of :meth:`pad` hold tokens, (b, S) bool each."""
-        lengths = self.lengths.split([block.sequences for block in self.blocks])
-        places = [torch.arange(block.width, device=self.offsets.device) for block in self.blocks]
-        return [place_S < part[:, None] for place_S, part in zip(places, lengths, strict=True)]
-
     def to(self, device: torch.device | str) -> Self:
         """The same on another device; copies from pinned memory do not block."""
         tensors = (self.offsets, self.sequence_N, self.position_N, self.slot_N, self.token)
@@ -128,6 +122,12 @@ class Packed(NamedTuple):
     ids: Tensor
     """(N,) int32 or int64."""
     sequences: Sequences
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], blocks: Iterable[int] | None = None) -> "Packed":
+        """These lists of ids, in blocks of so many lists each, or all in one."""
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+        return cls(ids, Sequences.of(torch.tensor([len(row) for row in rows], dtype=torch.int64), blocks))
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""

@@ -13,8 +13,8 @@ _COMPONENTS = (
     (".attention.", "attention"),
     (".feed_forward.", "feed-forward"),
     ("norm", "norms and gates"),
-    (".gate.", "norms and gates"),
-    ("generator.", "generator"),
+    (".r", "norms and gates"),
+    ("head.", "output head"),
 )
 """What a parameter's name contains, and the component that it then belongs to."""
 
@@ -60,5 +60,5 @@ def forward_backward_flops(
         decoder += targets * layers * (projections * d * d + ff + 2 * (targets / 2 + sum(attended)) * d)
     projected = context * (2 if config.memory_hops else 1) + 2 * targets + sum(infilled) + sum(memories[1:])
     inputs = 0 if config.embedding_size == d else projected * config.embedding_size * d
-    generator = 2 * targets * d * sizes.characters
-    return 3 * 2 * (encoder + keys_and_values + decoder + inputs + generator)
+    head = 2 * targets * d * sizes.characters
+    return 3 * 2 * (encoder + keys_and_values + decoder + inputs + head)

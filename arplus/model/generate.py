@@ -8,7 +8,7 @@ from torch import Tensor
 
 from arplus.config import Sampling, special_ids
 from arplus.model.arplus import ARPlus
-from arplus.model.batch import Batch
+from arplus.model.batch import Batch, Packed, Sequences
 
 _DRAWS = 4
 """Random numbers a character: for top_p = 0.9 three leave one row in a thousand to the fourth, which takes a sort."""
@@ -71,36 +71,37 @@ def _inverse(p_BV: Tensor, uniform_BR: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: ARPlus, batch: Batch, settings: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def generate(model: ARPlus, batch: Batch, settings: Sampling, rng: torch.Generator | None = None) -> Tensor:
     """Replies as character ids (B, L) int64, padded with [PAD]; L is the longest reply's length.
 
     ``settings`` say how long a reply may be (:meth:`Sampling.of`). Any special token ends a reply and is not part of
-    it. ``generator`` (on the CPU) makes the draw reproducible: it is read once, row by row, so neither the device nor
-    how long other replies are changes a row's random numbers. The batch's response is not read. Dropout is off
-    meanwhile.
+    it. ``rng`` (on the CPU) makes the draw reproducible: it is read once, row by row, so neither the device nor how
+    long other replies are changes a row's random numbers. The batch's response is not read. Dropout is off meanwhile.
     """
     training = model.training
     model.eval()
     try:
-        return _generate(model.folded(), batch, settings, generator)
+        return _generate(model, batch, settings, rng)
     finally:
         model.train(training)
 
 
-def _generate(model: ARPlus, batch: Batch, settings: Sampling, generator: torch.Generator | None) -> Tensor:
+def _generate(model: ARPlus, batch: Batch, settings: Sampling, rng: torch.Generator | None) -> Tensor:
     ids = special_ids(model.sizes.characters)
     first_special = min(ids)  # the special tokens are the last ids of the vocabulary
-    B, device = len(batch.context_BS), batch.context_BS.device
+    contexts = batch.context.sequences
+    B, device = len(contexts), contexts.offsets.device
     longest = settings.max_characters
     assert longest is not None, "Sampling.of fills it in"
-    uniform_BLR = torch.rand(B, longest, _DRAWS, generator=generator).to(device)
+    uniform_BLR = torch.rand(B, longest, _DRAWS, generator=rng).to(device)
     replies_BL = torch.full((B, longest), ids.pad, device=device)
     last_B = torch.full((B,), ids.bos, device=device)
     going_B = torch.ones(B, dtype=torch.bool, device=device)
-    memories = [[to.for_steps() for to in memory] for memory in model.encode(batch)]
-    cache = model.new_cache()
+    memories, cache = model.encode(batch), model.new_cache()
+    one_each = Sequences.of(torch.ones(B), [block.sequences for block in contexts.blocks]).to(device)
     for step in range(longest):
-        logits_BV = model.generator(model.decode(last_B[:, None], memories, cache)[:, 0]).float()
+        hidden_BD = model.decode(Packed(last_B, one_each), memories, cache, start=step)
+        logits_BV = model.head(hidden_BD).float()
         if step < settings.min_characters:
             logits_BV[:, first_special:] = -torch.inf
         last_B = draw(logits_BV, uniform_BLR[:, step], settings)

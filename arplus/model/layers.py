@@ -1,33 +1,50 @@
-"""The transformer layer of encoder and decoder: with ReZero (Eq. 5) or with norms after the branches.
+"""The transformer layer of encoder and decoder: with ReZero (Eq. 5) or with norms after the branches (Eq. 2).
 
-One layer holds one set of weights. It serves the encoder and the decoder, and with ALBERT sharing it is applied
-``groups`` times in each. Shape suffixes are those of :mod:`arplus.model.batch`.
+One layer holds one set of weights. It serves the encoder and the decoder, and with ALBERT sharing it is applied again
+and again in each. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from arplus.config import ModelConfig
-from arplus.model.attention import Attention, KeyValue
-from arplus.model.dropout import Dropout
-from arplus.model.feed_forward import feed_forward, folded
+from arplus.model.attention import Attention, Blocks
+from arplus.model.batch import Sequences
+from arplus.model.ops import Dropout, Linear, Module
 
 
-class Gate(nn.Module):
-    """ReZero's r: one learnt scalar a layer, zero at first, on every residual branch (Bachlechner et al. 2020)."""
+class FeedForward(nn.Module):
+    """The position-wise feed-forward d → FF → d."""
 
-    def __init__(self) -> None:
+    def __init__(self, d_model: int, ff_size: int, dropout: float) -> None:
         super().__init__()
-        self.r = nn.Parameter(torch.zeros(1))
+        self.expand, self.contract = Linear(d_model, ff_size), Linear(ff_size, d_model)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, branch: Tensor | int) -> Tensor:
-        """The branch, gated."""
-        return self.r * branch
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        return self.contract(self.dropout(self.expand(x).relu()))
+
+
+class FactoredFeedForward(Module):
+    """The factored feed-forward d → r → FF → r → d, with a ReLU at each r."""
+
+    def __init__(self, d_model: int, r: int, ff_size: int, dropout: float) -> None:
+        super().__init__()
+        self.narrow, self.expand = Linear(d_model, r), Linear(r, ff_size)
+        self.contract, self.widen = Linear(ff_size, r), Linear(r, d_model)
+        self.dropout, self.p = Dropout(dropout), dropout
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        x_NR = self.narrow(x_ND).relu()
+        p = self.p if self.training else 0.0
+        expand, contract = self.expand, self.contract
+        x_NR = self.ops.factored_feed_forward(x_NR, expand.weight, expand.bias, contract.weight, contract.bias, p)
+        return self.widen(self.dropout(x_NR.relu()))
 
 
 class Layer(nn.Module, ABC):
@@ -35,58 +52,48 @@ class Layer(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention = Attention(config.d_model, config.heads, config.dropout)
-        self.feed_forward = feed_forward(config)
-        self.dropout = Dropout(config.dropout)
-
-    def folded(self) -> Self:
-        """A layer of the same parameters whose feed-forward is :func:`folded`."""
-        twin = copy.copy(self)
-        twin._modules = self._modules | {"feed_forward": folded(self.feed_forward)}
-        return twin
+        d, r, p = config.d_model, config.ff_bottleneck, config.dropout
+        self.attention = Attention(d, config.heads, p)
+        self.feed_forward = (
+            FeedForward(d, config.ff_size, p) if r is None else FactoredFeedForward(d, r, config.ff_size, p)
+        )
+        self.dropout = Dropout(p)
 
     @abstractmethod
-    def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
+    def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """One application in the encoder."""
 
     @abstractmethod
     def decode(
-        self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        """One application in the decoder; also returns keys and values of the sequence so far, for the cache."""
+        self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None
+    ) -> tuple[Tensor, Blocks]:
+        """One application in the decoder; also returns keys and values of the sequences so far, for the cache."""
 
 
 class ReZeroLayer(Layer):
-    """Pre-norm, which overwrites the residual stream, then two branches gated by r."""
+    """Pre-norm, which overwrites the residual stream, then two branches gated by r (Bachlechner et al. 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.b = config.fixed_attention
         self.pre_norm = nn.LayerNorm(config.d_model)
-        self.gate = Gate()
+        self.r = nn.Parameter(torch.zeros(1))
 
-    def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
+    def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: x + r·Att(x), then x + r·FF(x)."""
-        x_BSD = self.pre_norm(x_BSD)
-        x_BSD = x_BSD + self.gate(self.dropout(self.attention(x_BSD, real_BS)))
-        return x_BSD + self.gate(self.dropout(self.feed_forward(x_BSD)))
+        x_ND = self.pre_norm(x_ND)
+        x_ND = x_ND + self.r * self.dropout(self.attention(x_ND, of))
+        return x_ND + self.r * self.dropout(self.feed_forward(x_ND))
 
     def decode(
-        self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue]:
+        self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None
+    ) -> tuple[Tensor, Blocks]:
         """Decoder, Eq. 5: y = x + b·O_T + b·O_C + r·O_merge, then y + r·FF(y)."""
-        x_BTD = self.pre_norm(x_BTD)
-        merged_BTD, memories_BTD, own = self.attention.routes(x_BTD, memories, past)
-        output, n = self.attention.output, len(memories)
-        if memories_BTD is None or not self.b:
-            y_BTD = x_BTD + self.gate(self.dropout(output(merged_BTD, 1 + n)))
-        elif self.training:
-            y_BTD = x_BTD + self.gate(self.dropout(output(merged_BTD, 1 + n))) + self.b * output(memories_BTD, n)
-        else:
-            # Without dropout all is linear in the heads, and one product does for two: 3 % of generation.
-            both_BTD = self.gate(merged_BTD) + self.b * memories_BTD
-            y_BTD = x_BTD + output(both_BTD, self.gate(1 + n) + self.b * n)
-        return y_BTD + self.gate(self.dropout(self.feed_forward(y_BTD))), own
+        x_ND = self.pre_norm(x_ND)
+        o_prev_ND, o_memories, own = self.attention.routes(x_ND, of, memories, past)
+        o_fixed_ND = torch.stack(o_memories).sum(0) if o_memories else torch.zeros_like(x_ND)  # O_T + O_C
+        y_ND = x_ND + self.b * o_fixed_ND + self.r * self.dropout(o_fixed_ND + o_prev_ND)
+        return y_ND + self.r * self.dropout(self.feed_forward(y_ND)), own
 
 
 class PostNormLayer(Layer):
@@ -98,17 +105,17 @@ class PostNormLayer(Layer):
         self.norm2 = nn.LayerNorm(config.d_model)
         self.pre_norm = nn.LayerNorm(config.d_model) if config.decoder_norm else None
 
-    def encode(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
+    def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: norm2, then norm1(x + Att(x)), then x + FF(x)."""
-        x_BSD = self.norm2(x_BSD)
-        x_BSD = self.norm1(x_BSD + self.dropout(self.attention(x_BSD, real_BS)))
-        return x_BSD + self.dropout(self.feed_forward(x_BSD))
+        x_ND = self.norm2(x_ND)
+        x_ND = self.norm1(x_ND + self.dropout(self.attention(x_ND, of)))
+        return x_ND + self.dropout(self.feed_forward(x_ND))
 
     def decode(
-        self, x_BTD: Tensor, memories: Sequence[KeyValue], past: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue]:
+        self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None
+    ) -> tuple[Tensor, Blocks]:
         """Decoder: pre_norm (AR: the encoder's norm2), then norm1(x + O_merge), Eq. 2, then y + FF(y)."""
-        x_BTD = self.norm2(x_BTD) if self.pre_norm is None else self.pre_norm(x_BTD)
-        merged_BTD, _, own = self.attention.routes(x_BTD, memories, past)
-        y_BTD = self.norm1(x_BTD + self.dropout(self.attention.output(merged_BTD, 1 + len(memories))))
-        return y_BTD + self.dropout(self.feed_forward(y_BTD)), own
+        x_ND = self.norm2(x_ND) if self.pre_norm is None else self.pre_norm(x_ND)
+        o_prev_ND, o_memories, own = self.attention.routes(x_ND, of, memories, past)
+        y_ND = self.norm1(x_ND + self.dropout(o_prev_ND + sum(o_memories)))
+        return y_ND + self.dropout(self.feed_forward(y_ND)), own

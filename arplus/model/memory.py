@@ -1,12 +1,13 @@
-"""MemN2N: the target persona as a memory of words, read in several hops (Sukhbaatar et al. 2015, adjacent tying).
+"""MemN2N: the responder's persona as a memory of words, read in several hops (Sukhbaatar et al. 2015, adjacent tying).
 
-Shape suffixes are those of :mod:`arplus.model.batch`; J is the true number of query tokens of an example.
+Shape suffixes are those of :mod:`arplus.model.batch`; J is the number of query tokens of an example.
 """
 
 import torch
 from torch import Tensor, nn
 
 from arplus.config import ModelConfig, VocabularySizes
+from arplus.model.batch import Packed, Sequences
 
 
 class PersonaMemory(nn.Module):
@@ -18,32 +19,30 @@ class PersonaMemory(nn.Module):
             nn.Embedding(sizes.persona_words, config.d_model) for _ in range(config.memory_hops + 1)
         )
 
-    def forward(self, words_BK: Tensor, real_BK: Tensor, query_BSD: Tensor, length_B: Tensor) -> Tensor:
+    def forward(self, persona: Packed, query_ND: Tensor, contexts: Sequences) -> Tensor:
         """What the memory answers, o (B, D), of the last hop.
 
-        The query tokens q_j are the first J = ``length_B`` positions of ``query_BSD``. A persona without any word
-        gives o = 0.
+        The query tokens q_j are the contexts' less the last of each. A persona without any word gives o = 0.
         """
-        # Position weights l_jk = (1 - j/J) - (k/d)(1 - 2j/J), j and k from 1, so that Σ_j l_j∘q_j is two plain sums.
-        _, S, D = query_BSD.shape
-        j_S = torch.arange(1, S + 1, device=query_BSD.device)
-        k_D = torch.arange(1, D + 1, device=query_BSD.device) / D
-        length_B1 = length_B[:, None]
-        share_BS = j_S / length_B1.clamp(min=1)
-        weights_B2S = torch.stack([1 - share_BS, 1 - 2 * share_BS], dim=1) * (j_S <= length_B1)[:, None]
-        constant_BD, slope_BD = (weights_B2S.to(query_BSD.dtype) @ query_BSD).unbind(1)
-        u_BD = constant_BD - k_D * slope_BD
-        # Each hop adds o to every q_j. The next one's Σ_j l_j∘(q_j + o) is u + (Σ_j l_j)∘o, and the sum has a closed
-        # form: Σ_j (1 - j/J) = (J - 1)/2 and Σ_j (1 - 2j/J) = -1 (both 0 where there is no query token at all).
-        weight_sum_BD = ((length_B1 - 1) / 2 + k_D) * (length_B1 > 0)
-
-        a_BKD = self.tables[0](words_BK)
+        u_BD, weights_BD = _position_encoded(query_ND, contexts)
+        words = persona.sequences
+        a_MD = self.tables[0](persona.ids)
         for table in self.tables[1:]:
-            c_BKD = table(words_BK)
-            score_BK = (a_BKD * u_BD[:, None]).sum(-1)
-            # The lowest finite score, not -inf: a persona without words must not divide zero by zero.
-            p_BK = score_BK.masked_fill(~real_BK, torch.finfo(score_BK.dtype).min).softmax(-1) * real_BK
-            o_BD = (p_BK[:, :, None] * c_BKD).sum(1)
-            u_BD = u_BD + weight_sum_BD * o_BD
-            a_BKD = c_BKD
+            c_MD = table(persona.ids)
+            p_M = words.softmax((a_MD * words.spread(u_BD)).sum(-1))
+            o_BD = words.sum(p_M[:, None] * c_MD)
+            # A hop adds o to every q_j, so that Σ_j l_j∘(q_j + o) is u + (Σ_j l_j)∘o.
+            u_BD, a_MD = u_BD + weights_BD * o_BD, c_MD
         return o_BD
+
+
+def _position_encoded(query_ND: Tensor, contexts: Sequences) -> tuple[Tensor, Tensor]:
+    """Σ_j l_j∘q_j and Σ_j l_j, (B, D) each, with l_jk = (1 - j/J) - (k/d)(1 - 2j/J); j and k count from 1."""
+    J_B1 = (contexts.lengths - 1)[:, None]
+    share_N1 = (contexts.position_N + 1)[:, None] / contexts.spread(J_B1.clamp(min=1).float())
+    is_query_N1 = share_N1 <= 1
+    k_D = torch.arange(1, query_ND.shape[-1] + 1, device=query_ND.device) / query_ND.shape[-1]
+    l_ND = ((1 - share_N1) - k_D * (1 - 2 * share_N1)) * is_query_N1
+    # Its closed form: Σ_j (1 - j/J) = (J - 1)/2 and Σ_j (1 - 2j/J) = -1, both 0 where there is no query token at all.
+    weights_BD = ((J_B1 - 1) / 2 + k_D) * (J_B1 > 0)
+    return contexts.sum(l_ND * query_ND), weights_BD

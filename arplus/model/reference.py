@@ -59,10 +59,10 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
             found[f"memory.tables.{h}.weight"] = tuple(names)
     else:
         character_owners += ["persona_emb.emb", "context_emb.persona_emb"]
-    if config.tied_generator:
+    if config.tied_head:
         character_owners.append("generater.out")
     else:
-        found["generator.weight"] = ("generater.out.weight",)
+        found["head.weight"] = ("generater.out.weight",)
     found["characters.weight"] = tuple(f"{owner}.weight" for owner in character_owners)
 
     inputs = {"context_input": "context_emb", "response_input": "output_emb"}
@@ -75,10 +75,10 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "attention.output.": "{attention}.out_proj.",
     }
     if config.ff_bottleneck is None:
-        layer_parts |= {"feed_forward.0.": "linear1.", "feed_forward.3.": "linear2."}
+        layer_parts |= {"feed_forward.expand.": "linear1.", "feed_forward.contract.": "linear2."}
     else:
-        layer_parts |= {"feed_forward.0.": "linear1.", "feed_forward.5.": "linear2."}
-        layer_parts |= {"feed_forward.2.expand_": "fac_linear1.", "feed_forward.2.contract_": "fac_linear2."}
+        layer_parts |= {"feed_forward.narrow.": "linear1.", "feed_forward.widen.": "linear2."}
+        layer_parts |= {"feed_forward.expand.": "fac_linear1.", "feed_forward.contract.": "fac_linear2."}
     norms = ["pre_norm"] if config.rezero else ["norm1", "norm2"] + ["pre_norm"] * config.decoder_norm
     layer_parts |= {f"{name}.": f"{name}." for name in norms}
     for kind in ("weight", "bias"):
@@ -90,7 +90,7 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
                 found[f"layers.{i}.{ours}{kind}"] = _layer_names(i, f"{theirs}{kind}")
     if config.rezero:
         for i in range(config.unique_layers):
-            found[f"layers.{i}.gate.r"] = _layer_names(i, "resweight")
+            found[f"layers.{i}.r"] = _layer_names(i, "resweight")
     return found
 
 
@@ -123,8 +123,8 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
     unknown = [name for name in state if name not in known and not _UNUSED.fullmatch(name)]
     if unknown:
         raise UserError(f"reference weights: this preset has no place for {_some(unknown)}; try another")
-    if config.tied_generator:
-        ours["generator.weight"] = ours["characters.weight"]
+    if config.tied_head:
+        ours["head.weight"] = ours["characters.weight"]
     return ours
 
 
@@ -156,7 +156,7 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
         if in_file != in_base:
             has, lacks = ("file", "preset") if in_file else ("preset", "file")
             raise UserError(f"reference weights: the {has} has {name} and the {lacks} has not; choose another preset")
-    layers = unique if base.groups == 1 else base.layers
+    layers = unique if base.repeats == 1 else base.layers
     if layers % unique:
         raise UserError(f"reference weights: {unique} layers in the file do not divide the preset's {layers} layers")
     if d_model % base.heads:
@@ -164,7 +164,7 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
     config = dataclasses.replace(
         base,
         layers=layers,
-        groups=layers // unique,
+        repeats=layers // unique,
         d_model=d_model,
         embedding_size=embedding_size,
         ff_size=state[factored[0]].shape[0] if factored else first,

@@ -203,7 +203,7 @@ def test_the_usual_batch_moves_every_parameter(config):
 def test_shared_layers_are_applied_in_order_and_then_again(preset):
     """Four layers in two groups are 0, 1, 0, 1: the same as four layers of their own with those weights."""
     shared = make_model(small(preset))
-    copied = ARPlus(dataclasses.replace(shared.config, groups=1), SIZES).eval()
+    copied = ARPlus(dataclasses.replace(shared.config, repeats=1), SIZES).eval()
     state = shared.state_dict()
     for name, value in list(state.items()):
         if name.startswith("layers."):
@@ -267,7 +267,7 @@ def test_bf16_autocast(config):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_tied_generator():
+def test_tied_head():
     model = make_model(small("ar"))
     assert model.generator.weight is model.characters.weight
     names = {name for name, _ in model.named_parameters()}

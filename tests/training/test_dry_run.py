@@ -57,4 +57,4 @@ def test_without_data_steps_are_unknown(tmp_path: Path) -> None:
 def test_the_larger_preset_has_300_million_parameters_in_groups() -> None:
     large = preset("arplus-large")
     assert "live parameters: 296,282,124\n" in report(large)
-    assert (large.model.unique_layers, large.model.groups) == (12, 2)
+    assert (large.model.unique_layers, large.model.repeats) == (12, 2)

@@ -17,7 +17,7 @@ from arplus.training.memory import activation_bytes, checkpoint_bytes, state_byt
 def larger(**changes: object) -> TrainConfig:
     """A model of 1.3 M parameters with grouped layers, so that its state outweighs the activations of one example."""
     c = config("arplus", **changes)
-    model = replace(c.model, layers=4, groups=2, d_model=256, heads=4, embedding_size=200, ff_size=512)
+    model = replace(c.model, layers=4, repeats=2, d_model=256, heads=4, embedding_size=200, ff_size=512)
     return replace(c, model=replace(model, ff_bottleneck=200))
 
 

@@ -1,0 +1,72 @@
+"""The operations that kernels may replace: plain PyTorch, which is the reference for all of them.
+
+A module that computes by them is a :class:`Module`, and reads them from ``self.ops``. :func:`arplus.kernels.use` sets
+others there, once, when an engine or a responder is built. Shape suffixes are those of :mod:`arplus.model.batch`; G is
+the two losses, F and R the wide and the narrow side of a factored feed-forward.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from arplus.model.batch import IGNORED
+
+
+class Operations:
+    """The reference. A backend overrides what it does better; results agree up to rounding, dropout in distribution."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x · weightᵀ + bias."""
+        return functional.linear(x, weight, bias)
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Zeroes each element with probability p and scales the others up by 1 / (1 - p)."""
+        return functional.dropout(x, p)
+
+    def attend(
+        self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float
+    ) -> Tensor:
+        """dropout(softmax(q·k / √C + mask)) · v, (B, H, T, C).
+
+        The mask is -inf where not to look and broadcasts to (B, 1, T, S); no row of it is all -inf.
+        """
+        return functional.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, dropout_p=p)
+
+    def factored_feed_forward(
+        self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
+    ) -> Tensor:
+        """contract(dropout(expand(x))), (N, R): all of it linear but for the dropout."""
+        wide_NF = self.dropout(self.linear(x_NR, expand_FR, bias_F), p)
+        return self.linear(wide_NF, contract_RF, bias_R)
+
+    def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+        """Cross-entropies (G,) of the targets under softmax(hidden · weightᵀ), in nats summed over N, fp32."""
+        logits_GNV = self.linear(hidden_GND, weight_VD, None).float()
+        nats = [functional.cross_entropy(x, target_N, reduction="sum", ignore_index=IGNORED) for x in logits_GNV]
+        return torch.stack(nats)
+
+
+class Module(nn.Module):
+    """A module that computes by exchangeable operations."""
+
+    ops = Operations()
+
+
+class Linear(nn.Linear, Module):
+    """torch's layer by :meth:`Operations.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Projects the last dimension."""
+        return self.ops.linear(input, self.weight, self.bias)
+
+
+class Dropout(Module):
+    """Dropout in training."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops elements of x in training."""
+        return self.ops.dropout(x, self.p) if self.training and self.p else x
