@@ -49,7 +49,7 @@ class Sequences:
         A block is as wide as its longest sequence, or ``width``; a sequence that is longer is a :class:`ValueError`.
         """
         lengths = lengths.long()
-        parts = [part.tolist() for part in lengths.split(list(blocks) if blocks is not None else [len(lengths)])]
+        parts = [part.tolist() for part in lengths.split(list(blocks or ()) or [len(lengths)])]
         found = tuple(Block(len(part), sum(part), width or max([1, *part])) for part in parts)
         if width and any(length > width for part in parts for length in part):
             raise ValueError(f"a sequence of {int(lengths.max())} tokens is longer than {width}")
