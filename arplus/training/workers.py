@@ -17,7 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from arplus import cluster, storage
-from arplus.model.attention import leave_cudnn_out
+from arplus.kernels.gpu import leave_cudnn_out
 
 
 def run(
