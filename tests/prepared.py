@@ -74,7 +74,7 @@ def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTER
     config = tiny(preset(preset_name))
     model = ARPlus(config.model, sizes(characters, PERSONA_WORDS))
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.r"):
+        if name.endswith(".r"):
             parameter.data.fill_(0.5)
     return TrainState(
         config=config,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from arplus.benchmark.padded import Padded
 from arplus.config import ModelConfig, VocabularySizes, special_ids
-from arplus.model.batch import Batch
 
 
 class Bart(nn.Module):
@@ -40,15 +40,13 @@ class Bart(nn.Module):
         )
         self.model: Any = BartForConditionalGeneration(settings)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Padded) -> Tensor:
         """L_D, the mean over the targets that are not padding."""
-        target_BT = batch.response_BT[:, 1:].long()
-        fed_BT = batch.response_BT[:, :-1].long()
-        context_BS = batch.context_BS.long()
+        context_BS, target_BT = batch.context_BS.long(), batch.target_BT.long()
         loss: Tensor = self.model(
             input_ids=context_BS,
             attention_mask=(context_BS != self.pad).long(),
-            decoder_input_ids=fed_BT,
+            decoder_input_ids=batch.response_BT.long(),
             labels=target_BT.masked_fill(target_BT == self.pad, -100),
         ).loss
         return loss

@@ -1,22 +1,29 @@
-"""Replies: a whole batch in one tensor program with cached keys and values, against the paper's loop, interleaved."""
+"""Replies: a whole batch in one tensor program with cached keys and values, against the paper's loop, interleaved.
+
+Ours are a window's batches as evaluation takes them: in order of context length, evenly spaced ones, since they differ
+several times in cost. The paper's loop gets random ones.
+"""
 
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated
 
 import torch
-from annotated_types import Gt
+from annotated_types import Gt, Le
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops
+from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, paper_replies
 from arplus.benchmark.pool import PoolBenchmark
 from arplus.benchmark.report import Result, rate
 from arplus.benchmark.train import timed
 from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.arplus import ARPlus
-from arplus.model.attention import leave_cudnn_out
 from arplus.model.generate import generate
+
+WINDOW = 64
+"""Batches of the window that ours are taken from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,8 @@ class GenerateBenchmark(PoolBenchmark):
 
     characters: Annotated[int, Gt(0)] = ExampleRules.max_utterance_characters
     """Characters of every reply."""
+    batches: Annotated[int, Gt(0), Le(WINDOW)] = 8
+    """Batches of the window that are timed in every round."""
     rounds: Annotated[int, Gt(0)] = 3
     """Rounds that the medians are taken of, after one batch of ours that is not counted."""
     compare: bool = True
@@ -33,13 +42,13 @@ class GenerateBenchmark(PoolBenchmark):
 
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
     """Measures in this process; ``model_config`` replaces AR+ at its real size (tests do)."""
-    leave_cudnn_out()
     network, sizes, device = model_config or ModelConfig(), VocabularySizes(), sides.device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
-    pool = config.pool(network, sizes)
-    mine = [step.micro_batches[0].to(device) for step in pool.sorted(config.batches)]
-    theirs = [step.micro_batches[0].to(device) for step in pool.random(min(config.rounds, config.window_batches))]
+    pool = config.pool(network, sizes, WINDOW * config.batch_size)
+    mine = [batch.to(device) for batch in pool.by_length(config.batches)]
+    pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
+    theirs = [Padded.of(step.micro_batches[0], *pads).to(device) for step in pool.random(min(config.rounds, WINDOW))]
     torch.manual_seed(0)
     model, paper = ARPlus(network, sizes).to(device), PaperARPlus(network, sizes).to(device)
     bos = special_ids(sizes.characters).bos
@@ -63,9 +72,9 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
         },
         table=[
             ("replies", f"{config.characters} characters each, batch {config.batch_size}"),
-            ("ours", f"{rate(replies_per_second)} replies/s ({median(ours):.3g} s a batch, {min(ours):.3g} at best)"),
+            ("ours", f"{rate(replies_per_second)} replies/s ({median(ours):.3g} s per batch, {min(ours):.3g} at best)"),
             ("paper's loop", f"{config.batch_size / median(plain):.3g} replies/s" if plain else "left out"),
             ("ratio plain", f"{ratio:.1f}" if ratio else "none"),
-            ("GFLOP-equivalents a reply", f"{median(gflops) / replies_per_second:.2f}"),
+            ("GFLOP-equivalents per reply", f"{median(gflops) / replies_per_second:.2f}"),
         ],
     )

@@ -2,21 +2,21 @@
 
 The same equations as :mod:`arplus.model`, which ``tests/benchmark/test_paper.py`` holds to equal losses, without any
 of its savings: ``nn.MultiheadAttention`` with its defaults, one call a route and application (so every application
-projects the encoded context again), the memory's query as B × S × D vectors in every hop, logits at every position,
-losses that leave padding out afterwards. A reply takes one whole forward pass a character, the auxiliary branch too.
+projects the encoded context again), the memory's query as B × S × D vectors in every hop, rows padded to the longest
+of a batch, logits at every position, and losses that leave padding out afterwards. A reply takes one whole forward pass
+per character, the auxiliary branch too.
 
 Written from the paper and from a description of its code; shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from arplus.benchmark.padded import Padded
 from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
-from arplus.model.batch import Batch
 from arplus.model.generate import top_probabilities
 
 
@@ -71,26 +71,25 @@ class PaperARPlus(nn.Module):
         self.projections = nn.ModuleDict({name: nn.Linear(E, d) for name in names})
         self.layers = nn.ModuleList(PaperLayer(config) for _ in range(config.unique_layers))
         self.dropout = nn.Dropout(config.dropout)
-        self.generator = nn.Linear(d, sizes.characters, bias=False)
+        self.head = nn.Linear(d, sizes.characters, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (B, T - 1, V) of the response and of the auxiliary task, at every position."""
+    def forward(self, batch: Padded) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of the response and of the auxiliary task, at every position."""
         assert batch.infilled_BU is not None
-        pad_BS, ids_BT = batch.context_BS == self.pad, batch.response_BT[:, :-1]
-        vectors_BPWE = self.persona_words(batch.profiles_BPW)
-        profiles_BPE = (vectors_BPWE * (batch.profiles_BPW != self.persona_pad)[..., None]).sum(2)
-        at_BSE = batch.context_profile_BS.long()[..., None].expand(-1, -1, profiles_BPE.shape[-1])
-        context_BSD = self._embed(batch.context_BS, "context", profiles_BPE.gather(1, at_BSE))
+        pad_BS = batch.context_BS == self.pad
+        vectors_PWE = self.persona_words(batch.profiles_PW)
+        profiles_PE = (vectors_PWE * (batch.profiles_PW != self.persona_pad)[..., None]).sum(1)
+        context_BSD = self._embed(batch.context_BS, "context", functional.embedding(batch.speaker_BS, profiles_PE))
         query_BSD = self._embed(batch.context_BS, "auxiliary")
-        o_BD = self._memory(batch.target_persona_BK, query_BSD, (~pad_BS).sum(1) - 1)
+        o_BD = self._memory(batch.persona_BK, query_BSD, (~pad_BS).sum(1) - 1)
         memory_BSD = self._encode(context_BSD + o_BD[:, None], pad_BS)
-        logits_BTV = self._decode(ids_BT, memory_BSD, pad_BS)
+        logits_BTV = self._decode(batch.response_BT, memory_BSD, pad_BS)
         pad_BU = batch.infilled_BU == self.pad
         infilled_BUD = self._encode(self._embed(batch.infilled_BU, "auxiliary"), pad_BU)
-        return logits_BTV, self._decode(ids_BT, infilled_BUD, pad_BU)
+        return logits_BTV, self._decode(batch.response_BT, infilled_BUD, pad_BU)
 
     def _embed(self, ids_BS: Tensor, kind: str, added_BSE: Tensor | float = 0.0) -> Tensor:
         E = self.config.embedding_size
@@ -130,12 +129,12 @@ class PaperARPlus(nn.Module):
             for layer in self.layers:
                 assert isinstance(layer, PaperLayer)
                 x_BTD = layer.decode(x_BTD, memory_BSD, pad_BS)
-        return self.generator(x_BTD)
+        return self.head(x_BTD)
 
 
-def mean_losses(model: PaperARPlus, batch: Batch) -> tuple[Tensor, Tensor]:
+def mean_losses(model: PaperARPlus, batch: Padded) -> tuple[Tensor, Tensor]:
     """L_D and L_LM, means over the targets that are not padding."""
-    target_BT = batch.response_BT[:, 1:].long()
+    target_BT = batch.target_BT.long()
     dialogue, auxiliary = (
         functional.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=model.pad)
         for logits_BTV in model(batch)
@@ -144,15 +143,13 @@ def mean_losses(model: PaperARPlus, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def paper_replies(model: PaperARPlus, batch: Batch, settings: Sampling, bos: int) -> Tensor:
+def paper_replies(model: PaperARPlus, batch: Padded, settings: Sampling, bos: int) -> Tensor:
     """Ids (B, L) of replies by nucleus sampling, the whole network over the whole response for each character."""
     model.eval()
     assert settings.max_characters is not None, "Sampling.of fills it in"
     ids_BT = torch.full_like(batch.response_BT[:, :1], bos)
     for _ in range(settings.max_characters):
-        # The model drops the last id, which is a target in training.
-        fed = replace(batch, response_BT=torch.cat([ids_BT, ids_BT[:, -1:]], 1))
-        logits_BV = model(fed)[0][:, -1] / settings.temperature
+        logits_BV = model(batch._replace(response_BT=ids_BT))[0][:, -1] / settings.temperature
         p_BV = top_probabilities(logits_BV, top_k=settings.top_k, top_p=settings.top_p)
         ids_BT = torch.cat([ids_BT, torch.multinomial(p_BV, 1).to(ids_BT.dtype)], 1)
     return ids_BT[:, 1:]

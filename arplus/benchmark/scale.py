@@ -1,17 +1,17 @@
-"""Scaling: one and two workers measured, and a small model that predicts examples a second up to 64 GPUs.
+"""Scaling: one and two workers measured, and a small model that predicts examples per second up to 64 GPUs.
 
 A step of W workers of b examples each takes
 
-    fixed + b · example                  measured with one worker at two batch sizes
+    fixed + b · example                  measured with one worker at two batch sizes; on GPUs the rate at b is given
     + bytes(stage, W) / bandwidth        gradients and weights that a worker sends; on this machine the bandwidth is
     + calls(stage) · latency             measured with the same processes, on GPUs it is assumed
-    max(…, W · b / feed)                 never less than a worker's feed needs, which reads the whole global batch to
-                                         take its part of it
+    max(…, W · b / feed)                 never less than the feed needs, which reads each window once for all workers
     + checkpoint / steps between         seconds in which training waits for a checkpoint
 
 Nothing is overlapped, as in our engine. The prediction for two workers stands beside what two workers were seen to do.
 """
 
+import math
 import multiprocessing
 import os
 import tempfile
@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Gt, Le
@@ -35,22 +36,26 @@ from arplus.training.group import process_group
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are predicted."""
+GUESSED_RATES = {64: 2_600.0, 512: 14_500.0, 2048: 16_000.0}
+"""Examples per second of one H100 by batch size, its step not compiled: guessed from counts of its kernels and of the
+bytes that they move, ±25 %. Nothing of it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleBenchmark(Output):
     """Measures one and two workers on this machine and predicts more of them, on GPUs."""
 
-    zero: Annotated[int, Ge(0), Le(3)] = TrainConfig.zero
+    zero: Annotated[int, Ge(0), Le(3)] = 1
     """DeepSpeed ZeRO stage."""
     batch_size: Annotated[int, Gt(1)] = 32
-    """Examples a worker and step in what is measured."""
+    """Examples per worker and step in what is measured."""
     steps: Annotated[int, Gt(0)] = 4
     """Steps that a median is taken of, after one that is not counted."""
-    gpu_examples_per_second: Annotated[float, Gt(0)] = 60_000
-    """One GPU's rate in what is predicted; take the figure of jobs/benchmark.py train on that GPU."""
+    gpu_examples_per_second: Annotated[float, Gt(0)] | None = None
+    """One GPU's rate at gpu_batch_size in what is predicted; take the figure of jobs/benchmark.py train --batch-size
+    on that GPU. By default a guess for an H100."""
     gpu_batch_size: Annotated[int, Gt(0)] = 1024
-    """Examples a GPU and step."""
+    """Examples per GPU and step."""
     gpus_per_node: Annotated[int, Gt(0)] = 8
     """GPUs that share a machine."""
     node_bandwidth_gb: Annotated[float, Gt(0)] = 300
@@ -60,26 +65,26 @@ class ScaleBenchmark(Output):
     latency_us: Annotated[float, Ge(0)] = 30
     """Microseconds of one collective call on GPUs."""
     feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
-    """Examples a second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
+    """Examples per second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
     feed_cores: Annotated[int, Gt(0)] = 8
-    """Cores that the feed of each GPU may use."""
+    """Cores per GPU that the feed may use; a window is read by one of all these cores, once for all GPUs."""
     checkpoint_seconds: Annotated[float, Ge(0)] = 5
     """Seconds in which training waits for one checkpoint."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the model of a step is made of; seconds and bytes a second."""
+    """What the model of a step is made of; seconds and bytes per second."""
 
     fixed: float
     """A worker's step apart from its examples: optimizer, engine."""
     example: float
     bandwidth: float
-    """Bytes a second that a worker sends while all do."""
+    """Bytes per second that a worker sends while all do."""
     latency: float
     """Of one collective call."""
     feed: float = float("inf")
-    """Examples a second that the feed of one worker reads, those of other workers among them."""
+    """Examples per second that the feed makes for all workers together."""
     checkpoint: float = 0.0
     """Share of the time in which training waits for checkpoints."""
 
@@ -114,9 +119,10 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     example = max((one["step"] - half["step"]) / (b - b // 2), 0.0)
     here = Costs(one["step"] - b * example, example, _bandwidth(two["reduce"], n), two["latency"])
     predicted, seen = ({w: w * b / s for w, s in seconds.items()} for seconds in (
-        {w: step_seconds(here, run.zero, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
+        {w: step_seconds(here, config.zero, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
     ))  # fmt: skip
-    gpus = {w: _on_gpus(config, run, w, n) for w in WORKERS}
+    minutes = run.checkpoint_minutes or 10.0
+    gpus = {w: predict(config, minutes, w, n) for w in WORKERS}
     return Result(
         figures={
             "examples_per_second_1": seen[1],
@@ -126,41 +132,53 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
             **{f"predicted_gpus_{w}": value for w, value in gpus.items()},
         },
         table=[
-            ("measured here", f"{run.precision}, ZeRO {run.zero}, {b} examples a worker, one thread each, gloo"),
+            ("measured here", f"{run.precision}, ZeRO {config.zero}, {b} examples per worker, one thread each, gloo"),
             ("1 worker", f"{seen[1]:.3g} examples/s"),
             ("2 workers", f"{seen[2]:.3g} examples/s, predicted {predicted[2]:.3g} ({predicted[2] / seen[2]:.0%})"),
-            ("the model here", f"{here.fixed:.3g} s + {example:.3g} s an example, {here.bandwidth / 1e9:.2g} GB/s"),
+            ("the model here", f"{here.fixed:.3g} s + {example:.3g} s per example, {here.bandwidth / 1e9:.2g} GB/s"),
             ("predicted for GPUs", "nothing of it is measured; it assumes"),
-            ("  one GPU", f"{rate(config.gpu_examples_per_second)} examples/s at {config.gpu_batch_size} a step"),
-            ("  sent", f"{bytes_sent(run.zero, 64, n) / 1e6:.0f} MB a step by each of 64, nothing overlapped"),
+            ("  one GPU", f"{rate(gpu_rate(config))} examples/s at {config.gpu_batch_size} per step, "
+                          + ("a guess for an H100" if config.gpu_examples_per_second is None else "as given")),
+            ("  sent", f"{bytes_sent(config.zero, 64, n) / 1e6:.0f} MB per step by each of 64, nothing overlapped"),
             ("  links", f"{config.node_bandwidth_gb:g} GB/s in a machine of {config.gpus_per_node}, "
-                        f"{config.network_bandwidth_gb:g} GB/s a GPU beyond it, {config.latency_us:g} µs a call"),
-            ("  feed", f"{config.feed_cores} cores a GPU, {rate(config.feed_examples_per_second)} examples/s each, "
-                       "which read all that all GPUs train on"),
-            ("  checkpoints", f"{config.checkpoint_seconds:g} s every {run.checkpoint_minutes or 10:g} minutes"),
+                        f"{config.network_bandwidth_gb:g} GB/s per GPU beyond it, {config.latency_us:g} µs per call"),
+            ("  feed", f"{config.feed_cores} cores per GPU, {rate(config.feed_examples_per_second)} examples/s each; "
+                       "a window is read once, and handing out its parts costs nothing"),
+            ("  checkpoints", f"{config.checkpoint_seconds:g} s every {minutes:g} minutes"),
             *((f"  {w} GPUs", f"{rate(value)} examples/s, {value / w / gpus[1]:.0%} of {w} times one")
               for w, value in gpus.items()),
         ],
     )  # fmt: skip
 
 
-def _on_gpus(config: ScaleBenchmark, run: TrainConfig, workers: int, parameters: int) -> float:
+def gpu_rate(config: ScaleBenchmark) -> float:
+    """Examples per second of one GPU: as given, else the guess for the batch size."""
+    if config.gpu_examples_per_second is not None:
+        return config.gpu_examples_per_second
+    sizes, rates = zip(*GUESSED_RATES.items(), strict=True)
+    if config.gpu_batch_size < sizes[0]:  # all of the step is launching kernels, however few the examples
+        return rates[0] * config.gpu_batch_size / sizes[0]
+    return float(np.interp(math.log(config.gpu_batch_size), np.log(sizes), rates))
+
+
+def predict(config: ScaleBenchmark, checkpoint_minutes: float, workers: int, parameters: int) -> float:
     """Predicted examples/s of ``workers`` GPUs; the slowest link that they need counts."""
     one_machine = workers <= config.gpus_per_node
-    seconds = 60 * (run.checkpoint_minutes or 10)
+    seconds = 60 * checkpoint_minutes
     costs = Costs(
         fixed=0.0,
-        example=1 / config.gpu_examples_per_second,
+        example=1 / gpu_rate(config),
         bandwidth=1e9 * (config.node_bandwidth_gb if one_machine else config.network_bandwidth_gb),
         latency=config.latency_us * 1e-6,
-        feed=config.feed_cores * config.feed_examples_per_second,
+        feed=workers * config.feed_cores * config.feed_examples_per_second,
         checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
     )
-    return workers * config.gpu_batch_size / step_seconds(costs, run.zero, workers, config.gpu_batch_size, parameters)
+    b = config.gpu_batch_size
+    return workers * b / step_seconds(costs, config.zero, workers, b, parameters)
 
 
 def _bandwidth(seconds: float, parameters: int) -> float:
-    """Bytes a second that each of two workers sends while all gradients are reduced in ``seconds``."""
+    """Bytes per second that each of two workers sends while all gradients are reduced in ``seconds``."""
     return bytes_sent(0, 2, parameters) / seconds
 
 
@@ -206,11 +224,10 @@ def _measured(workers: int, run: TrainConfig, batch_size: int, steps: int) -> di
     """Seconds of a step, and of collectives of its group, in one of the workers."""
     sizes = VocabularySizes()
     # The same examples for every worker: the model has no word for one that waits for another.
-    pool = Pool(random_examples(64 * batch_size, sizes), run.model, sizes, batch_size)
-    (step,) = pool.sorted(1)
+    batches = Pool(random_examples((1 + steps) * batch_size, sizes), run.model, sizes, batch_size).random(1 + steps)
+    waiting = iter(step._replace(targets=workers * step.targets) for step in batches)
     take = sides.engine_step(run, sizes)
-    step = step._replace(targets=workers * step.targets)
-    found = {"step": median(_seconds(lambda: take(step), steps)), "reduce": 0.0, "latency": 0.0}
+    found = {"step": median(_seconds(lambda: take(next(waiting)), steps)), "reduce": 0.0, "latency": 0.0}
     if workers > 1:
         n = sum(p.numel() for p in ARPlus(run.model, sizes).parameters())
         gradients, one = torch.zeros(n), torch.zeros(1)

@@ -2,23 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from arplus.benchmark.bart import Bart
+from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, mean_losses
-from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes
-from arplus.data.feed import Step
+from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.data.loader import Step
 from arplus.model.arplus import ARPlus
-from arplus.model.attention import leave_cudnn_out
 from arplus.training.engine import Engine
 from arplus.training.loop import seed_dropout
 
 Side = Literal["ours", "plain", "bart"]
-TrainStep = Callable[[Step], None]
-"""One optimizer step: forward, backward, clipping, AdamW."""
+TrainStep = Callable[[Any], None]
+"""One optimizer step on one of the side's :func:`inputs`: forward, backward, clipping, AdamW."""
 
 
 def device() -> torch.device:
@@ -26,12 +26,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def inputs(side: Side, steps: list[Step], sizes: VocabularySizes) -> list[Any]:
+    """The same batches as a side takes them: packed for us, padded to their longest rows for the others."""
+    if side == "ours":
+        return list(steps)
+    pad, persona_pad = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
+    return [Padded.of(step.micro_batches[0], pad, persona_pad) for step in steps]
+
+
 def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
     """The step of a fresh model of one side. Raises ImportError for BART without ``transformers``.
 
     The others train in fp32 with torch's AdamW as it comes.
     """
-    leave_cudnn_out()
     torch.manual_seed(0)
     if side == "ours":
         return engine_step(config, sizes)
@@ -39,13 +46,13 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
         paper = PaperARPlus(config.model, sizes)
         lambda1 = config.objective.lambda1
 
-        def plain_loss(step: Step) -> torch.Tensor:
-            dialogue, auxiliary = mean_losses(paper, step.micro_batches[0].to(device()))
+        def plain_loss(batch: Padded) -> torch.Tensor:
+            dialogue, auxiliary = mean_losses(paper, batch)
             return dialogue + lambda1 * auxiliary
 
         return _torch_step(paper, plain_loss, config.optimizer)
     bart = Bart(config.model, sizes)
-    return _torch_step(bart, lambda step: bart(step.micro_batches[0].to(device())), config.optimizer)
+    return _torch_step(bart, bart, config.optimizer)
 
 
 def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
@@ -62,14 +69,14 @@ def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
     return take
 
 
-def _torch_step(model: nn.Module, loss: Callable[[Step], torch.Tensor], config: OptimizerConfig) -> TrainStep:
+def _torch_step(model: nn.Module, loss: Callable[[Padded], torch.Tensor], config: OptimizerConfig) -> TrainStep:
     model = model.to(device()).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
 
-    def take(step: Step) -> None:
+    def take(batch: Padded) -> None:
         optimizer.zero_grad()
-        loss(step).backward()
+        loss(batch.to(device())).backward()
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
 

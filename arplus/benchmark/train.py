@@ -1,7 +1,8 @@
 """The train step: examples a second against the paper's code and a Hugging Face BART, interleaved in one run.
 
-Every round times all of our sorted batches, which differ several times in cost, one random batch of each other side,
-and a 1024-wide matrix product, the yardstick between machines. A machine that slows down meanwhile slows them all.
+Batches are random ones, as training draws them. Every round has batches of its own, which all sides take in turns: we
+packed, the others padded to the longest row. So no side has seen a batch's shapes before, as in training. A round also
+times a 1024-wide matrix product, the yardstick between machines. A machine that slows down meanwhile slows them all.
 """
 
 import contextlib
@@ -20,12 +21,11 @@ from annotated_types import Ge, Gt, Le
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
-from arplus.benchmark.pool import PoolBenchmark, real_lengths
+from arplus.benchmark.pool import PoolBenchmark, mean_lengths, padding
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
-from arplus.config import ExampleRules, TrainConfig, VocabularySizes, special_ids
-from arplus.data.collate import EXACT, Widths
-from arplus.data.feed import Step
+from arplus.config import TrainConfig, VocabularySizes
+from arplus.data.loader import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
 from arplus.training import node
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MEMORY_STEPS = 4
+"""Most steps of a process whose peak memory is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmark(PoolBenchmark):
@@ -43,11 +46,13 @@ class TrainBenchmark(PoolBenchmark):
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: bool = False
-    """Our layers compiled, on batches of few shapes; for GPUs."""
+    """Our step compiled; for GPUs."""
     zero: Annotated[int, Ge(0), Le(3)] = 0
     """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
-    rounds: Annotated[int, Gt(0)] = 3
-    """Rounds that the medians are taken of, after steps of each side that are not counted."""
+    batches: Annotated[int, Gt(0)] = 2
+    """Batches that each side takes per round."""
+    rounds: Annotated[int, Gt(0)] = 4
+    """Rounds that the medians are taken of, after a step of each side that is not counted."""
     compare: bool = True
     """Whether the other sides are measured too, which takes most of the time."""
 
@@ -58,25 +63,24 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
         log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
-    pool = config.pool(run.model, sizes, Widths.static(ExampleRules()) if config.compile else EXACT)
-    mine, theirs = pool.sorted(config.batches), pool.random(config.batches)
+    count = 1 + config.rounds * config.batches
+    steps = config.pool(run.model, sizes, count * config.batch_size).random(count)
     with process_group():
-        taken = {"ours": sides.train_step("ours", run, sizes)}
+        taken: dict[Side, sides.TrainStep] = {"ours": sides.train_step("ours", run, sizes)}
         if config.compare:
             taken["plain"] = sides.train_step("plain", run, sizes)
             with contextlib.suppress(ImportError):
                 taken["bart"] = sides.train_step("bart", run, sizes)
-        times = _times(taken, mine, theirs, config.rounds)
+        times = _times(taken, steps, config.batches, sizes)
     gflops = median(times.pop("matmul"))
     compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
-    memory = {side: peak_memory(side, run, sizes, mine if side == "ours" else theirs[:2]) for side in compared}
+    memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in compared}
 
     ours = median(times["ours"])
     ratios = {side: median(t / o for t, o in zip(times[side], times["ours"], strict=True)) for side in times}
     examples_per_second = config.batch_size / ours
-    lengths = real_lengths(
-        [batch for step in theirs for batch in step.micro_batches], pool.pad, special_ids(sizes.persona_words).pad
-    )
+    batches = [batch for step in steps for batch in step.micro_batches]
+    lengths = mean_lengths(batches)
     flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
     peak = peak_bf16_flops()
     figures: dict[str, float | None] = {
@@ -93,15 +97,15 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
         figures=figures,
         table=[
             ("step", f"{run.precision}, ZeRO {run.zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
-            ("layers", "compiled" if run.compile else "not compiled"),
-            ("real lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
-            ("context padding", f"{pool.padding(mine):.1%} sorted, {pool.padding(theirs):.1%} random"),
-            ("best algorithm", f"{flops / 1e9:.1f} GFLOP an example"),
+            ("our step", "compiled" if run.compile else "not compiled"),
+            ("lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
+            ("padding", f"none of ours; {padding(batches):.1%} of the others' contexts"),
+            ("best algorithm", f"{flops / 1e9:.1f} GFLOP per example"),
             ("ours", _seconds(times["ours"], config.batch_size)),
             ("paper's code", _compared(times.get("plain"), config, "left out")),
             ("Hugging Face BART", _compared(times.get("bart"), config, NOT_INSTALLED)),
             *((f"ratio {side}", f"{ratio:.2f}") for side, ratio in ratios.items() if side != "ours"),
-            ("GFLOP-equivalents an example", f"{ours * gflops / config.batch_size:.2f} at {gflops:.0f} GFLOP/s"),
+            ("GFLOP-equivalents per example", f"{ours * gflops / config.batch_size:.2f} at {gflops:.0f} GFLOP/s"),
             ("peak memory", ", ".join(f"{side} {size(value)}" for side, value in memory.items())),
             ("MFU", f"{figures['mfu']:.1%}" if peak else "none: no known GPU"),
         ],
@@ -109,18 +113,17 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
 
 
 def _times(
-    taken: dict[str, sides.TrainStep], mine: list[Step], theirs: list[Step], rounds: int
+    taken: dict[Side, sides.TrainStep], steps: list[Step], batches: int, sizes: VocabularySizes
 ) -> dict[str, list[float]]:
-    """Seconds a batch of every round: the mean of all sorted batches for us, one random batch for the others."""
+    """Seconds per batch of every round, and of the matrix product; the first step is not counted."""
+    inputs = {side: sides.inputs(side, steps, sizes) for side in taken}
     for side, take in taken.items():
-        for step in mine if side == "ours" else theirs[-1:]:  # kernels may be compiled for every shape of ours
-            take(step)
+        take(inputs[side][0])
     times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
-    for i in range(rounds):
+    for first in range(1, len(steps), batches):
         times["matmul"].append(matmul_gflops())
         for side, take in taken.items():
-            steps = mine if side == "ours" else [theirs[i % len(theirs)]]
-            times[side].append(timed(take, steps) / len(steps))
+            times[side].append(timed(take, inputs[side][first : first + batches]) / batches)
     return times
 
 
@@ -146,8 +149,8 @@ def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step
     torch.set_num_threads(threads)
     with process_group():
         take = sides.train_step(side, run, sizes)
-        for step in steps:
-            take(step)
+        for batch in sides.inputs(side, steps, sizes):
+            take(batch)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_memory_bytes()
@@ -155,7 +158,7 @@ def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step
 
 def _seconds(times: list[float], batch_size: int) -> str:
     return (
-        f"{rate(batch_size / median(times))} examples/s, {median(times):.3g} s a batch "
+        f"{rate(batch_size / median(times))} examples/s, {median(times):.3g} s per batch "
         f"({min(times):.3g} to {max(times):.3g} in {len(times)} rounds)"
     )
 

@@ -1,23 +1,22 @@
-"""Rows of encoded examples to padded arrays, without a Python loop over rows or characters.
+"""Rows of encoded examples to batches, without a Python loop over rows or characters.
 
-A :class:`Window` holds some thousand examples as flat arrays and offsets, the way Arrow stores them. All its batches
-are made at once, a scatter a field: 256 batches of 64 take 28 ms, where one batch after the other took 95.
-Dimensions are those of :mod:`arplus.model.batch`; N is the number of batches.
+A :class:`Window` holds some thousand examples as flat arrays and offsets, the way Arrow stores them. All micro-batches
+that are cut from it are gathered at once, each field by one indexing; :mod:`arplus.data.packing` makes tensors of them.
+Dimensions are those of :mod:`arplus.model.batch`; R is the number of rows that are taken.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arplus.config import ExampleRules, ModelConfig, SpecialIds, VocabularySizes, special_ids
+from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
+from arplus.data.packing import ONE_BLOCK, Lists, MicroBatches, unpack
+from arplus.model.batch import Batch
 
-Int = NDArray[np.int32]
-
-CONTEXT_UNIT = 1024
-"""What a character of context counts in a window's sort key, beside one for a character of the response."""
+Int = NDArray[np.integer]
 
 
 class Ragged(NamedTuple):
@@ -27,56 +26,17 @@ class Ragged(NamedTuple):
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
-    @classmethod
-    def of_rows(cls, rows_RL: Int, lengths_R: NDArray[np.int64]) -> "Ragged":
-        """The first ``lengths_R`` values of every row of an array."""
-        R, width = rows_RL.shape
-        return cls(rows_RL.ravel(), np.arange(R) * width, lengths_R)
-
-    def padded(self, rows_R: NDArray[np.int64], widths_R: NDArray[np.int64], pad: int) -> Int:
-        """Lists ``rows_R``, each filled up with ``pad`` to its width in ``widths_R``, one after the other and flat."""
+    def take(self, rows_R: Int) -> Lists:
+        """Lists ``rows_R`` in that order, end to end."""
         lengths_R = self.lengths[rows_R]
         first_R = np.cumsum(lengths_R) - lengths_R
-        real = np.arange(lengths_R.sum())
-        target = real + np.repeat(np.cumsum(widths_R) - widths_R - first_R, lengths_R)
-        padded = np.full(widths_R.sum(), pad, np.int32)
-        padded[target] = self.values[real + np.repeat(self.starts[rows_R] - first_R, lengths_R)]
-        return padded
-
-
-class Arrays(NamedTuple):
-    """One field of every batch of a window: arrays of different shapes, one after the other and flat."""
-
-    values: NDArray[Any]
-    shapes: list[tuple[int, ...]]
-    """A shape a batch."""
-
-
-class Widths(NamedTuple):
-    """Widths are rounded up to multiples of these: all 1 for no more padding than a batch needs."""
-
-    context: int = 1
-    response: int = 1
-    profiles: int = 1
-    persona: int = 1
-
-    @classmethod
-    def static(cls, rules: ExampleRules) -> "Widths":
-        """For kernels that are compiled per shape: few widths of contexts, and one of all else but for rare profiles.
-
-        Contexts have a width for each number of utterances (seven by default). The longest infilled response is the
-        longest response with an inserted [MASK].
-        """
-        utterance = rules.max_utterance_characters + 1
-        return cls(context=utterance, response=rules.max_response_ids + 1, profiles=4, persona=16)
-
-
-EXACT = Widths()
-"""As narrow as a batch allows."""
+        places = np.arange(lengths_R.sum())
+        places += np.repeat(self.starts[rows_R] - first_R, lengths_R)
+        return Lists(self.values[places], lengths_R)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class BatchSpec:
     """What a model reads of an example."""
 
     sizes: VocabularySizes
@@ -87,7 +47,7 @@ class Layout:
     """Whether the auxiliary task is infilling, so that batches carry infilled responses."""
 
     @classmethod
-    def of(cls, model: ModelConfig, sizes: VocabularySizes) -> "Layout":
+    def of(cls, model: ModelConfig, sizes: VocabularySizes) -> "BatchSpec":
         """What a model of this configuration reads."""
         return cls(sizes=sizes, persona_words=model.memory_hops > 0, infilling=model.auxiliary == "infilling")
 
@@ -107,132 +67,105 @@ class Layout:
 class Window:
     """Examples in memory, ready to be cut into batches."""
 
-    def __init__(self, table: pa.Table, layout: Layout) -> None:
-        self.layout = layout
-        self.characters: SpecialIds = special_ids(layout.sizes.characters)
-        persona_size = layout.sizes.persona_words if layout.persona_words else layout.sizes.characters
-        self.persona_pad = special_ids(persona_size).pad
-        profiles, counts, target = layout.persona_columns
+    def __init__(self, table: pa.Table, spec: BatchSpec) -> None:
+        self.spec = spec
+        self.characters: SpecialIds = special_ids(spec.sizes.characters)
+        profiles, counts, target = spec.persona_columns
         self.example_id: NDArray[np.int64] = table["example_id"].to_numpy()
         self.context = _ragged(table["context"])
-        self.response = _ragged(table["response"])
-        self.target = _ragged(table[target])
+        self.persona = _ragged(table[target])
+        self.framed = frame(_ragged(table["response"]), self.characters)
+        """[BOS] + characters + [EOS]."""
         # Every utterance ends with [SEP], so the number of [SEP] before a character is the index of its utterance.
         ends = self.context.values == self.characters.sep
         speakers = _ragged(table["speakers"]).values
         assert len(speakers) == int(ends.sum()), "every context utterance has a speaker and a [SEP]"
-        self.context_profile = self.context._replace(values=speakers[np.cumsum(ends) - ends])
+        self.speaker = self.context._replace(values=speakers[np.cumsum(ends) - ends])
+        """For each context character the local profile that speaks."""
         item_counts = _ragged(table[counts])
-        # The number of every profile, by example; the last one is empty and fills an example up.
-        self.profiles_of_example = item_counts._replace(values=np.arange(len(item_counts.values), dtype=np.int32))
-        lengths = np.append(item_counts.values, 0).astype(np.int64)
+        self.profiles_of_example = item_counts._replace(values=np.arange(len(item_counts.values)))
+        lengths = item_counts.values.astype(np.int64)
         self.profile = Ragged(_ragged(table[profiles]).values, np.cumsum(lengths) - lengths, lengths)
+        """The profiles of all examples."""
 
     def __len__(self) -> int:
         return len(self.example_id)
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """A sort key an example: context length first, then response length below :data:`CONTEXT_UNIT`."""
-        return self.context.lengths * CONTEXT_UNIT + self.response.lengths
+    def targets(self) -> NDArray[np.int64]:
+        """Targets of each example: its characters and [EOS]."""
+        return self.framed.lengths - 1
 
-    def batches(self, rows_NB: NDArray[np.int64], draws: "Draws", widths: Widths) -> dict[str, Arrays]:
-        """The fields of N :class:`arplus.model.batch.Batch` of B examples by name, all but ``counted_B``."""
-        ids = self.characters
-        N, B = rows_NB.shape
-        rows = rows_NB.ravel()
+    def batch(self, rows_B: NDArray[np.int64], rng: "ExampleRng") -> Batch:
+        """Those rows in that order as one batch, whose sequences are one block."""
+        return unpack(self.micro_batches(rows_B, np.array([len(rows_B)]), rng), ONE_BLOCK)[0]
 
-        def padded(lists: Ragged, rows: NDArray[np.int64], multiple: int, pad: int) -> Arrays:
-            widths_N = _round_up(lists.lengths[rows].reshape(N, -1).max(1), multiple)
-            per_batch = len(rows) // N
-            values = lists.padded(rows, np.repeat(widths_N, per_batch), pad)
-            return Arrays(values, [(per_batch, width) for width in widths_N.tolist()])
-
-        numbers = padded(self.profiles_of_example, rows, widths.profiles, len(self.profile.lengths) - 1)
-
-        response_lengths = self.response.lengths[rows]
-        longest = np.full(len(rows), response_lengths.max())
-        characters = self.response.padded(rows, longest, ids.pad).reshape(len(rows), -1)
-        framed = frame(characters, response_lengths, ids)
-        own_place = np.arange(len(rows))
-
-        fields = {
-            "example_id_B": Arrays(self.example_id[rows], [(B,)] * N),
-            "context_BS": padded(self.context, rows, widths.context, ids.pad),
-            "context_profile_BS": padded(self.context_profile, rows, widths.context, 0),
-            "profiles_BPW": self._profiles(numbers, widths.persona),
-            "target_persona_BK": padded(self.target, rows, widths.persona, self.persona_pad),
-            "response_BT": padded(Ragged.of_rows(framed, response_lengths + 2), own_place, widths.response, ids.pad),
-        }
-        if self.layout.infilling:
-            infilled = infill(framed, response_lengths + 2, ids, *draws.uniform(self.example_id[rows]))
-            lists = Ragged.of_rows(infilled, (infilled != ids.pad).sum(1))
-            fields["infilled_BU"] = padded(lists, own_place, widths.response, ids.pad)
-        return fields
-
-    def _profiles(self, numbers: Arrays, multiple: int) -> Arrays:
-        """The items of every batch's profiles, from their numbers (B, P)."""
-        profiles_N = np.array([B * P for B, P in numbers.shapes])
-        lengths = self.profile.lengths[numbers.values]
-        widths_N = _round_up(np.maximum.reduceat(lengths, np.cumsum(profiles_N) - profiles_N), multiple)
-        values = self.profile.padded(numbers.values, np.repeat(widths_N, profiles_N), self.persona_pad)
-        return Arrays(values, [(*shape, width) for shape, width in zip(numbers.shapes, widths_N.tolist(), strict=True)])
-
-    def batch(
-        self, rows_B: NDArray[np.int64], counted_B: NDArray[np.bool_], draws: "Draws", widths: Widths = EXACT
-    ) -> dict[str, NDArray]:
-        """The arrays of one batch of examples ``rows_B``, by field name.
-
-        ``counted_B`` is False for rows that only fill the batch up.
-        """
-        fields = self.batches(rows_B[None], draws, widths)
-        return {"counted_B": counted_B} | {name: values.reshape(*shapes) for name, (values, shapes) in fields.items()}
+    def micro_batches(
+        self, rows_R: NDArray[np.int64], examples_M: NDArray[np.int64], rng: "ExampleRng"
+    ) -> MicroBatches:
+        """Those rows in that order as M micro-batches, of ``examples_M`` each."""
+        numbers, profiles_R = self.profiles_of_example.take(rows_R)
+        profile_ends = np.append(0, np.cumsum(profiles_R))
+        # Profiles before each micro-batch, and at last all of them.
+        profile_cuts = profile_ends[np.append(0, np.cumsum(examples_M))]
+        speaker, context_R = self.speaker.take(rows_R)
+        speaker += np.repeat(profile_ends[:-1] - np.repeat(profile_cuts[:-1], examples_M), context_R)
+        targets = Ragged(self.framed.values, self.framed.starts, self.targets)
+        infilled = None
+        if self.spec.infilling:
+            chosen = Ragged(self.framed.values, self.framed.starts[rows_R], self.framed.lengths[rows_R])
+            infilled = infill(chosen, self.characters, *rng.uniform(self.example_id[rows_R]))
+        return MicroBatches(
+            examples=examples_M,
+            profile_counts=np.diff(profile_cuts),
+            example_id=self.example_id[rows_R],
+            context=self.context.take(rows_R),
+            speaker=speaker,
+            profiles=self.profile.take(numbers),
+            persona=self.persona.take(rows_R),
+            response=targets.take(rows_R),
+            target=targets._replace(starts=targets.starts + 1).take(rows_R).values,
+            infilled=infilled,
+        )
 
 
-def _round_up(widths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    return -(-np.maximum(widths, 1) // multiple) * multiple
+def frame(characters: Ragged, ids: SpecialIds) -> Ragged:
+    """[BOS] + characters + [EOS] of lists that lie end to end."""
+    lengths = characters.lengths + 2
+    starts = np.cumsum(lengths) - lengths
+    values = np.empty(lengths.sum(), characters.values.dtype)
+    values[np.arange(len(characters.values)) + np.repeat(2 * np.arange(len(lengths)) + 1, characters.lengths)] = (
+        characters.values
+    )
+    values[starts] = ids.bos
+    values[starts + lengths - 1] = ids.eos
+    return Ragged(values, starts, lengths)
 
 
-def frame(characters_BL: Int, lengths_B: NDArray[np.int64], ids: SpecialIds) -> Int:
-    """[BOS] + characters + [EOS] of padded responses."""
-    B, width = characters_BL.shape
-    response_BT = np.full((B, width + 2), ids.pad, np.int32)
-    response_BT[:, 0] = ids.bos
-    response_BT[:, 1:-1] = characters_BL
-    response_BT[np.arange(B), lengths_B + 1] = ids.eos
-    width = int(lengths_B.max()) + 2
-    return response_BT[:, :width]
-
-
-def infill(
-    response_BT: Int,
-    lengths_B: NDArray[np.int64],
-    ids: SpecialIds,
-    kind_B: NDArray[np.float64],
-    place_B: NDArray[np.float64],
-) -> Int:
-    """BART-style infilling: one span of every response is replaced by one [MASK] (guide: Auxiliary task).
+def infill(responses: Ragged, ids: SpecialIds, kind_R: NDArray[np.float64], place_R: NDArray[np.float64]) -> Lists:
+    """BART-style infilling: one span of every response is replaced by one [MASK].
 
     For a length l with [BOS] and [EOS]: l = 3 stays; l = 4 or 5 masks one character; l ≥ 6 masks two, or with
     probability 0.01 inserts a [MASK]. The span starts uniformly in 1 … l − span − 1, so that [BOS] and [EOS] stay.
-    ``kind_B`` and ``place_B`` are uniform draws in [0, 1).
+    ``kind_R`` and ``place_R`` are uniform draws in [0, 1).
     """
-    l_B = lengths_B
-    span_B = np.where(l_B >= 6, np.where(kind_B < 0.99, 2, 0), 1)
-    start_B = 1 + np.floor(place_B * (l_B - span_B - 1)).astype(np.int64)
-    unchanged_B = l_B < 4
-    start_B = np.where(unchanged_B, l_B, start_B)
-    width = int(np.where(unchanged_B, l_B, l_B - span_B + 1).max())
-    column = np.arange(width)
-    source = np.where(column > start_B[:, None], column + span_B[:, None] - 1, column)
-    padded_BT = np.pad(response_BT, ((0, 0), (0, 2)), constant_values=ids.pad)
-    infilled_BU = np.take_along_axis(padded_BT, np.minimum(source, padded_BT.shape[1] - 1), axis=1)
-    infilled_BU[column == start_B[:, None]] = ids.mask
-    # In an unchanged row start = l is the first position of its padding.
-    return np.where(unchanged_B[:, None] & (column >= l_B[:, None]), np.int32(ids.pad), infilled_BU)
+    l_R = responses.lengths
+    masked_R = l_R >= 4
+    span_R = np.where(l_R >= 6, np.where(kind_R < 0.99, 2, 0), 1)
+    start_R = 1 + np.floor(place_R * (l_R - span_R - 1)).astype(np.int64)
+    # A response in two lists: up to the [MASK] and its place, and what follows the span.
+    lengths_R2 = np.stack([start_R + 1, l_R - start_R - span_R], 1)
+    lengths_R2[~masked_R] = np.stack([l_R, np.zeros_like(l_R)], 1)[~masked_R]
+    starts_R2 = responses.starts[:, None] + np.stack([np.zeros_like(l_R), start_R + span_R], 1)
+    halves = Ragged(responses.values, starts_R2.ravel(), lengths_R2.ravel())
+    values, _ = halves.take(np.arange(2 * len(l_R)))
+    lengths_R = lengths_R2.sum(1)
+    first_R = np.cumsum(lengths_R) - lengths_R
+    values[(first_R + start_R)[masked_R]] = ids.mask
+    return Lists(values, lengths_R)
 
 
-class Draws(NamedTuple):
+class ExampleRng(NamedTuple):
     """Random numbers that depend on (seed, epoch, example id) alone: not on the worker, batch or order."""
 
     seed: int

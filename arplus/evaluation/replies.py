@@ -9,11 +9,11 @@ import torch
 
 from arplus.checkpoint import TrainState, build_model
 from arplus.config import Sampling
-from arplus.data.collate import Draws, Layout, Window
+from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
 from arplus.data.examples import encode_sessions
-from arplus.data.feed import Order, as_batch
 from arplus.data.records import Reject, parse_line
+from arplus.data.sampler import EpochSampler
 from arplus.data.sessions import to_table
 from arplus.errors import UserError
 from arplus.model.batch import Batch
@@ -38,7 +38,7 @@ class Responder:
         self.model = build_model(state)
         self.profile = profile
         self.sampling = sampling.of(state.rules)
-        self.random = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator().manual_seed(seed)
 
     def reply(self, utterances: Sequence[str]) -> str:
         """The reply to a conversation whose last utterance is the other's; speakers alternate, the other begins.
@@ -46,7 +46,7 @@ class Responder:
         Raises :class:`UserError` where there is nothing to answer or the persona is malformed.
         """
         batch = self._batch(utterances)
-        ids = generate(self.model, batch, self.sampling, self.random)[0]
+        ids = generate(self.model, batch, self.sampling, self.rng)[0]
         return self.state.characters.decode(ids.tolist())
 
     def _batch(self, utterances: Sequence[str]) -> Batch:
@@ -70,19 +70,18 @@ class Responder:
         examples = encode_sessions(sessions, self.state.characters, self.state.persona_words, rules).table
         if not len(examples):
             raise UserError("--say: there is nothing to answer in it")
-        window = Window(examples, Layout.of(self.state.config.model, self.state.sizes))
-        return as_batch(window.batch(np.array([len(examples) - 1]), np.ones(1, bool), Draws(0, 0)))
+        window = Window(examples, BatchSpec.of(self.state.config.model, self.state.sizes))
+        return window.batch(np.array([len(examples) - 1]), ExampleRng(0, 0))
 
 
 def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
     """Readable replies to the first ``n`` validation examples: context, persona, reference and reply of each."""
-    layout = Layout.of(state.config.model, state.sizes)
-    order = Order(split=dataset.split("valid"), batch_size=n, window_batches=1, seed=0, shuffled=False)
-    if not order.split.examples:
+    spec = BatchSpec.of(state.config.model, state.sizes)
+    sampler = EpochSampler(split=dataset.split("valid"), batch_size=n, window_batches=1, seed=0, shuffled=False)
+    if not sampler.split.examples:
         return "no validation examples\n"
-    table = order.read(0, 0, [*layout.columns, *({"target_words"} - set(layout.columns))])
-    rows = np.arange(len(table))
-    batch = as_batch(Window(table, layout).batch(rows, np.ones(len(rows), bool), Draws(0, 0)))
+    table = sampler.read(0, 0, [*spec.columns, *({"target_words"} - set(spec.columns))])
+    batch = Window(table, spec).batch(np.arange(len(table)), ExampleRng(0, 0))
     replies = generate(build_model(state), batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):

@@ -8,7 +8,7 @@ import pytest
 from test_speed import TINY
 
 from arplus.benchmark import scale, sides
-from arplus.benchmark.scale import Costs, bytes_sent, step_seconds
+from arplus.benchmark.scale import Costs, ScaleBenchmark, bytes_sent, gpu_rate, predict, step_seconds
 
 
 def test_bytes_by_stage() -> None:
@@ -22,8 +22,22 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
     assert step_seconds(costs, 1, 1, 4, 1000) == pytest.approx(3.0)
     assert step_seconds(costs, 1, 2, 4, 1000) == pytest.approx(3.0 + 4.0 + 0.3)
     assert step_seconds(replace(costs, feed=0.1), 1, 1, 4, 1000) == pytest.approx(40.0)
-    assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(80.0), "each reads both's examples"
+    assert step_seconds(replace(costs, feed=0.1), 1, 2, 4, 1000) == pytest.approx(80.0), (
+        "the feed's rate is that of all workers"
+    )
     assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
+
+
+def test_a_gpus_rate_is_guessed_by_batch_size_unless_it_is_given() -> None:
+    rates = [gpu_rate(ScaleBenchmark(gpu_batch_size=b)) for b in (32, 64, 512, 1024, 2048, 8192)]
+    assert rates == pytest.approx([1_300, 2_600, 14_500, 15_250, 16_000, 16_000])
+    assert gpu_rate(ScaleBenchmark(gpu_examples_per_second=50_000, gpu_batch_size=64)) == 50_000
+
+
+def test_more_gpus_bring_more_feed() -> None:
+    """Each window is read once, so the feed is as fast as the cores of all GPUs; before, it was that of one."""
+    slow = ScaleBenchmark(gpu_examples_per_second=1e6, feed_cores=1, feed_examples_per_second=1e5, checkpoint_seconds=0)
+    assert [predict(slow, 1, w, 10**6) for w in (1, 8, 64)] == pytest.approx([1e5, 8e5, 64e5])
 
 
 def note_gpus(file: Path) -> None:
@@ -49,6 +63,7 @@ def test_two_workers_are_measured_and_more_predicted() -> None:
     assert found["prediction_error_2"] == pytest.approx(found["predicted_2"] / found["examples_per_second_2"] - 1)
     gpus = [found[f"predicted_gpus_{w}"] for w in scale.WORKERS]
     assert gpus == sorted(gpus)
-    assert gpus[0] == pytest.approx(60_000, rel=0.01)
+    assert gpus[0] == pytest.approx(15_250, rel=0.01)
     assert all(value <= w * gpus[0] for w, value in zip(scale.WORKERS, gpus, strict=True))
     assert any("nothing of it is measured" in text for _, text in result.table)
+    assert any("a guess for an H100" in text for _, text in result.table)

@@ -2,17 +2,20 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from prepared import write_dataset
 
 from arplus.benchmark import generate, sides, train
-from arplus.benchmark.pool import Pool, random_examples, real_lengths
+from arplus.benchmark.padded import Padded
+from arplus.benchmark.pool import Pool, examples_of, mean_lengths, padding, random_examples
 from arplus.config import ModelConfig, VocabularySizes, special_ids
 from arplus.data.examples import SCHEMA
+from arplus.errors import UserError
 
-TINY = ModelConfig(layers=2, groups=2, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=8)
+TINY = ModelConfig(layers=2, repeats=2, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=8)
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +24,39 @@ def pool() -> Pool:
 
 
 def test_lengths_are_those_of_training_examples(pool: Pool) -> None:
-    steps = pool.random(16)
+    batches = [step.micro_batches[0] for step in pool.random(16)]
+    assert mean_lengths(batches) == pytest.approx((33.6, 11.4, 8), rel=0.07)
+    assert padding(batches) == pytest.approx(0.63, abs=0.04)
+    assert all(batch.context.sequences.width <= 7 * 16 for batch in batches)
+
+
+def test_padding_and_lengths_are_counted_as_other_code_pads(pool: Pool) -> None:
     sizes = VocabularySizes()
-    lengths = real_lengths(
-        [s.micro_batches[0] for s in steps], pool.pad, special_ids(sizes.persona_words).pad
-    )  # fmt: skip
-    assert lengths == pytest.approx((33.6, 11.4, 8), rel=0.07)
-    assert pool.padding(steps) == pytest.approx(0.63, abs=0.04)
-    for step in steps:
+    pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
+    steps = pool.random(3)
+    batches = [step.micro_batches[0] for step in steps]
+    padded: list[Padded] = sides.inputs("plain", steps, sizes)
+    real = [sum(int((x != pad).sum()) for x in column) / (3 * 64) for column, pad in (
+        ([p.context_BS for p in padded], pads[0]), ([p.target_BT for p in padded], pads[0]),
+        ([p.persona_BK for p in padded], pads[1]),
+    )]  # fmt: skip
+    assert mean_lengths(batches) == pytest.approx(real)
+    assert padding(batches) == pytest.approx(1 - real[0] * 3 * 64 / sum(p.context_BS.numel() for p in padded))
+
+
+def test_all_sides_take_the_same_random_batches(pool: Pool) -> None:
+    """Those of a training worker: each example once, blocks by context length, and the targets to divide by."""
+    sizes = VocabularySizes()
+    steps = pool.random(32)
+    ids = torch.cat([step.micro_batches[0].example_id_B for step in steps])
+    assert sorted(ids.tolist()) == list(range(64 * 32))
+    assert sides.inputs("ours", steps, sizes) == steps
+    for step, padded in zip(steps, sides.inputs("bart", steps, sizes), strict=True):
         (batch,) = step.micro_batches
-        assert batch.context_BS.shape[1] <= 7 * 16
-        assert step.targets == int((batch.response_BT[:, 1:] != pool.pad).sum())
+        lengths = batch.context.sequences.lengths
+        assert lengths.equal(lengths.sort().values)
+        assert len(batch.context.sequences.blocks) > 1
+        assert step.targets == len(batch.target_N) == int((padded.target_BT != special_ids(sizes.characters).pad).sum())
 
 
 def test_random_examples_are_examples() -> None:
@@ -44,17 +69,20 @@ def test_random_examples_are_examples() -> None:
         assert 1 <= len(row["response"]) <= 15
 
 
-def test_the_sorted_batches_stand_for_all(pool: Pool) -> None:
-    every, some = pool.sorted(32), pool.sorted(8)
+def test_batches_by_length_stand_for_all(pool: Pool) -> None:
+    every, some = pool.by_length(32), pool.by_length(8)
+    lengths = [float(batch.context.sequences.lengths.float().mean()) for batch in every]
+    assert lengths == sorted(lengths)
+    assert sorted(torch.cat([batch.example_id_B for batch in every]).tolist()) == list(range(64 * 32))
+    assert mean_lengths(some) == pytest.approx(mean_lengths(every), rel=0.07)
+    assert padding(every) < 0.1 < padding([step.micro_batches[0] for step in pool.random(8)])
 
-    def slots(steps: list) -> float:
-        batches = [step.micro_batches[0] for step in steps]
-        return float(np.mean([b.context_BS.shape[1] + 3 * b.response_BT.shape[1] for b in batches]))
 
-    ids = torch.cat([step.micro_batches[0].example_id_B for step in every])
-    assert sorted(ids.tolist()) == list(range(64 * 32))
-    assert slots(some) == pytest.approx(slots(every), rel=0.05)
-    assert pool.padding(every) < 0.2 < pool.padding(pool.random(8))
+def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, {"train": [[30]]})
+    assert len(examples_of(dataset.uri, 20)) == 20
+    with pytest.raises(UserError, match=r"has 30 training examples, and this benchmark takes 31; lower --batch-size"):
+        examples_of(dataset.uri, 31)
 
 
 @pytest.mark.parametrize("bart", [True, False])
@@ -64,10 +92,8 @@ def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         monkeypatch.setitem(sys.modules, "transformers", None)
     run = replace(sides.run_config("fp32", 0, 4), model=TINY)
-    settings = train.TrainBenchmark(batch_size=4, window_batches=8, batches=2, rounds=2)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    settings = train.TrainBenchmark(batch_size=4, batches=2, rounds=2)
     result = train.measure(settings, run)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     found, table = result.figures, dict(result.table)
     assert (found["ratio_bart"] is not None) == bart
     assert found["examples_per_second"] > 0
@@ -77,15 +103,13 @@ def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["peak_memory_ratio_plain"] > 0.5, "both hold torch at least"
     if not torch.cuda.is_available():
         assert found["mfu"] is None
-    gflops = float(table["GFLOP-equivalents an example"].split()[-2])
+    gflops = float(table["GFLOP-equivalents per example"].split()[-2])
     assert found["gflop_equivalents_per_example"] == pytest.approx(gflops / found["examples_per_second"], rel=0.2)
 
 
 def test_generate() -> None:
-    settings = generate.GenerateBenchmark(characters=5, batch_size=4, window_batches=8, batches=2, rounds=2)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    settings = generate.GenerateBenchmark(characters=5, batch_size=4, batches=2, rounds=2)
     found = generate.measure(settings, TINY).figures
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert found["replies_per_second"] > 0
     assert found["ratio_plain"] > 0
     assert generate.measure(replace(settings, compare=False), TINY).figures["ratio_plain"] is None
@@ -95,7 +119,8 @@ def test_each_side_learns() -> None:
     """The compared steps are training steps: the loss of a batch that is seen again and again falls."""
     run = sides.run_config("fp32", 0, 8)
     run = replace(run, model=TINY, optimizer=replace(run.optimizer, lr=1e-2))
-    (step,) = Pool(random_examples(8, VocabularySizes()), TINY, VocabularySizes(), 8).random(1)
+    steps = Pool(random_examples(8, VocabularySizes()), TINY, VocabularySizes(), 8).random(1)
+    (batch,) = sides.inputs("plain", steps, VocabularySizes())
     losses: list[float] = []
     original = torch.Tensor.backward
 
@@ -107,5 +132,5 @@ def test_each_side_learns() -> None:
         patch.setattr(torch.Tensor, "backward", backward)
         take = sides.train_step("plain", run, VocabularySizes())
         for _ in range(15):
-            take(step)
+            take(batch)
     assert losses[-1] < 0.8 * losses[0]

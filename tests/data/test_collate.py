@@ -1,3 +1,5 @@
+"""A batch holds what an oracle in plain Python says, and its auxiliary task is the paper's."""
+
 import math
 import random
 from collections import Counter
@@ -7,19 +9,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arplus.config import PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
-from arplus.data.collate import Draws, Layout, Window, frame, infill
+from arplus.data.collate import BatchSpec, ExampleRng, Ragged, Window, frame, infill
 from arplus.data.examples import SCHEMA
+from arplus.data.packing import unpack
+from arplus.model.batch import Batch, Packed
 
 SIZES = VocabularySizes(characters=40, persona_words=30)
 IDS = special_ids(SIZES.characters)
 PERSONA_IDS = special_ids(SIZES.persona_words)
 
-LAYOUTS = [
-    Layout(sizes=SIZES, persona_words=words, infilling=infilling)
+SPECS = [
+    BatchSpec(sizes=SIZES, persona_words=words, infilling=infilling)
     for words in (True, False)
     for infilling in (True, False)
 ]
@@ -62,11 +67,6 @@ def tables(draw: st.DrawFn) -> tuple[list[dict[str, Any]], pa.Table]:
     return rows, pa.concat_tables(parts)
 
 
-def rectangle(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
-    width = max(map(len, rows))
-    return [[*row, *[pad] * (width - len(row))] for row in rows]
-
-
 def infilled(response: list[int], kind: float, place: float) -> list[int]:
     """One framed response of length l with its span replaced, said as the guide says it."""
     length = len(response)
@@ -78,11 +78,10 @@ def infilled(response: list[int], kind: float, place: float) -> list[int]:
     return [*response[:start], IDS.mask, *response[start + span :]]
 
 
-def oracle(rows: list[dict[str, Any]], layout: Layout, draws: Draws) -> dict[str, Any]:
+def oracle(rows: list[dict[str, Any]], spec: BatchSpec, rng: ExampleRng) -> dict[str, Any]:
     """What a batch must hold, row by row and character by character."""
-    kind = "word" if layout.persona_words else "character"
-    persona_pad = (PERSONA_IDS if layout.persona_words else IDS).pad
-    contexts_profiles, profiles, responses = [], [], []
+    kind = "word" if spec.persona_words else "character"
+    speakers_of, profiles, responses = [], [], []
     for row in rows:
         speakers = iter(row["speakers"])
         speaker, at_end = -1, True
@@ -90,89 +89,103 @@ def oracle(rows: list[dict[str, Any]], layout: Layout, draws: Draws) -> dict[str
         for i in row["context"]:
             if at_end:
                 speaker = next(speakers)
-            whose.append(speaker)
+            whose.append(len(profiles) + speaker)
             at_end = i == IDS.sep
-        contexts_profiles.append(whose)
+        speakers_of.append(whose)
         items = iter(row[f"profile_{kind}s"])
-        profiles.append([[next(items) for _ in range(count)] for count in row[f"profile_{kind}_counts"]])
+        profiles += [[next(items) for _ in range(count)] for count in row[f"profile_{kind}_counts"]]
         responses.append([IDS.bos, *row["response"], IDS.eos])
-    P = max(map(len, profiles))
-    W = max(len(profile) for of_example in profiles for profile in of_example)
     expected: dict[str, Any] = {
         "example_id_B": [row["example_id"] for row in rows],
-        "context_BS": rectangle([row["context"] for row in rows], IDS.pad),
-        "context_profile_BS": rectangle(contexts_profiles, 0),
-        "profiles_BPW": [
-            [[*p, *[persona_pad] * (W - len(p))] for p in [*of_example, *[[]] * (P - len(of_example))]]
-            for of_example in profiles
-        ],
-        "target_persona_BK": rectangle([row[f"target_{kind}s"] for row in rows], persona_pad),
-        "response_BT": rectangle(responses, IDS.pad),
+        "context": [row["context"] for row in rows],
+        "speaker_N": speakers_of,
+        "profiles": profiles,
+        "persona": [row[f"target_{kind}s"] for row in rows],
+        "response": [r[:-1] for r in responses],
+        "target_N": [r[1:] for r in responses],
+        "infilled": None,
     }
-    if layout.infilling:
-        numbers = [draws.uniform(np.array([row["example_id"]])) for row in rows]
-        expected["infilled_BU"] = rectangle(
-            [infilled(r, float(k[0]), float(p[0])) for r, (k, p) in zip(responses, numbers, strict=True)], IDS.pad
-        )
+    if spec.infilling:
+        numbers = [rng.uniform(np.array([row["example_id"]])) for row in rows]
+        expected["infilled"] = [
+            infilled(r, float(k[0]), float(p[0])) for r, (k, p) in zip(responses, numbers, strict=True)
+        ]
     return expected
+
+
+def found(batch: Batch) -> dict[str, Any]:
+    """A batch in the oracle's form; what lies along the sequences of a field is cut as they are."""
+
+    def lists(packed: Packed, values: torch.Tensor | None = None) -> list[list[int]]:
+        parts = (packed.ids if values is None else values).split(packed.sequences.lengths.tolist())
+        return [part.tolist() for part in parts]
+
+    return {
+        "example_id_B": batch.example_id_B.tolist(),
+        "context": lists(batch.context),
+        "speaker_N": lists(batch.context, batch.speaker_N),
+        "profiles": lists(batch.profiles),
+        "persona": lists(batch.persona),
+        "response": lists(batch.response),
+        "target_N": lists(batch.response, batch.target_N),
+        "infilled": batch.infilled and lists(batch.infilled),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- the window
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"words={x.persona_words}-infilling={x.infilling}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda x: f"words={x.persona_words}-infilling={x.infilling}")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_batch_of_any_rows_in_any_order_is_the_oracles(layout: Layout, data: st.DataObject) -> None:
+def test_a_batch_of_any_rows_in_any_order_is_the_oracles(spec: BatchSpec, data: st.DataObject) -> None:
     rows, table = data.draw(tables())
-    window = Window(table.select(layout.columns), layout)
+    window = Window(table.select(spec.columns), spec)
     assert len(window) == len(rows)
-    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=9))
-    counted = np.array(data.draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen))))
-    draws = Draws(data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(0, 99)))
-    arrays = window.batch(np.array(chosen), counted, draws)
-    expected = oracle([rows[i] for i in chosen], layout, draws)
-    assert arrays.pop("counted_B") is counted
-    assert {name: array.tolist() for name, array in arrays.items()} == expected
-    assert arrays.pop("example_id_B").dtype == np.int64
-    assert {array.dtype.name for array in arrays.values()} == {"int32"}
+    assert window.targets.tolist() == [len(row["response"]) + 1 for row in rows]
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=9))
+    rng = ExampleRng(data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(0, 99)))
+    batch = window.batch(np.array(chosen, np.int64), rng)
+    assert found(batch) == oracle([rows[i] for i in chosen], spec, rng)
+    assert batch.example_id_B.dtype == torch.int64
+    ids = [batch.speaker_N, batch.target_N, batch.context.ids, batch.profiles.ids, batch.persona.ids]
+    assert {t.dtype for t in ids} == {torch.int32}
+    for packed in (batch.context, batch.profiles, batch.persona, batch.response, batch.infilled):
+        assert packed is None or len(packed.sequences.blocks) == 1
 
 
-@given(tables())
-@settings(max_examples=30, deadline=None)
-def test_the_sort_key_is_context_length_then_response_length(drawn: tuple[list[dict[str, Any]], pa.Table]) -> None:
-    rows, table = drawn
-    by_key = np.argsort(Window(table, LAYOUTS[0]).lengths, kind="stable").tolist()
-    assert by_key == sorted(range(len(rows)), key=lambda i: (len(rows[i]["context"]), len(rows[i]["response"])))
-
-
-def test_what_is_in_the_batch_beside_an_example_only_pads_it() -> None:
-    rng = random.Random(1)
-    rows = [example(rng, response_length=1 + i) for i in range(8)]
-    window = Window(pa.Table.from_pylist(rows, SCHEMA), LAYOUTS[0])
-    together = window.batch(np.arange(8), np.ones(8, bool), Draws(3, 1))
-    for i in range(8):
-        alone = window.batch(np.array([i]), np.ones(1, bool), Draws(3, 1))
-        for name, array in alone.items():
-            own = together[name][i][tuple(slice(size) for size in array.shape[1:])]
-            assert np.array_equal(own, array[0]), name
+@pytest.mark.parametrize("spec", SPECS[:1] + SPECS[-1:], ids=["words", "characters"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_micro_batches_at_once_are_the_oracles_one_by_one(spec: BatchSpec, data: st.DataObject) -> None:
+    rows, table = data.draw(tables())
+    window = Window(table.select(spec.columns), spec)
+    one = st.lists(st.integers(0, len(rows) - 1), max_size=5)
+    chosen = data.draw(st.lists(one, min_size=1, max_size=5))
+    rng = ExampleRng(data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(0, 99)))
+    flat = window.micro_batches(
+        np.array([i for part in chosen for i in part], np.int64), np.array([len(part) for part in chosen]), rng
+    )
+    for form in (flat, flat.narrowed()):
+        batches = [found(batch) for batch in unpack(form)]
+        assert batches == [oracle([rows[i] for i in part], spec, rng) for part in chosen]
 
 
 def test_a_missing_speaker_is_caught() -> None:
     row = example(random.Random(0), response_length=3)
     row["speakers"].pop()
     with pytest.raises(AssertionError, match="has a speaker"):
-        Window(pa.Table.from_pylist([row], SCHEMA), LAYOUTS[0])
+        Window(pa.Table.from_pylist([row], SCHEMA), SPECS[0])
 
 
 @pytest.mark.parametrize("name", list(PAPER_ROWS))
-def test_a_layout_reads_what_the_model_reads(name: str) -> None:
+def test_a_spec_reads_what_the_model_reads(name: str) -> None:
     model: ModelConfig = PAPER_ROWS[name].model
-    layout = Layout.of(model, SIZES)
-    assert layout.persona_words == (name not in ("ar", "no-memn2n"))
-    assert layout.infilling == (name not in ("ar", "no-bart-mlm"))
-    assert set(layout.columns) <= set(SCHEMA.names)
-    assert ("profile_words" in layout.columns) != ("profile_characters" in layout.columns)
+    spec = BatchSpec.of(model, SIZES)
+    assert spec.persona_words == (name not in ("ar", "no-memn2n"))
+    assert spec.infilling == (name not in ("ar", "no-bart-mlm"))
+    assert set(spec.columns) <= set(SCHEMA.names)
+    assert ("profile_words" in spec.columns) != ("profile_characters" in spec.columns)
 
 
 def example(rng: random.Random, response_length: int) -> dict[str, Any]:
@@ -199,28 +212,35 @@ def example(rng: random.Random, response_length: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- frame and infill
 
 
-@given(st.lists(st.lists(character, max_size=15), min_size=1, max_size=6), st.integers(0, 3))
+def ragged(lists: Sequence[Sequence[int]]) -> Ragged:
+    """Lists end to end, in the order given."""
+    lengths = np.array([len(values) for values in lists], np.int64)
+    values = np.array([i for values in lists for i in values], np.int32)
+    return Ragged(values, np.cumsum(lengths) - lengths, lengths)
+
+
+def unragged(values: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(values, np.cumsum(lengths))[:-1]]
+
+
+@given(st.lists(st.lists(character, max_size=15), max_size=6), st.data())
 @settings(deadline=None)
-def test_frame_puts_bos_and_eos_around(responses: list[list[int]], more_padding: int) -> None:
-    padded = rectangle([*responses, [0] * (max(map(len, responses)) + more_padding)], IDS.pad)[:-1]
-    characters = np.array(padded, np.int32).reshape(len(responses), -1)
-    framed = frame(characters, np.array([len(r) for r in responses]), IDS)
-    assert framed.tolist() == rectangle([[IDS.bos, *r, IDS.eos] for r in responses], IDS.pad)
+def test_lists_are_taken_in_any_order(lists: list[list[int]], data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=9)) if lists else []
+    assert unragged(*ragged(lists).take(np.array(rows, np.int64))) == [lists[i] for i in rows]
+
+
+@given(st.lists(st.lists(character, max_size=15), max_size=6))
+@settings(deadline=None)
+def test_frame_puts_bos_and_eos_around(responses: list[list[int]]) -> None:
+    framed = frame(ragged(responses), IDS)
+    assert framed.starts.tolist() == (np.cumsum(framed.lengths) - framed.lengths).tolist()
+    assert unragged(framed.values, framed.lengths) == [[IDS.bos, *r, IDS.eos] for r in responses]
 
 
 def fill(responses: list[list[int]], kind: Sequence[float], place: Sequence[float]) -> list[list[int]]:
-    """Infilled framed responses, without padding."""
-    array = infill(
-        np.array(rectangle(responses, IDS.pad), np.int32),
-        np.array([len(r) for r in responses]),
-        IDS,
-        np.array(kind, float),
-        np.array(place, float),
-    )
-    assert (array != IDS.pad).any(0).all(), "no column is padding alone"
-    ends = (array == IDS.eos).argmax(1)
-    assert ((array == IDS.pad) == (np.arange(array.shape[1]) > ends[:, None])).all()
-    return [row[: end + 1] for row, end in zip(array.tolist(), ends, strict=True)]
+    """Infilled framed responses."""
+    return unragged(*infill(ragged(responses), IDS, np.array(kind, float), np.array(place, float)))
 
 
 unit = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.99, np.nextafter(0.99, 0), np.nextafter(1, 0)])
@@ -253,7 +273,7 @@ def test_the_span_depends_on_the_length(length: int, kind: float, infilled_lengt
 
 def test_an_insertion_comes_about_once_in_a_hundred() -> None:
     n = 40_000
-    kind, place = Draws(seed=11, epoch=0).uniform(np.arange(n))
+    kind, place = ExampleRng(seed=11, epoch=0).uniform(np.arange(n))
     lengths = Counter(map(len, fill([[IDS.bos, 1, 2, 3, 4, IDS.eos]] * n, kind.tolist(), place.tolist())))
     assert set(lengths) == {5, 7}
     assert abs(lengths[7] - 0.01 * n) < 4 * math.sqrt(n * 0.01 * 0.99)
@@ -264,7 +284,7 @@ def test_an_insertion_comes_about_once_in_a_hundred() -> None:
 def test_the_start_is_uniform(length: int, insert: bool) -> None:
     span = 1 if length < 6 else 0 if insert else 2
     n, places = 20_000, range(1, length - span)
-    _, place = Draws(seed=5, epoch=2).uniform(np.arange(n))
+    _, place = ExampleRng(seed=5, epoch=2).uniform(np.arange(n))
     response = [IDS.bos, *range(length - 2), IDS.eos]
     filled = fill([response] * n, [0.995 if insert else 0.5] * n, place.tolist())
     starts = Counter(row.index(IDS.mask) for row in filled)
@@ -283,25 +303,25 @@ ids = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=20)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 1000), ids, st.randoms())
 @settings(deadline=None)
 def test_draws_depend_on_seed_epoch_and_id_alone(seed: int, epoch: int, ids: list[int], rng: random.Random) -> None:
-    kind, place = Draws(seed, epoch).uniform(np.array(ids))
+    kind, place = ExampleRng(seed, epoch).uniform(np.array(ids))
     order = rng.sample(range(len(ids)), len(ids))
     for i in order:
-        alone = Draws(seed, epoch).uniform(np.array([ids[i]]))
+        alone = ExampleRng(seed, epoch).uniform(np.array([ids[i]]))
         assert (alone[0][0], alone[1][0]) == (kind[i], place[i])
-    shuffled = Draws(seed, epoch).uniform(np.array(ids)[order])
+    shuffled = ExampleRng(seed, epoch).uniform(np.array(ids)[order])
     assert np.array_equal(shuffled[0], kind[order])
     assert ((kind >= 0) & (kind < 1) & (place >= 0) & (place < 1)).all()
 
 
 def test_draws_change_with_each_of_seed_epoch_and_id_and_look_independent() -> None:
     n = 20_000
-    base = Draws(1, 0)
+    base = ExampleRng(1, 0)
     columns = [
         *base.uniform(np.arange(n)),
         *base.uniform(np.arange(n, 2 * n)),
-        *Draws(1, 1).uniform(np.arange(n)),
-        *Draws(2, 0).uniform(np.arange(n)),
-        *Draws(0, 1).uniform(np.arange(n)),
+        *ExampleRng(1, 1).uniform(np.arange(n)),
+        *ExampleRng(2, 0).uniform(np.arange(n)),
+        *ExampleRng(0, 1).uniform(np.arange(n)),
     ]
     for column in columns:
         assert abs(column.mean() - 0.5) < 5 / math.sqrt(12 * n)

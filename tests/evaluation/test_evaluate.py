@@ -12,13 +12,13 @@ from prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 
 from arplus import checkpoint
 from arplus.config import EvaluateConfig, Sampling
-from arplus.data.collate import Draws, Layout, Window
+from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
-from arplus.data.feed import Order, as_batch
+from arplus.data.sampler import EpochSampler
 from arplus.errors import UserError
-from arplus.evaluation.consistency import PersonaMetrics
-from arplus.evaluation.evaluate import Evaluator, evaluate, nats_by_row, table
-from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
+from arplus.evaluation import evaluate as evaluate_module
+from arplus.evaluation.evaluate import BATCH_SIZES, Evaluator, evaluate, nll_per_example, table, windows_of
+from arplus.evaluation.metrics import PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
@@ -30,16 +30,16 @@ EXAMPLES = 141
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(
-        tmp_path_factory.mktemp("data"), {"train": [[9]], "valid": [[20]], "test": [[100, 41]], "none": [[]]}
+        tmp_path_factory.mktemp("data"),
+        {"train": [[9]], "valid": [[20]], "test": [[100, 41]], "none": [[]], "one": [[1]], "two": [[2]]},
     )
 
 
 def whole_split(dataset: Dataset, model: ARPlus) -> Batch:
     """All test examples as one batch."""
-    order = Order(split=dataset.split("test"), batch_size=EXAMPLES, window_batches=1, seed=0, shuffled=False)
-    layout = Layout.of(model.config, dataset.sizes)
-    window = Window(order.read(0, 0, layout.columns), layout)
-    return as_batch(window.batch(np.arange(EXAMPLES), np.ones(EXAMPLES, bool), Draws(0, 0)))
+    spec = BatchSpec.of(model.config, dataset.sizes)
+    window = Window(windows_of(dataset.split("test")).read(0, 0, spec.columns), spec)
+    return window.batch(np.arange(EXAMPLES), ExampleRng(0, 0))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -47,13 +47,13 @@ def whole_split(dataset: Dataset, model: ARPlus) -> Batch:
 def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
     state = random_state(preset_name)
     uri = checkpoint.write(str(tmp_path / "checkpoint"), state)
-    found = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, batch_size=16))
+    found = evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("test",), batch_size=16))
     assert set(found["splits"]) == {"test"}, "by default test and the evaluation sets, where they have examples"
     result = found["splits"]["test"]
     model = checkpoint.build_model(state)
     with torch.no_grad():
-        losses = model(whole_split(dataset, model))
-    expected = math.exp(float(losses.sum_dialogue / losses.count_dialogue))
+        batch = whole_split(dataset, model)
+        expected = math.exp(float(model(batch).sum_dialogue) / len(batch.target_N))
     assert result["examples"] == EXAMPLES
     assert result["honest"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
     assert result["paper_compatible"]["paper_ppl"] > 2 * expected, "it adds half of another loss"
@@ -63,50 +63,98 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
         assert group in table(found)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_papers_metrics_are_of_random_batches(
+def evaluator(dataset: Dataset, folder: Path, split: str = "test", **settings: object) -> Evaluator:
+    """One that needs no Ray."""
+    state = settings.pop("state", None) or random_state()
+    uri = checkpoint.write(str(folder / "checkpoint"), state)
+    return Evaluator(windows_of(dataset.split(split)), EvaluateConfig(checkpoint=uri, data=dataset.uri, **settings))
+
+
+def test_the_papers_metrics_are_of_random_batches_of_its_size(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paper's code means over random batches; ours are of like lengths, which changes BLEU, F1 and PPL."""
-    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
-    order = Order(split=dataset.split("test"), batch_size=16, window_batches=9, seed=0, shuffled=False)
-    groups: dict[type, list[list[tuple[int, ...]]]] = {HonestMetrics: [], PaperMetrics: []}
-    for kind, seen in groups.items():
-        add = kind.add
-        monkeypatch.setattr(
-            kind,
-            "add",
-            lambda self, replies, references, add=add, seen=seen: (
-                seen.append([tuple(i for i in row if i != self.special.pad) for row in references]),
-                add(self, replies, references),
-            ),
-        )
-    tally = Evaluator(order, EvaluateConfig(checkpoint=uri, data=dataset.uri, batch_size=16)).tally(0)
-    assert (tally.examples, tally.paper.replies, tally.paper.batches, tally.paper.loss_batches) == (EXAMPLES, 141, 9, 9)
-    honest, paper = groups.values()
-    assert sorted(row for group in honest for row in group) == sorted(row for group in paper for row in group)
+    """The paper's code means over random batches of 64; ours are of like lengths, which changes BLEU, F1 and PPL."""
+    groups: list[list[tuple[int, ...]]] = []
+    add = PaperMetrics.add
 
-    assert all(len(set(mine) & set(theirs)) < 12 for mine in paper for theirs in honest), "of 16 of a batch"
+    def noted(self: PaperMetrics, replies: list, references: list) -> None:
+        groups.append([tuple(row) for row in references])
+        add(self, replies, references)
+
+    monkeypatch.setattr(PaperMetrics, "add", noted)
+    one = evaluator(dataset, tmp_path, batch_size=16)
+    tally = one.tally(0)
+    assert (tally.examples, tally.paper.replies, tally.paper.batches, tally.paper.loss_batches) == (EXAMPLES, 141, 3, 3)
+    assert [len(group) for group in groups] == [64, 64, 13]
+    rows = one.sampler.read(0, 0, ["context", "response"]).to_pylist()
+    in_order = [(*row["response"], one.special.eos) for row in sorted(rows, key=lambda row: len(row["context"]))]
+    assert sorted(row for group in groups for row in group) == sorted(in_order)
+    assert all(len(set(in_order[i : i + 64]) & set(group)) < 48 for i in (0, 64) for group in groups)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_an_example_alone_in_its_batch_has_no_neighbours_persona(dataset: Dataset, tmp_path: Path, n: int) -> None:
+@pytest.mark.parametrize("preset_name", ["arplus", "ar"])
+def test_how_many_are_taken_at_a_time_is_no_matter(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
+    """Not for the losses, the drawn replies, the paper's batches or the personas that are swapped."""
     characters = Vocabulary([*CHARACTERS.tokens[:-3], *"是男女"])
-    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state(characters=characters))
-    order = Order(split=dataset.split("test"), batch_size=n, window_batches=1, seed=0, shuffled=False)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    evaluator = Evaluator(order, EvaluateConfig(checkpoint=uri, data=dataset.uri))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    examples = order.read(0, 0, [*evaluator.layout.columns, *({"target_words"} - set(evaluator.layout.columns))])
+    state = random_state(preset_name, characters)
+    few, many, default = (
+        evaluator(dataset, tmp_path, state=state, batch_size=size, against="other") for size in (7, 1000, None)
+    )
+    assert default.batch_size == BATCH_SIZES["cpu"] == 64
+    expected = many.tally(0)
+    assert expected.honest.result()["mean_length"] > 1
+    for one in (few, default):
+        tally = one.tally(0)
+        for group, metrics in expected.result().items():
+            assert tally.result()[group] == pytest.approx(metrics, rel=1e-5), group
+        (mine,), (other,) = tally.samples, expected.samples
+        np.testing.assert_array_equal(mine.example_id, other.example_id)
+        np.testing.assert_allclose(mine.sums, other.sums, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("split", "n"), [("one", 1), ("two", 2), ("test", EXAMPLES)])
+def test_questions_are_asked_again_under_another_examples_persona(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, n: int
+) -> None:
+    """Of the same window. There is none for an example that is alone."""
+    characters = Vocabulary([*CHARACTERS.tokens[:-3], *"是男女"])
+    one = evaluator(dataset, tmp_path, split, state=random_state(characters=characters))
+    examples = one.sampler.read(0, 0, one.spec.columns)
     asked = pa.array([[*characters.encode("是男是女").tolist(), characters.special.sep]] * n)
-    examples = examples.set_column(examples.column_names.index("context"), "context", asked)
-    man = pa.array([PERSONA_WORDS.encode(["性别", "男", "地址", "词1", "兴趣", "词2"])] * n)
-    examples = examples.set_column(examples.column_names.index("target_words"), "target_words", man)
-    window = Window(order.read(0, 0, evaluator.layout.columns), evaluator.layout)
-    batch = as_batch(window.batch(np.arange(n), np.ones(n, bool), Draws(0, 0)))
-    metrics = PersonaMetrics()
-    evaluator._add_persona(metrics, batch, batch.response_BT, examples, torch.Generator())
+    speakers = pa.array([[1]] * n)
+    persona = pa.array(
+        [PERSONA_WORDS.encode(["性别", "男", "地址", "词1", "兴趣", f"词{2 + i % 9}"]) for i in range(n)]
+    )
+    for name, column in (("context", asked), ("speakers", speakers), ("target_words", persona)):
+        examples = examples.set_column(examples.column_names.index(name), name, column)
+    monkeypatch.setattr(EpochSampler, "read", lambda *_: examples)
+    seen: list[Batch] = []
+    original = evaluate_module.generate
+    monkeypatch.setattr(
+        evaluate_module, "generate", lambda model, batch, *more: (seen.append(batch), original(model, batch, *more))[1]
+    )
+    metrics = one.tally(0).persona
     assert (metrics.questions, metrics.shuffled) == (n, n if n > 1 else 0)
+
+    def personas(batches: list[Batch]) -> dict[int, tuple[int, ...]]:
+        rows = ((b.example_id_B.tolist(), b.persona.ids.split(b.persona.sequences.lengths.tolist())) for b in batches)
+        return {i: tuple(row.tolist()) for ids, parts in rows for i, row in zip(ids, parts, strict=True)}
+
+    first, again = personas(seen[: len(seen) // 2 if n > 1 else 1]), personas(seen[len(seen) // 2 :])
+    assert first == dict(enumerate(map(tuple, persona.to_pylist())))
+    if n > 1:
+        assert sorted(again.values()) == sorted(first.values())
+        assert sum(first[i] != again[i] for i in range(n)) >= 0.7 * n
+
+
+def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 autocast, here on the CPU: all of the evaluation runs in it, and the losses stay about the same."""
+    one = evaluator(dataset, tmp_path)
+    plain = one.tally(0)
+    monkeypatch.setattr(evaluate_module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    half = one.tally(0)
+    assert half.honest.loss_sum != plain.honest.loss_sum
+    assert half.honest.loss_sum == pytest.approx(plain.honest.loss_sum, rel=5e-3)
 
 
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
@@ -114,8 +162,8 @@ def test_losses_by_row_add_up_to_the_batchs(dataset: Dataset, preset_name: str) 
     model = checkpoint.build_model(random_state(preset_name))
     batch = whole_split(dataset, model)
     losses = model(batch)
-    nats = nats_by_row(model, batch)
-    assert nats.shape == (2, len(batch.response_BT))
+    nats = nll_per_example(model, batch)
+    assert nats.shape == (2, EXAMPLES)
     torch.testing.assert_close(nats.sum(1), torch.stack([losses.sum_dialogue, losses.sum_auxiliary]))
 
 
@@ -150,7 +198,7 @@ def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp
     with pytest.raises(UserError, match="its 40 characters are not the 41 of the checkpoint"):
         evaluate(EvaluateConfig(checkpoint=longer, data=dataset.uri))
     uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
-    with pytest.raises(UserError, match="no split 'tset'; it has train, valid, test, none"):
+    with pytest.raises(UserError, match="no split 'tset'; it has train, valid, test, none, one, two"):
         evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("tset",)))
     with pytest.raises(UserError, match="--split none: has no examples"):
         evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("none",)))
