@@ -1,6 +1,6 @@
 """A training step asks no tensor what it holds, so that a GPU can run it as one graph without waiting for it.
 
-Fake tensors have shapes and no values: an operation whose shape depends on data, or a value that Python asks for, fails.
+Fake tensors have shapes and no values: a shape that depends on data fails, and so does a value that Python asks for.
 """
 
 import dataclasses
