@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from arplus import kernels
 from arplus.config import ModelConfig, VocabularySizes
+from arplus.kernels import BACKENDS
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch, Packed
 from arplus.model.generate import Sampling, generate, top_probabilities
@@ -47,7 +49,8 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
 class Golden:
     """One file of the folder, and the model that it describes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, backend: str | None) -> None:
+        self.backend = backend
         self.golden = json.loads(path.with_suffix(".json").read_text())
         tensors = load_file(path)
         self.tensors = tensors
@@ -63,7 +66,11 @@ class Golden:
         self.ids = self.golden["char_special_ids"]
 
     def model(self) -> ARPlus:
-        return load_reference(self.state, self.config, self.sizes).eval()
+        """The model with the file's weights; it computes with the plain operations or those of a backend."""
+        model = load_reference(self.state, self.config, self.sizes).eval()
+        if self.backend is not None:
+            kernels.use(model, torch.device(self.backend))
+        return model
 
     def batch(self, cases: list[dict], blocks: list[int] | None = None) -> Batch:
         """The cases as one batch, in blocks of so many each."""
@@ -97,9 +104,15 @@ class Golden:
         return next(name for name in names if name in self.state)
 
 
+@pytest.fixture(params=[None, *BACKENDS], ids=lambda backend: backend or "plain")
+def backend(request) -> str | None:
+    """Which operations compute; those of GPUs do on a CPU too."""
+    return request.param
+
+
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def golden(request) -> Golden:
-    return Golden(request.param)
+def golden(request, backend) -> Golden:
+    return Golden(request.param, backend)
 
 
 def test_folder_is_not_empty():

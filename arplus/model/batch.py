@@ -7,7 +7,7 @@ Dimensions, here and in every shape-suffixed name of this package:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Sequences:
         A block is as wide as its longest sequence, or ``width``; a sequence that is longer is a :class:`ValueError`.
         """
         lengths = lengths.long()
-        parts = [part.tolist() for part in lengths.split(list(blocks) if blocks is not None else [len(lengths)])]
+        parts = [part.tolist() for part in lengths.split(list(blocks or ()) or [len(lengths)])]
         found = tuple(Block(len(part), sum(part), width or max([1, *part])) for part in parts)
         if width and any(length > width for part in parts for length in part):
             raise ValueError(f"a sequence of {int(lengths.max())} tokens is longer than {width}")
@@ -112,8 +112,7 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device; copies from pinned memory do not block."""
-        tensors = (self.offsets, self.sequence_N, self.position_N, self.slot_N, self.token)
-        return type(self)(*(t.to(device, non_blocking=True) for t in tensors), self.blocks)
+        return _on(device, self)
 
 
 class Packed(NamedTuple):
@@ -160,12 +159,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; copies from pinned memory do not block."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(
-            self,
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-                for name, value in values
-                if value is not None
-            },
-        )
+        return _on(device, self)
+
+
+T = TypeVar("T", bound="Sequences | Batch")
+
+
+def _on(device: torch.device | str, of: T) -> T:
+    moved: dict[str, Any] = {}
+    for field in fields(of):
+        value = getattr(of, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Packed):
+            moved[field.name] = value.to(device)
+    return replace(of, **moved)

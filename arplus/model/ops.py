@@ -16,16 +16,14 @@ class Operations:
     """The reference. A backend overrides what it does better; results agree up to rounding, dropout in distribution."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x · weightᵀ + bias."""
+        """The product x · weightᵀ + bias."""
         return functional.linear(x, weight, bias)
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Zeroes each element with probability p and scales the others up by 1 / (1 - p)."""
         return functional.dropout(x, p)
 
-    def attend(
-        self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float
-    ) -> Tensor:
+    def attend(self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
         """dropout(softmax(q·k / √C + mask)) · v, (B, H, T, C).
 
         The mask is -inf where not to look and broadcasts to (B, 1, T, S); no row of it is all -inf.

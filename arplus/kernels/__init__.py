@@ -1,0 +1,19 @@
+"""Faster ways to compute the model's operations, chosen once per device; they import the model, it imports none."""
+
+import torch
+
+from arplus.kernels.cpu import CpuOperations
+from arplus.kernels.gpu import GpuOperations
+from arplus.model.arplus import ARPlus
+from arplus.model.ops import Module, Operations
+
+BACKENDS: dict[str, type[Operations]] = {"cpu": CpuOperations, "cuda": GpuOperations}
+"""By type of device; any other computes with the plain operations."""
+
+
+def use(model: ARPlus, device: torch.device) -> None:
+    """Has a model that is, or will be, on this device compute with its operations."""
+    operations = BACKENDS.get(device.type, Operations)()
+    for module in model.modules():
+        if isinstance(module, Module):
+            module.ops = operations

@@ -1,0 +1,27 @@
+"""Operations on GPUs. torch's kernels and torch.compile's do but for the losses, whose logits would be the largest."""
+
+import torch
+from torch import Tensor
+
+from arplus.kernels.cross_entropy import linear_cross_entropies
+from arplus.model.ops import Operations
+
+ROWS = 8192
+"""Rows of logits at a time: 156 MB in bf16, and twice that for their softmax."""
+
+
+def leave_cudnn_out() -> None:
+    """Has attention on GPUs take torch's own kernels in this process; workers, evaluators and benchmarks begin with it.
+
+    From sm_90 on torch prefers cuDNN's. Some of them round a dropout of 0.1 to sixteenths (pytorch/pytorch#174245), and
+    without dropout they make a plan for every shape, about 30 ms each.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class GpuOperations(Operations):
+    """Nothing of it was measured on a GPU yet."""
+
+    def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+        """Logits never exist as a whole."""
+        return linear_cross_entropies(hidden_GND, weight_VD, target_N, linear=self.linear, rows=ROWS, at_once=ROWS)
