@@ -12,6 +12,7 @@ from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, mean_losses
 from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.loader import Step
+from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.arplus import ARPlus
 from arplus.training.engine import Engine
 from arplus.training.loop import seed_dropout
@@ -39,6 +40,7 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
 
     The others train in fp32 with torch's AdamW as it comes.
     """
+    leave_cudnn_out()
     torch.manual_seed(0)
     if side == "ours":
         return engine_step(config, sizes)
