@@ -82,7 +82,9 @@ def infilled(response: list[int], kind: float, place: float) -> list[int]:
 def oracle(rows: list[dict[str, Any]], spec: BatchSpec, rng: ExampleRng) -> dict[str, Any]:
     """What a batch must hold, row by row and character by character."""
     kind = "word" if spec.persona_words else "character"
-    speakers_of, profiles, responses = [], [], []
+    speakers_of: list[list[int]] = []
+    profiles: list[list[int]] = []
+    responses: list[list[int]] = []
     for row in rows:
         speakers = iter(row["speakers"])
         speaker, at_end = -1, True
