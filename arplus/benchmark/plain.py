@@ -28,7 +28,6 @@ class Collate:
         flat = _padded([p for of_row in profiles for p in (of_row + [[]] * n_profiles)[:n_profiles]], self.persona_pad)
         tensors = {
             "example_id_B": torch.tensor([row["example_id"] for row in rows]),
-            "counted_B": torch.ones(len(rows), dtype=torch.bool),
             "context_BS": _padded([row["context"] for row in rows], pad),
             "context_profile_BS": _padded([self._speakers(row) for row in rows], 0),
             "profiles_BPW": flat.view(len(rows), n_profiles, -1),

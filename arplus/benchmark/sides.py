@@ -66,6 +66,8 @@ def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
         nonlocal steps
         seed_dropout(config.seed, steps)
         engine.train_step(step)
+        if engine.wants_reading:
+            engine.read()
         steps += 1
 
     return take
@@ -86,7 +88,11 @@ def _torch_step(model: nn.Module, loss: Callable[[Padded], torch.Tensor], config
 
 
 def run_config(
-    precision: Literal["auto", "fp32", "bf16"], zero: int, batch_size: int, *, compiled: bool = False
+    precision: Literal["auto", "fp32", "bf16"],
+    zero: Literal["auto", 0, 1, 2, 3],
+    batch_size: int,
+    *,
+    compiled: bool = False,
 ) -> TrainConfig:
     """AR+ at its real size, one worker; a rate so low that random examples do not diverge."""
     optimizer = OptimizerConfig(lr=1e-5, min_lr=1e-5)

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
@@ -47,8 +47,8 @@ class TrainBenchmark(PoolBenchmark):
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: bool = False
     """Our step compiled; for GPUs."""
-    zero: Annotated[int, Ge(0), Le(3)] = 0
-    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
+    zero: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero
+    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
     rounds: Annotated[int, Gt(0)] = 4
@@ -82,7 +82,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     batches = [batch for step in steps for batch in step.micro_batches]
     lengths = mean_lengths(batches)
     flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
-    peak = peak_bf16_flops()
+    peak, zero = peak_bf16_flops(), run.zero_stage(1)
     figures: dict[str, float | None] = {
         "examples_per_second": examples_per_second,
         "examples_per_second_least": config.batch_size / max(times["ours"]),
@@ -96,7 +96,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     return Result(
         figures=figures,
         table=[
-            ("step", f"{run.precision}, ZeRO {run.zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
+            ("step", f"{run.precision}, ZeRO {zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
             ("our step", "compiled" if run.compile else "not compiled"),
             ("lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
             ("padding", f"none of ours; {padding(batches):.1%} of the others' contexts"),
