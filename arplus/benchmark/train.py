@@ -52,7 +52,7 @@ class TrainBenchmark(PoolBenchmark):
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
     rounds: Annotated[int, Gt(0)] = 4
-    """Rounds that the medians are taken of, after a step of each side that is not counted."""
+    """Rounds that the medians are taken of, after steps of each side that are not counted."""
     compare: bool = True
     """Whether the other sides are measured too, which takes most of the time."""
 
@@ -63,7 +63,8 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
         log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
-    count = 1 + config.rounds * config.batches
+    warm_up = 3 if torch.cuda.is_available() else 1  # a GPU's step is compiled, perhaps recorded
+    count = warm_up + config.rounds * config.batches
     steps = config.pool(run.model, sizes, count * config.batch_size).random(count)
     with process_group():
         taken: dict[Side, sides.TrainStep] = {"ours": sides.train_step("ours", run, sizes)}
@@ -71,7 +72,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
             taken["plain"] = sides.train_step("plain", run, sizes)
             with contextlib.suppress(ImportError):
                 taken["bart"] = sides.train_step("bart", run, sizes)
-        times = _times(taken, steps, config.batches, sizes)
+        times = _times(taken, steps, warm_up, config.batches, sizes)
     gflops = median(times.pop("matmul"))
     compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
     memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in compared}
@@ -113,14 +114,15 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
 
 
 def _times(
-    taken: dict[Side, sides.TrainStep], steps: list[Step], batches: int, sizes: VocabularySizes
+    taken: dict[Side, sides.TrainStep], steps: list[Step], warm_up: int, batches: int, sizes: VocabularySizes
 ) -> dict[str, list[float]]:
-    """Seconds per batch of every round, and of the matrix product; the first step is not counted."""
+    """Seconds per batch of every round, and of the matrix product; so many steps to warm up are not counted."""
     inputs = {side: sides.inputs(side, steps, sizes) for side in taken}
     for side, take in taken.items():
-        take(inputs[side][0])
+        for batch in inputs[side][:warm_up]:
+            take(batch)
     times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
-    for first in range(1, len(steps), batches):
+    for first in range(warm_up, len(steps), batches):
         times["matmul"].append(matmul_gflops())
         for side, take in taken.items():
             times[side].append(timed(take, inputs[side][first : first + batches]) / batches)
