@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 from annotated_types import Gt, Le
 
+from arplus import kernels
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops
 from arplus.benchmark.padded import Padded
@@ -19,7 +20,10 @@ from arplus.benchmark.pool import PoolBenchmark
 from arplus.benchmark.report import Result, rate
 from arplus.benchmark.train import timed
 from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
+from arplus.evaluation.evaluate import autocast
+from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch
 from arplus.model.generate import generate
 
 WINDOW = 64
@@ -42,6 +46,7 @@ class GenerateBenchmark(PoolBenchmark):
 
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
     """Measures in this process; ``model_config`` replaces AR+ at its real size (tests do)."""
+    leave_cudnn_out()
     network, sizes, device = model_config or ModelConfig(), VocabularySizes(), sides.device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
@@ -51,13 +56,18 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     theirs = [Padded.of(step.micro_batches[0], *pads).to(device) for step in pool.random(min(config.rounds, WINDOW))]
     torch.manual_seed(0)
     model, paper = ARPlus(network, sizes).to(device), PaperARPlus(network, sizes).to(device)
+    kernels.use(model, device)
     bos = special_ids(sizes.characters).bos
 
-    generate(model, mine[0], sampling)
+    def reply(batch: Batch) -> None:
+        with autocast(device):
+            generate(model, batch, sampling)
+
+    reply(mine[0])
     ours, plain, gflops = [], [], []
     for i in range(config.rounds):
         gflops.append(matmul_gflops())
-        ours.append(timed(lambda batch: generate(model, batch, sampling), mine) / len(mine))
+        ours.append(timed(reply, mine) / len(mine))
         if config.compare:
             batch = theirs[i % len(theirs)]
             plain.append(timed(lambda batch: paper_replies(paper, batch, sampling, bos), [batch]))

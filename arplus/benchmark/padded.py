@@ -51,4 +51,4 @@ class Padded(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Padded":
         """The same on another device."""
-        return Padded(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return Padded._make(None if tensor is None else tensor.to(device) for tensor in self)

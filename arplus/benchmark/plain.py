@@ -6,21 +6,21 @@ from typing import Any
 import torch
 
 from arplus.config import special_ids
-from arplus.data.collate import Layout
+from arplus.data.collate import BatchSpec
 
 
 class Collate:
     """Rows as dictionaries of lists to padded tensors, in plain Python; a ``collate_fn`` of a ``DataLoader``."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.ids = special_ids(layout.sizes.characters)
-        persona_size = layout.sizes.persona_words if layout.persona_words else layout.sizes.characters
+    def __init__(self, spec: BatchSpec) -> None:
+        self.spec = spec
+        self.ids = special_ids(spec.sizes.characters)
+        persona_size = spec.sizes.persona_words if spec.persona_words else spec.sizes.characters
         self.persona_pad = special_ids(persona_size).pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The tensors of a :class:`arplus.model.batch.Batch` by field name; the infilled spans are other ones."""
-        profile_column, count_column, target_column = self.layout.persona_columns
+        """The fields of a :class:`arplus.model.batch.Batch` as rectangles; the infilled spans are other ones."""
+        profile_column, count_column, target_column = self.spec.persona_columns
         pad = self.ids.pad
         responses = [[self.ids.bos, *row["response"], self.ids.eos] for row in rows]
         profiles = [self._profiles(row[profile_column], row[count_column]) for row in rows]
@@ -28,14 +28,13 @@ class Collate:
         flat = _padded([p for of_row in profiles for p in (of_row + [[]] * n_profiles)[:n_profiles]], self.persona_pad)
         tensors = {
             "example_id_B": torch.tensor([row["example_id"] for row in rows]),
-            "counted_B": torch.ones(len(rows), dtype=torch.bool),
             "context_BS": _padded([row["context"] for row in rows], pad),
             "context_profile_BS": _padded([self._speakers(row) for row in rows], 0),
             "profiles_BPW": flat.view(len(rows), n_profiles, -1),
             "target_persona_BK": _padded([row[target_column] for row in rows], self.persona_pad),
             "response_BT": _padded(responses, pad),
         }
-        if self.layout.infilling:
+        if self.spec.infilling:
             tensors["infilled_BU"] = _padded([self._infilled(response) for response in responses], pad)
         return tensors
 

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt
 
 from arplus.benchmark import sides
 from arplus.benchmark.pool import Pool, random_examples
@@ -45,7 +45,7 @@ bytes that they move, ±25 %. Nothing of it was measured."""
 class ScaleBenchmark(Output):
     """Measures one and two workers on this machine and predicts more of them, on GPUs."""
 
-    zero: Annotated[int, Ge(0), Le(3)] = 1
+    zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     batch_size: Annotated[int, Gt(1)] = 32
     """Examples per worker and step in what is measured."""

@@ -12,6 +12,7 @@ from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, mean_losses
 from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.loader import Step
+from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.arplus import ARPlus
 from arplus.training.engine import Engine
 from arplus.training.loop import seed_dropout
@@ -39,6 +40,7 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
 
     The others train in fp32 with torch's AdamW as it comes.
     """
+    leave_cudnn_out()
     torch.manual_seed(0)
     if side == "ours":
         return engine_step(config, sizes)
@@ -64,6 +66,8 @@ def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
         nonlocal steps
         seed_dropout(config.seed, steps)
         engine.train_step(step)
+        if engine.wants_reading:
+            engine.read()
         steps += 1
 
     return take
@@ -84,7 +88,11 @@ def _torch_step(model: nn.Module, loss: Callable[[Padded], torch.Tensor], config
 
 
 def run_config(
-    precision: Literal["auto", "fp32", "bf16"], zero: int, batch_size: int, *, compiled: bool = False
+    precision: Literal["auto", "fp32", "bf16"],
+    zero: Literal["auto", 0, 1, 2, 3],
+    batch_size: int,
+    *,
+    compiled: bool = False,
 ) -> TrainConfig:
     """AR+ at its real size, one worker; a rate so low that random examples do not diverge."""
     optimizer = OptimizerConfig(lr=1e-5, min_lr=1e-5)

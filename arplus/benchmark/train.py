@@ -17,7 +17,7 @@ from statistics import median
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
@@ -47,12 +47,12 @@ class TrainBenchmark(PoolBenchmark):
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: bool = False
     """Our step compiled; for GPUs."""
-    zero: Annotated[int, Ge(0), Le(3)] = 0
-    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition."""
+    zero: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero
+    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
     rounds: Annotated[int, Gt(0)] = 4
-    """Rounds that the medians are taken of, after a step of each side that is not counted."""
+    """Rounds that the medians are taken of, after steps of each side that are not counted."""
     compare: bool = True
     """Whether the other sides are measured too, which takes most of the time."""
 
@@ -63,7 +63,8 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
         log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
-    count = 1 + config.rounds * config.batches
+    warm_up = 3 if torch.cuda.is_available() else 1  # a GPU's step is compiled, perhaps recorded
+    count = warm_up + config.rounds * config.batches
     steps = config.pool(run.model, sizes, count * config.batch_size).random(count)
     with process_group():
         taken: dict[Side, sides.TrainStep] = {"ours": sides.train_step("ours", run, sizes)}
@@ -71,7 +72,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
             taken["plain"] = sides.train_step("plain", run, sizes)
             with contextlib.suppress(ImportError):
                 taken["bart"] = sides.train_step("bart", run, sizes)
-        times = _times(taken, steps, config.batches, sizes)
+        times = _times(taken, steps, warm_up, config.batches, sizes)
     gflops = median(times.pop("matmul"))
     compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
     memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in compared}
@@ -82,7 +83,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     batches = [batch for step in steps for batch in step.micro_batches]
     lengths = mean_lengths(batches)
     flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
-    peak = peak_bf16_flops()
+    peak, zero = peak_bf16_flops(), run.zero_stage(1)
     figures: dict[str, float | None] = {
         "examples_per_second": examples_per_second,
         "examples_per_second_least": config.batch_size / max(times["ours"]),
@@ -96,7 +97,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     return Result(
         figures=figures,
         table=[
-            ("step", f"{run.precision}, ZeRO {run.zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
+            ("step", f"{run.precision}, ZeRO {zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
             ("our step", "compiled" if run.compile else "not compiled"),
             ("lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
             ("padding", f"none of ours; {padding(batches):.1%} of the others' contexts"),
@@ -113,14 +114,15 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
 
 
 def _times(
-    taken: dict[Side, sides.TrainStep], steps: list[Step], batches: int, sizes: VocabularySizes
+    taken: dict[Side, sides.TrainStep], steps: list[Step], warm_up: int, batches: int, sizes: VocabularySizes
 ) -> dict[str, list[float]]:
-    """Seconds per batch of every round, and of the matrix product; the first step is not counted."""
+    """Seconds per batch of every round, and of the matrix product; so many steps to warm up are not counted."""
     inputs = {side: sides.inputs(side, steps, sizes) for side in taken}
     for side, take in taken.items():
-        take(inputs[side][0])
+        for batch in inputs[side][:warm_up]:
+            take(batch)
     times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
-    for first in range(1, len(steps), batches):
+    for first in range(warm_up, len(steps), batches):
         times["matmul"].append(matmul_gflops())
         for side, take in taken.items():
             times[side].append(timed(take, inputs[side][first : first + batches]) / batches)

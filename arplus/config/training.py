@@ -54,15 +54,15 @@ class FeedConfig:
     """How Ray Data turns the encoded examples into batches."""
 
     window_batches: Annotated[int, Gt(0)] = 256
-    """Global batches a window: a window is shuffled, sorted by length and cut into batches of like length. Fewer where
-    they would be more than 262,144 examples."""
+    """Global batches per window: a window is read, shuffled and cut into batches. Fewer where they would be more than
+    262,144 examples."""
     prefetch: Annotated[int, Gt(0)] = 2
-    """Windows prepared ahead of the training step."""
+    """Windows made ahead of the training step."""
     subset: Annotated[int, Gt(0)] | None = None
     """Train on this many examples of the training split only: random ones, the same in every run."""
 
     def batches_of_window(self, batch_size: int) -> int:
-        """Batches a window for a global batch of this size: every worker reads whole windows, one in each task."""
+        """Batches per window for a global batch of this size: one task makes a window."""
         return max(min(self.window_batches, MOST_OF_WINDOW // batch_size), 1)
 
 

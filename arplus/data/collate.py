@@ -5,6 +5,7 @@ that are cut from it are gathered at once, each field by one indexing; :mod:`arp
 Dimensions are those of :mod:`arplus.model.batch`; R is the number of rows that are taken.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,6 +96,18 @@ class Window:
     def targets(self) -> NDArray[np.int64]:
         """Targets of each example: its characters and [EOS]."""
         return self.framed.lengths - 1
+
+    def with_personas_of(self, rows_R: NDArray[np.int64]) -> "Window":
+        """The same examples under other personas: example i answers as, and has as its own profile, that of rows_R[i].
+
+        So the responder's persona is another one both in the memory and where the responder speaks in the context.
+        """
+        other = copy.copy(self)
+        other.persona = self.persona._replace(starts=self.persona.starts[rows_R], lengths=self.persona.lengths[rows_R])
+        numbers, own = self.profiles_of_example.values.copy(), self.profiles_of_example.starts
+        numbers[own] = self.profiles_of_example.values[own[rows_R]]
+        other.profiles_of_example = self.profiles_of_example._replace(values=numbers)
+        return other
 
     def batch(self, rows_B: NDArray[np.int64], rng: "ExampleRng") -> Batch:
         """Those rows in that order as one batch, whose sequences are one block."""

@@ -31,7 +31,9 @@ from ray.actor import ActorHandle
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from arplus import cluster
 from arplus.config import FeedConfig
+from arplus.data import faults
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.packing import MicroBatches, unpack
 from arplus.data.sampler import EpochSampler, deal
@@ -45,6 +47,10 @@ TASK_CPUS = 1
 CPU), so that it ended and started them all the time: 45 k examples/s instead of 115 k on the same busy machine."""
 
 
+CHUNK_EXAMPLES = 16_384
+"""Examples that a worker makes tensors of at a time: 50 MB."""
+
+
 class Step(NamedTuple):
     """One worker's part of an optimizer step."""
 
@@ -54,8 +60,8 @@ class Step(NamedTuple):
     """Targets ([EOS] included) of the whole global batch: the count that every worker divides its loss by."""
 
 
-class Part(NamedTuple):
-    """What one worker takes of a window."""
+class Chunk(NamedTuple):
+    """Consecutive steps of one worker."""
 
     targets: NDArray[np.integer]
     """Targets of each global batch."""
@@ -75,7 +81,7 @@ class WindowMaker:
     prefetch: int = FeedConfig.prefetch
     """Windows made ahead."""
 
-    def make(self, epoch: int, index: int) -> list[Part]:
+    def make(self, epoch: int, index: int) -> list[list[Chunk]]:
         """A window, a part for each worker."""
         sampler = self.sampler
         window = Window(sampler.read(epoch, index, self.spec.columns), self.spec)
@@ -83,11 +89,18 @@ class WindowMaker:
         targets_S = np.add.reduceat(window.targets[rows], np.arange(0, len(rows), sampler.batch_size))
         dealt, sizes_WSA = deal(rows, sampler.batch_size, self.workers, self.accumulation)
         rng = ExampleRng(sampler.seed, epoch if sampler.shuffled else 0)
-        ends = np.cumsum(sizes_WSA.reshape(self.workers, -1).sum(1))
-        return [
-            Part(targets_S, window.micro_batches(rows_R, sizes_SA.ravel(), rng).narrowed())
-            for rows_R, sizes_SA in zip(np.split(dealt, ends[:-1]), sizes_WSA, strict=True)
-        ]
+        steps = max(CHUNK_EXAMPLES * self.workers // sampler.batch_size, 1)
+        parts: list[list[Chunk]] = []
+        begin = 0
+        for sizes_SA in sizes_WSA:
+            parts.append([])
+            for s in range(0, len(targets_S), steps):
+                examples = sizes_SA[s : s + steps].ravel()
+                end = begin + int(examples.sum())
+                micro_batches = window.micro_batches(dealt[begin:end], examples, rng)
+                parts[-1].append(Chunk(targets_S[s : s + steps], micro_batches.narrowed()))
+                begin = end
+        return parts
 
     def parts(self, epoch: int, windows: range) -> Generator[list[pa.Buffer], None, None]:
         """The parts of each of these windows, pickled; made by Ray Data ahead of time."""
@@ -99,7 +112,8 @@ class WindowMaker:
             functools.partial(_make, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
         )
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self.prefetch)
-        with closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
+        what = f"the windows of {self.sampler.split.name}"
+        with faults.plainly(what), closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
             # Ray Data cuts a large window's table in two.
             parts: list[pa.Buffer] = []
             for table in found:
@@ -125,6 +139,7 @@ class WindowServer:
     """
 
     def __init__(self, maker: WindowMaker) -> None:
+        cluster.quiet()
         self.maker = maker
         self.number = -1
         """The newest pass; the following is about this one."""
@@ -218,8 +233,13 @@ class RankLoader:
         last = self.steps if last is None else last
         first_window, skip = divmod(first, self.sampler.window_batches)
         windows = range(first_window, -(-last // self.sampler.window_batches))
-        with closing(read_ahead(self._parts(epoch, windows), self._steps)) as parts:
-            yield from islice(chain.from_iterable(parts), skip, skip + last - first)
+        with closing(read_ahead(self._chunks(epoch, windows), self._steps)) as chunks:
+            yield from islice(chain.from_iterable(chunks), skip, skip + last - first)
+
+    def _chunks(self, epoch: int, windows: range) -> Generator[Chunk, None, None]:
+        with closing(self._parts(epoch, windows)) as parts:
+            for part in parts:
+                yield from pickle.loads(part)
 
     def _parts(self, epoch: int, windows: range) -> Generator[pa.Buffer, None, None]:
         if self.server is None:
@@ -230,23 +250,23 @@ class RankLoader:
         number = self.passes
         self.passes += 1
         try:
-            for window in windows:
-                (part,) = ray.get(self.server.part.remote(number, epoch, windows, window, self.rank))
-                yield ray.get(part)
+            with faults.plainly("the server of windows"):
+                for window in windows:
+                    (part,) = ray.get(self.server.part.remote(number, epoch, windows, window, self.rank))
+                    yield ray.get(part)
         finally:
             self.server.leave.remote(number, self.rank)
 
-    def _steps(self, pickled: pa.Buffer) -> list[Step]:
-        part: Part = pickle.loads(pickled)
-        batches = unpack(part.micro_batches, pin=torch.cuda.is_available())
+    def _steps(self, chunk: Chunk) -> list[Step]:
+        batches = unpack(chunk.micro_batches, pin=torch.cuda.is_available())
         n = self.maker.accumulation
-        return [Step(batches[i * n :][:n], targets) for i, targets in enumerate(part.targets.tolist())]
+        return [Step(batches[i * n :][:n], targets) for i, targets in enumerate(chunk.targets.tolist())]
 
 
 def read_ahead(items: Generator[S, None, None], make: Callable[[S], T]) -> Generator[T, None, None]:
     """``make(item)`` of every item, made by a thread that is one ahead; its errors are raised here.
 
-    A window at a time: a hand-over for each step would cost 0.1 ms.
+    Many steps at a time: a hand-over for each one would cost 0.1 ms.
     """
 
     def following() -> T | None:

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import checkpoint, cluster, nodes, storage
+from arplus import checkpoint, cluster, kernels, nodes, storage
 from arplus.checkpoint import build_model
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
@@ -31,6 +31,7 @@ from arplus.evaluation import compare
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
+from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
@@ -184,10 +185,12 @@ class Evaluator:
         self.config = config
         self.sampling = config.sampling.of(self.state.rules)
         self.spec = BatchSpec.of(self.state.config.model, self.state.sizes)
+        leave_cudnn_out()
         # A GPU that is not this actor's own is in sight too (ray#54868).
         self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
         self.model = build_model(self.state).to(self.device)
+        kernels.use(self.model, self.device)
         self.special = special_ids(self.state.sizes.characters)
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:

@@ -7,6 +7,7 @@ import numpy as np
 import orjson
 import torch
 
+from arplus import kernels
 from arplus.checkpoint import TrainState, build_model
 from arplus.config import Sampling
 from arplus.data.collate import BatchSpec, ExampleRng, Window
@@ -36,6 +37,7 @@ class Responder:
     def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
         self.state = state
         self.model = build_model(state)
+        kernels.use(self.model, torch.device("cpu"))
         self.profile = profile
         self.sampling = sampling.of(state.rules)
         self.rng = torch.Generator().manual_seed(seed)
@@ -82,7 +84,9 @@ def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
         return "no validation examples\n"
     table = sampler.read(0, 0, [*spec.columns, *({"target_words"} - set(spec.columns))])
     batch = Window(table, spec).batch(np.arange(len(table)), ExampleRng(0, 0))
-    replies = generate(build_model(state), batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
+    model = build_model(state)
+    kernels.use(model, torch.device("cpu"))
+    replies = generate(model, batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):
         context = "".join(dataset.characters.token(i) for i in example["context"]).replace("[SEP]", " / ")

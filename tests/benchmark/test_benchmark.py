@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from prepared import random_examples, write_dataset
 
 from arplus.benchmark import data, machine, prepare, report
 from arplus.benchmark.plain import Collate
-from arplus.config import AR, FeedConfig, ModelConfig, special_ids
-from arplus.data.collate import Draws, Layout, Window
+from arplus.config import AR, ModelConfig, special_ids
+from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
-from arplus.data.feed import Feed, Order, Place, prepare_window
+from arplus.data.loader import WindowMaker
+from arplus.data.packing import unpack
+from arplus.data.sampler import EpochSampler
+from arplus.model.batch import Packed
 
 EXAMPLES = 300
 
@@ -28,8 +30,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture
-def order(dataset: Dataset) -> Order:
-    return Order(split=dataset.split("train"), batch_size=8, window_batches=10, seed=0, shuffled=True)
+def sampler(dataset: Dataset) -> EpochSampler:
+    return EpochSampler(split=dataset.split("train"), batch_size=8, window_batches=10, seed=0, shuffled=True)
 
 
 @pytest.fixture
@@ -42,37 +44,50 @@ def without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("model", [ModelConfig(), AR], ids=["words", "characters"])
 def test_the_other_side_collates_the_same_batch(dataset: Dataset, model: ModelConfig) -> None:
-    layout = Layout.of(model, dataset.sizes)
-    table = random_examples(range(20)).select(layout.columns)
+    spec = BatchSpec.of(model, dataset.sizes)
+    table = random_examples(range(20)).select(spec.columns)
     rows = np.array([3, 19, 7, 0, 11])
-    ours = Window(table, layout).batch(rows, np.ones(5, bool), Draws(0, 0))
-    theirs = Collate(layout)([table.slice(i, 1).to_pylist()[0] for i in rows])
-    assert theirs.keys() == ours.keys()
-    mask = special_ids(dataset.sizes.characters).mask
-    for name, array in ours.items():
-        assert theirs[name].dtype == torch.from_numpy(array).dtype, name
-        if name == "infilled_BU":
-            assert ((theirs[name] == mask).sum(1).numpy() == (array == mask).sum(1)).all()
-        else:
-            assert theirs[name].tolist() == array.tolist(), name
+    ours = Window(table, spec).batch(rows, ExampleRng(0, 0))
+    theirs = Collate(spec)([table.slice(i, 1).to_pylist()[0] for i in rows])
+    ids, persona_ids = special_ids(dataset.sizes.characters), special_ids(dataset.sizes.persona_words)
+    persona_pad = (persona_ids if spec.persona_words else ids).pad
+
+    def real(name: str, pad: int) -> list[list[int]]:
+        return [[i for i in row if i != pad] for row in theirs[name].flatten(0, -2).tolist()]
+
+    def lists(packed: Packed) -> list[list[int]]:
+        return [part.tolist() for part in packed.ids.split(packed.sequences.lengths.tolist())]
+
+    assert theirs["example_id_B"].tolist() == ours.example_id_B.tolist()
+    assert real("context_BS", ids.pad) == lists(ours.context)
+    assert real("profiles_BPW", persona_pad) == lists(ours.profiles)
+    assert real("target_persona_BK", persona_pad) == lists(ours.persona)
+    assert [row[:-1] for row in real("response_BT", ids.pad)] == lists(ours.response)
+    whose = [row[: len(c)] for row, c in zip(theirs["context_profile_BS"].tolist(), lists(ours.context), strict=True)]
+    profiles = theirs["profiles_BPW"].shape[1]
+    assert [i * profiles + p for i, row in enumerate(whose) for p in row] == ours.speaker_N.tolist()
+    if ours.infilled is not None:
+        infilled = real("infilled_BU", ids.pad)
+        masks = [row.count(ids.mask) for row in lists(ours.infilled)]
+        assert [row.count(ids.mask) for row in infilled] == masks
 
 
-def test_the_other_side_gets_the_feeds_batches(dataset: Dataset, order: Order) -> None:
-    layout = Layout.of(ModelConfig(), dataset.sizes)
-    tables, batches = data.first_batches(order, layout, 13)
+def test_the_other_side_gets_the_feeds_batches(dataset: Dataset, sampler: EpochSampler) -> None:
+    spec = BatchSpec.of(ModelConfig(), dataset.sizes)
+    tables, batches = data.first_batches(sampler, spec, 13)
     ids = np.concatenate([table["example_id"].to_numpy() for table in tables])
-    feed = Feed(order, layout, Place(), FeedConfig())
-    columns = [prepare_window(0, window, feed)["example_id_B"].to_pylist() for window in range(2)]
-    assert [ids[rows].tolist() for rows in batches] == (columns[0] + columns[1])[:13]
+    maker = WindowMaker(sampler=sampler, spec=spec)
+    ours = [batch for window in range(2) for batch in unpack(maker.make(0, window)[0][0].micro_batches)]
+    assert [ids[rows].tolist() for rows in batches] == [batch.example_id_B.tolist() for batch in ours[:13]]
 
 
-def test_bytes_read_are_those_of_the_columns(dataset: Dataset, order: Order) -> None:
-    words, characters = (Layout.of(model, dataset.sizes) for model in (ModelConfig(), AR))
+def test_bytes_read_are_those_of_the_columns(dataset: Dataset, sampler: EpochSampler) -> None:
+    words, characters = (BatchSpec.of(model, dataset.sizes) for model in (ModelConfig(), AR))
     whole = sum(path.stat().st_size for path in Path(dataset.uri, "train").iterdir())
-    windows_in_two_groups = sum(len(order.pieces(0, window)) for window in range(order.windows)) / 4
-    assert 0.2 * whole < data.bytes_read(order, words, order.steps) < windows_in_two_groups * whole
-    assert data.bytes_read(order, words, order.steps) != data.bytes_read(order, characters, order.steps)
-    assert data.bytes_read(order, words, 10) < data.bytes_read(order, words, order.steps)
+    windows_in_two_groups = sum(len(sampler.pieces(0, window)) for window in range(sampler.windows)) / 4
+    assert 0.2 * whole < data.bytes_read(sampler, words, sampler.steps) < windows_in_two_groups * whole
+    assert data.bytes_read(sampler, words, sampler.steps) != data.bytes_read(sampler, characters, sampler.steps)
+    assert data.bytes_read(sampler, words, 10) < data.bytes_read(sampler, words, sampler.steps)
 
 
 @pytest.mark.usefixtures("ray_cluster", "without_datasets")
@@ -86,31 +101,11 @@ def test_data_without_the_extras(dataset: Dataset) -> None:
     assert found["examples_per_second_per_core"] == pytest.approx(found["examples_per_second"] / 2)
     assert found["peak_memory_bytes"] > psutil.Process().memory_info().rss / 2
 
-    split = dataset.split("train")
-    order = Order(split=split, batch_size=8, window_batches=10, seed=0, shuffled=True)
-    real = slots = 0
-    for window in range(order.windows):
-        lengths = np.array([len(c) for c in order.read(0, window, ["context"])["context"].to_pylist()])
-        sort_key = Window(order.read(0, window, layout_columns(dataset)), layout(dataset)).lengths
-        for rows in order.batches(0, window, sort_key):
-            filled = np.append(lengths[rows], np.full(8 - len(rows), lengths[rows[0]]))
-            real += filled.sum()
-            slots += 8 * filled.max()
-    assert found["padding_share"] == pytest.approx(1 - real / slots)
 
-
-def layout(dataset: Dataset) -> Layout:
-    return Layout.of(ModelConfig(), dataset.sizes)
-
-
-def layout_columns(dataset: Dataset) -> list[str]:
-    return layout(dataset).columns
-
-
-def test_data_with_the_extras(dataset: Dataset, order: Order) -> None:
+def test_data_with_the_extras(dataset: Dataset, sampler: EpochSampler) -> None:
     pytest.importorskip("datasets", reason="the comparison needs make benchmark-deps")
     settings = data.DataBenchmark(data=dataset.uri, compared_steps=6)
-    found = data.compare(order, layout(dataset), settings)
+    found = data.compare(sampler, BatchSpec.of(ModelConfig(), dataset.sizes), settings)
     assert isinstance(found, float)
     assert found > 0
 

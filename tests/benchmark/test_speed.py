@@ -93,7 +93,9 @@ def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
     run = replace(sides.run_config("fp32", 0, 4), model=TINY)
     settings = train.TrainBenchmark(batch_size=4, batches=2, rounds=2)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     result = train.measure(settings, run)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     found, table = result.figures, dict(result.table)
     assert (found["ratio_bart"] is not None) == bart
     assert found["examples_per_second"] > 0
@@ -109,7 +111,9 @@ def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_generate() -> None:
     settings = generate.GenerateBenchmark(characters=5, batch_size=4, batches=2, rounds=2)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     found = generate.measure(settings, TINY).figures
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert found["replies_per_second"] > 0
     assert found["ratio_plain"] > 0
     assert generate.measure(replace(settings, compare=False), TINY).figures["ratio_plain"] is None

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import random_examples
 
-from arplus.config import PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
+from arplus.config import AR, PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Ragged, Window, frame, infill
 from arplus.data.examples import SCHEMA
 from arplus.data.packing import unpack
@@ -81,7 +82,9 @@ def infilled(response: list[int], kind: float, place: float) -> list[int]:
 def oracle(rows: list[dict[str, Any]], spec: BatchSpec, rng: ExampleRng) -> dict[str, Any]:
     """What a batch must hold, row by row and character by character."""
     kind = "word" if spec.persona_words else "character"
-    speakers_of, profiles, responses = [], [], []
+    speakers_of: list[list[int]] = []
+    profiles: list[list[int]] = []
+    responses: list[list[int]] = []
     for row in rows:
         speakers = iter(row["speakers"])
         speaker, at_end = -1, True
@@ -328,3 +331,31 @@ def test_draws_change_with_each_of_seed_epoch_and_id_and_look_independent() -> N
         assert abs(column.std() - math.sqrt(1 / 12)) < 0.01
     correlations = np.corrcoef(columns) - np.eye(len(columns))
     assert abs(correlations).max() < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), AR], ids=["words", "characters"])
+def test_personas_of_others(model: ModelConfig) -> None:
+    """As if the other's persona had been written into the table, its target and its profile 0."""
+    spec = BatchSpec.of(model, VocabularySizes(characters=49, persona_words=34))
+    table = random_examples(range(20)).select(spec.columns)
+    profiles, counts, target = spec.persona_columns
+    rows = table.to_pylist()
+    other = np.roll(np.arange(20), 7)
+    written = []
+    for row, theirs in zip(rows, (rows[i] for i in other), strict=True):
+        own, new = row[counts][0], theirs[counts][0]
+        row = row | {target: theirs[target], counts: [new, *row[counts][1:]]}
+        written.append(row | {profiles: theirs[profiles][:new] + row[profiles][own:]})
+    taken = np.array([3, 19, 7, 0, 11])
+    window = Window(table, spec)
+    before = window.batch(taken, ExampleRng(0, 0))
+    swapped = window.with_personas_of(other).batch(taken, ExampleRng(0, 0))
+    expected = Window(pa.Table.from_pylist(written, table.schema), spec).batch(taken, ExampleRng(0, 0))
+    for name in ("context", "persona", "response", "infilled", "profiles"):
+        mine, theirs = getattr(swapped, name), getattr(expected, name)
+        if theirs is not None:
+            assert mine.ids.tolist() == theirs.ids.tolist(), name
+            assert mine.sequences.lengths.tolist() == theirs.sequences.lengths.tolist(), name
+    assert swapped.speaker_N.tolist() == expected.speaker_N.tolist()
+    assert swapped.persona.ids.tolist() != before.persona.ids.tolist()
+    assert before.persona.ids.tolist() == window.batch(taken, ExampleRng(0, 0)).persona.ids.tolist()

@@ -18,7 +18,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(folder, {"train": [[50, 31, 22], [64, 36]]})
 
 
-def make(split: Split, *, batch_size: int = BATCH, window_batches: int = 5, seed: int = 3, shuffled: bool = True):
+def make(
+    split: Split, *, batch_size: int = BATCH, window_batches: int = 5, seed: int = 3, shuffled: bool = True
+) -> EpochSampler:
     return EpochSampler(split=split, batch_size=batch_size, window_batches=window_batches, seed=seed, shuffled=shuffled)
 
 

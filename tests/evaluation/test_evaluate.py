@@ -20,6 +20,7 @@ from arplus.evaluation import evaluate as evaluate_module
 from arplus.evaluation.evaluate import BATCH_SIZES, Evaluator, evaluate, nll_per_example, table, windows_of
 from arplus.evaluation.metrics import PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
+from arplus.kernels.cpu import CpuOperations
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.text import Vocabulary
@@ -145,6 +146,14 @@ def test_questions_are_asked_again_under_another_examples_persona(
     if n > 1:
         assert sorted(again.values()) == sorted(first.values())
         assert sum(first[i] != again[i] for i in range(n)) >= 0.7 * n
+
+
+def test_models_compute_by_their_devices_kernels(dataset: Dataset, tmp_path: Path) -> None:
+    one = evaluator(dataset, tmp_path)
+    responder = Responder(one.state, raw_profile("男", "四川 成都", ""), Sampling(), seed=0)
+    for model in (one.model, responder.model):
+        assert isinstance(model.head.ops, CpuOperations)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
