@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from arplus.data.feed import Order, as_batch
 from prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 
 from arplus import checkpoint
 from arplus.config import EvaluateConfig, Sampling
 from arplus.data.collate import Draws, Layout, Window
 from arplus.data.dataset import Dataset
-from arplus.data.feed import Order, as_batch
 from arplus.errors import UserError
 from arplus.evaluation.consistency import PersonaMetrics
 from arplus.evaluation.evaluate import Evaluator, evaluate, nats_by_row, table

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arplus.data.feed import Step
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, special_ids, tiny
-from arplus.data.feed import Step
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.linear import product_dtype

@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 from arplus.data.feed import Step
+
 from arplus.training import audit
 from arplus.training.audit import Audit
 

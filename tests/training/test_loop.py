@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from arplus.data.feed import Feed, Step
 
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
-from arplus.data.feed import Feed, Step
 from arplus.model.objective import Losses
 from arplus.training.engine import Engine, StepResult
 from arplus.training.group import process_group
