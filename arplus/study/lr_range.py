@@ -30,7 +30,7 @@ from arplus.training import node, preflight, workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError
 from arplus.training.loop import seed_dropout
-from arplus.training.trainer import agreed, loaders, load, resolved
+from arplus.training.trainer import agreed, load, loaders, resolved
 
 log = logging.getLogger(__name__)
 

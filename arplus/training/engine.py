@@ -165,7 +165,7 @@ class Engine:
     def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
         """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.
 
-        Sets the learning rate by the plateau schedule, which is exact as long as all is read that :attr:`wants_reading`.
+        Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
         Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
         """
         unread, self.unread = self.unread, []

@@ -77,7 +77,9 @@ class Trained(NamedTuple):
     """This worker's."""
 
 
-def fit(engine: Engine, train: RankLoader, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks) -> None:
+def fit(
+    engine: Engine, train: RankLoader, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks
+) -> None:
     """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
     Where the validation split has no example, nothing is validated and no checkpoint is the best one. Raises
@@ -158,7 +160,9 @@ def _validated(engine: Engine, valid: RankLoader, progress: Progress, config: Tr
     return True
 
 
-def validate(engine: Engine, loader: RankLoader, config: TrainConfig, ended: Callable[[], bool]) -> dict[str, float] | None:
+def validate(
+    engine: Engine, loader: RankLoader, config: TrainConfig, ended: Callable[[], bool]
+) -> dict[str, float] | None:
     """Losses over exactly all examples of a split, summed over the workers: means are over targets, not batches.
 
     None once ``ended``, which is asked every :data:`ASK_EVERY` batches on all workers.

@@ -22,8 +22,9 @@ from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
-from arplus.data.loader import RankLoader, WindowMaker, serve
+from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
+from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ResourceError, RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus

@@ -157,9 +157,7 @@ def dtypes_of_products(configs: list[TrainConfig]) -> list[list[str]]:
     for c in configs:
         engine = Engine(initial_model(c), c, torch.device("cpu"))
         seen: list[str] = []
-        engine.module.head.register_forward_pre_hook(
-            lambda *_, seen=seen: seen.append(str(autocast_dtype()))
-        )
+        engine.module.head.register_forward_pre_hook(lambda *_, seen=seen: seen.append(str(autocast_dtype())))
         (step,) = engine_steps(c, 0, 1)
         engine.evaluate(step.micro_batches[0])
         engine.train_step(step)
