@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arplus.errors import ResourceError, UserError, redacted
-from arplus.tracking.refusal import Event, brief, is_final
+from arplus.tracking.refusal import Event, advice, brief, is_final, status_of
 from arplus.tracking.run import Run, absolute_uri
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,11 @@ def explained(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        what_to_do = advice(error) if is_final(error) else "start it"
+        if status_of(error) == 404:
+            what_to_do = "check the address, and what was deleted there"
         raise ResourceError(
-            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); start it, or choose another with --mlflow"
+            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); {what_to_do}, or choose another with --mlflow"
         ) from None
 
 
