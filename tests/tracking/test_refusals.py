@@ -15,7 +15,7 @@ from botocore import exceptions as boto
 from logged_runs import begin, points
 from mlflow.exceptions import MlflowException, RestException
 
-from arplus.errors import ResourceError
+from arplus.errors import RefusedError, ResourceError
 from arplus.tracking import Run, Tracker, client, start_run
 from arplus.tracking import replay as replay_record
 from arplus.tracking.refusal import is_final, kind_of
@@ -272,6 +272,8 @@ def test_a_page_instead_of_mlflow_is_named_by_its_words(artifacts, status, advic
         ResourceError, match=rf"^MLflow at {artifacts.uri} cannot be used.*{advice}.*--mlflow"
     ) as caught:
         start_run(artifacts.uri, "e", "r", tags={}, params={})
+    assert isinstance(caught.value, RefusedError) == (status in (401, 404)), "a study waits less for what refuses it"
+    assert caught.value.exit_code == 3
     assert "<" not in str(caught.value)
     assert ("Sign in to go on" in str(caught.value)) == (status != 502), "MLflow's client keeps that page to itself"
 
