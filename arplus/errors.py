@@ -22,7 +22,7 @@ class ResourceError(UserError):
 
 
 class RefusedError(UserError):
-    """Storage refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
+    """A server refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
 
 
 class RunError(RuntimeError):

@@ -5,6 +5,7 @@ AWS's usual chain in both: keys that expire are renewed there, and none is held 
 """
 
 import functools
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def find_connection() -> Connection:
     from botocore.exceptions import BotoCoreError
     from botocore.utils import get_environ_proxies
 
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it says where it has found each setting
     session = botocore.session.get_session()
     try:
         profile = session.get_scoped_config()

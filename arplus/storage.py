@@ -281,7 +281,7 @@ def patiently(uri: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except (RefusedError, ResourceError) as error:
-            patience = PATIENCE_S if isinstance(error, ResourceError) else PATIENCE_WITH_REFUSALS_S
+            patience = PATIENCE_WITH_REFUSALS_S if isinstance(error, RefusedError) else PATIENCE_S
             if is_local(uri) or time.monotonic() + pause > began + patience:
                 raise
             log.warning("trying again in %.1f s: %s", pause, error)
