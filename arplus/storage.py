@@ -106,18 +106,19 @@ def _s3_path(uri: str) -> str:
     path = uri.partition("://")[2].rstrip("/")
     if masked(uri) != uri:
         raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
-    bucket, *key = path.split("/")
+    bucket = path.partition("/")[0]
     if not bucket:  # pyarrow takes "s3://" for a folder of all buckets
         raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
     if not re.fullmatch("[A-Za-z0-9._-]{1,255}", bucket):
         raise UserError(f"{uri}: {bucket!r} is no name of a bucket; write s3://BUCKET/PATH")
-    # boto3 takes such parts as they are; pyarrow fails at // and follows . and .., even out of the bucket.
-    for part in [bucket, *key]:
-        if part in ("", ".", ".."):
-            raise UserError(
-                f"{uri}: holds {f'the part {part!r}' if part else '//'}, which S3 takes for a name; leave it out"
-            )
+    if has_empty_part(path):
+        raise UserError(f"{uri}: holds //, /./ or /../, which are names in S3, not folders; leave them out")
     return path
+
+
+def has_empty_part(path: str) -> bool:
+    """Whether a path in S3 holds ``//``, ``.`` or ``..``: names to boto3, folders to pyarrow."""
+    return any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def is_local(uri: str) -> bool:
@@ -183,7 +184,8 @@ def list_files(uri: str) -> list[str]:
             files = _list_local(path, ())
         else:
             files = [f.path for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
-    return [join(uri, os.path.relpath(file, path)) for file in sorted(files)]
+    below = f"{path.rstrip('/')}/"
+    return [join(uri, file.removeprefix(below)) for file in sorted(files)]
 
 
 def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:

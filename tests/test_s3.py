@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,14 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
 
 from arplus import s3, storage
 from arplus.data.lease import Lease
+from arplus.data.sources import find_files
 from arplus.errors import UserError
 
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
@@ -236,10 +239,14 @@ def test_keys_of_a_process_and_those_that_a_file_changes_to(settings: Any, tmp_p
             assert all_keys() == {name}
 
 
+LISTED = "<Contents><Key>{key}</Key><Size>3</Size><LastModified>2020-01-01T00:00:00.000Z</LastModified></Contents>"
+
+
 class _Store(BaseHTTPRequestHandler):
     """Answers as a store that has nothing, and notes what it is asked."""
 
     status, code = 200, ""
+    keys: tuple[str, ...] = ()
     asked: list[tuple[str, str, str, str]]
 
     def answer(self) -> None:
@@ -249,6 +256,9 @@ class _Store(BaseHTTPRequestHandler):
         status = self.status if self.command == "PUT" else 204 if self.command == "DELETE" else 404
         code = self.code if self.command == "PUT" else "NoSuchKey"
         body = f"<Error><Code>{code}</Code></Error>".encode() if status >= 300 else b""
+        if self.keys and "list-type" in self.path:
+            status, found = 200, "".join(LISTED.format(key=key) for key in self.keys)
+            body = f"<ListBucketResult>{found}<KeyCount>{len(self.keys)}</KeyCount></ListBucketResult>".encode()
         self.send_response(status)
         self.send_header("ETag", '"1"')
         self.send_header("Content-Length", str(len(body)))
@@ -263,9 +273,11 @@ class _Store(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def store(status: int = 200, code: str = "") -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
+def store(
+    status: int = 200, code: str = "", keys: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
     asked: list[tuple[str, str, str, str]] = []
-    handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked})
+    handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked, "keys": keys})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
@@ -305,3 +317,80 @@ def test_a_store_without_conditional_writes_is_named(settings: Any, status: int,
         with pytest.raises(UserError, match=f"s3://bucket/out: {said}"):
             Lease.take("s3://bucket/out")
     assert ("DELETE" in {command for command, *_ in asked}) == (status == 200), "no lease is left behind"
+
+
+SAME_IN_BOTH = [
+    "a b",
+    " a ",
+    "100%",
+    "a%2Fb",
+    "a%20b",
+    "a+b",
+    "a#b",
+    "a?b=c",
+    "a&b",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "a:b@c",
+    "对话",
+]
+SAME_IN_BOTH += ["a;b=1", "a!b$(c)", "{a}", "[a]", "<a>", "a|b^c`d", "a~b*c", "e\u0301", "a/", "a/b//"]
+
+
+def test_both_clients_take_the_same_key(settings: Any) -> None:
+    with store() as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        for key in SAME_IN_BOTH:
+            del asked[:]
+            output = storage.absolute(f"s3://bucket/{key}")
+            with pytest.raises(UserError, match="no such file"):
+                storage.read_bytes(f"{output}/_lease.json")
+            with pytest.raises(UserError, match="ignores the conditions"):
+                Lease.take(output)
+            paths = {path.partition("?")[0] for _, path, _, _ in asked}
+            assert paths == {f"/bucket/{quote(key.rstrip('/'), safe='/~')}/_lease.json"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        *(
+            (f"s3://bucket/{key}", "holds //, /./ or /../")
+            for key in ("a//b", "/a", "a/./b", "a/../b", "../other", "..")
+        ),
+        *((f"s3://{name}", "is no name of a bucket") for name in ("my bucket/x", "b?x=y/z", "b#x", "桶/x")),
+        ("S3:///key", "names no bucket"),
+        ("s3:/bucket/key", "names no bucket"),
+    ],
+)
+def test_a_key_that_the_clients_take_differently_is_refused(settings: Any, uri: str, said: str) -> None:
+    with store() as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        for use in (storage.absolute, storage.exists, storage.read_bytes, storage.delete, Lease.take):
+            with pytest.raises(UserError, match=f"^{re.escape(uri)}: .*{re.escape(said)}"):
+                use(uri)
+    assert asked == []
+
+
+def test_a_listed_key_is_not_read_under_another_name(settings: Any) -> None:
+    keys = (
+        "in//a.jsonl",
+        "in/./b.jsonl",
+        "in/../c.jsonl",
+        "in//manifest.json",
+        "in/x//y.jsonl",
+        "in/d.jsonl",
+        "in/e#?.json",
+    )
+    with store(keys=keys) as (endpoint, _):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        found = find_files("s3://bucket/in")
+    assert found.records == ["s3://bucket/in/d.jsonl", "s3://bucket/in/e#?.json"]
+    assert {item.name for item in found.left_out} >= {
+        "/a.jsonl",
+        "./b.jsonl",
+        "../c.jsonl",
+        "/manifest.json",
+        "x//y.jsonl",
+    }

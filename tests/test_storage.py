@@ -1,11 +1,13 @@
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pyarrow import fs
@@ -192,7 +194,17 @@ def test_s3_needs_a_bucket(uri: str) -> None:
 def test_a_file_address_is_absolute(tmp_path: Path) -> None:
     for uri in (f"file:{tmp_path}/x", f"FILE://{tmp_path}/x"):
         assert storage.resolve(uri)[1] == storage.absolute(uri) == f"{tmp_path}/x"
-    for uri in ("file:x", "file://host/x", "C:/x", "~nobody-here/x", "", "a\0b"):
+    for odd in ("a b", "100%", "a?b#c", "a%20b", "对话"):
+        uri = f"file://localhost{tmp_path}/{quote(odd)}"
+        storage.write_bytes(storage.join(uri, "100%"), odd.encode())
+        assert (tmp_path / odd / "100%").read_text() == odd
+        assert storage.list_files(uri) == [f"{uri}/100%25"] == [storage.join(uri, "100%")]
+        storage.write_bytes(f"{tmp_path}/{odd}/100%", b"a plain path is no URL")
+        assert storage.read_bytes(f"{uri}/100%25") == b"a plain path is no URL"
+    for uri in ("file:///a?b", "file:///a#b", "file:///100%", "file:///%zz", "file:///%B6", "file:///%00"):
+        with pytest.raises(UserError, match=f"^{re.escape(uri)}: .* the plain path"):
+            storage.resolve(uri)
+    for uri in ("file:x", "file://host/x", "file://", "file:", "C:/x", "~nobody-here/x", "", "a\0b"):
         with pytest.raises(UserError):
             storage.resolve(uri)
 
