@@ -245,6 +245,7 @@ LISTED = "<Contents><Key>{key}</Key><Size>3</Size><LastModified>2020-01-01T00:00
 class _Store(BaseHTTPRequestHandler):
     """Answers as a store that has nothing, and notes what it is asked."""
 
+    protocol_version = "HTTP/1.1"  # else botocore waits a second for leave to send
     status, code = 200, ""
     keys: tuple[str, ...] = ()
     asked: list[tuple[str, str, str, str]]
