@@ -13,12 +13,11 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import RefusedError, UserError, masked, redacted
+from arplus.errors import RefusedError, UserError, masked, redacted, server_problem
 
 SETTINGS = (
     "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile that "
@@ -135,18 +134,11 @@ def _find_connection(settings: _Settings, process: int) -> Connection:
 
 def _check_url(variable: str, url: str, *, may_hold_password: bool = False) -> None:
     """Raises :class:`UserError` for what is no ``http(s)://HOST[:PORT]``, with the variable's name and no password."""
-    shown = masked(url)
-    if not url.lower().startswith(("http://", "https://")):
-        raise UserError(f"{variable}={shown}: must begin with http:// or https://")
-    if shown != url and not may_hold_password:
-        raise UserError(f"{variable}={shown}: must not hold a user or password")
-    try:
-        parts = urlsplit(url)
-        good = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, an open bracket
-        good = False
-    if not good or re.search(r"\s", url):
-        raise UserError(f"{variable}={shown}: must be http://HOST:PORT or https://HOST")
+    problem = server_problem(url)
+    if not problem and masked(url) != url and not may_hold_password:
+        problem = "must not hold a user or password"
+    if problem:
+        raise UserError(f"{variable}={masked(url)}: {problem}")
 
 
 def _find_keys(settings: _Settings, process: int) -> _Keys | None:
