@@ -26,6 +26,7 @@ ARRAY = (CASES / "array.json").read_bytes()
 RECORDS = json.loads(ARRAY)
 LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)
 MANIFEST = json.dumps({"format": 1, "fingerprint": "ab", "splits": {}})
+CUT = storage.as_json(json.loads(MANIFEST))[:-5]
 LEASE = json.dumps({"token": "0a1b2c3d", "holder": "process 1 on a", "expires": 0.0})
 
 
@@ -60,7 +61,8 @@ def test_files_are_read_by_their_names_and_the_others_are_listed(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("mark", "content"), [("manifest.json", MANIFEST), ("_lease.json", LEASE), ("_lease.json", "")]
+    ("mark", "content"),
+    [("manifest.json", MANIFEST), ("manifest.json", CUT), ("_lease.json", LEASE), ("_lease.json", "")],
 )
 def test_a_prepared_data_set_is_counted_as_one(tmp_path: Path, mark: str, content: str) -> None:
     make(tmp_path, {"a.jsonl": "", "x/d.jsonl": "", f"x/out/{mark}": content, "x/out/rejects/e.jsonl.gz": ""})
