@@ -49,10 +49,10 @@ def find_connection() -> Connection:
     return _find_connection(_settings(), os.getpid())
 
 
-def file_system() -> fs.S3FileSystem:
+def file_system(*, background_writes: bool = True) -> fs.S3FileSystem:
     """Pyarrow's client, as settings and keys are at this moment: for use at once. See :func:`lasting_file_system`."""
     settings, process = _settings(), os.getpid()
-    return _file_system(settings, process, _find_keys(settings, process))
+    return _file_system(settings, process, _find_keys(settings, process), background_writes)
 
 
 def lasting_file_system() -> fs.PyFileSystem:
@@ -160,7 +160,7 @@ def _find_keys(settings: _Settings, process: int) -> _Keys | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _file_system(settings: _Settings, process: int, keys: _Keys | None) -> fs.S3FileSystem:
+def _file_system(settings: _Settings, process: int, keys: _Keys | None, background_writes: bool) -> fs.S3FileSystem:
     access_key, secret_key, token = keys or (None, None, None)
     to = _find_connection(settings, process)
     try:
@@ -173,6 +173,7 @@ def _file_system(settings: _Settings, process: int, keys: _Keys | None) -> fs.S3
             tls_ca_file_path=to.ca_bundle,
             force_virtual_addressing=to.addressing_style == "virtual",
             proxy_options=to.proxy,
+            background_writes=background_writes,
             request_timeout=60,
             connect_timeout=_CONNECT_S,
         )
@@ -247,7 +248,8 @@ class _Lasting(fs.FileSystemHandler):
         return file_system().open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
-        return file_system().open_output_stream(path, compression=None, metadata=metadata)
+        # Ray copies folders in threads, which may hang with writes in the background (apache/arrow#32372).
+        return file_system(background_writes=False).open_output_stream(path, compression=None, metadata=metadata)
 
     def open_append_stream(self, path: str, metadata: Any) -> Any:
         raise NotImplementedError("S3 appends to nothing")

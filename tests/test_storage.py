@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 import re
 import threading
 import time
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import pytest
 from pyarrow import fs
@@ -217,6 +219,23 @@ def test_s3_is_the_server_of_the_environment(s3_server: Any) -> None:
     assert isinstance(filesystem, fs.S3FileSystem)
     assert path == f"{s3_server.bucket}/a/b"
     assert filesystem.region == "us-east-1"
+
+
+def test_what_is_kept_for_long_holds_no_keys_and_serves_ray(s3_server: Any, tmp_path: Path) -> None:
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    filesystem, path = storage.resolve_lasting(s3_server.uri(f"lasting-{uuid4().hex}"))
+    kept = pickle.dumps(filesystem)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() not in kept
+    StorageContext(path, "job", storage_filesystem=pickle.loads(kept))  # writes a marker
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").write_bytes(b"1")
+    fs.copy_files(str(tmp_path / "here"), f"{path}/there", destination_filesystem=filesystem)
+    uri = f"s3://{path}"
+    assert storage.list_files(uri) == [f"{uri}/job/.validate_storage_marker", f"{uri}/there/a"]
+    filesystem.delete_dir(f"{path}/job")
+    filesystem.delete_file(f"{path}/there/a")
+    assert not storage.exists(f"{uri}/job")
 
 
 def every_call(uri: str) -> Iterator[Any]:
