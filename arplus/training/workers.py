@@ -34,7 +34,7 @@ def run(
     Ray keeps its own files in the folder ``ray`` of ``uri``. Raises :class:`ray.train.TrainingFailedError` where the
     workers failed more than ``max_failures`` times.
     """
-    filesystem, path = storage.resolve(storage.join(uri, "ray"))
+    filesystem, path = storage.resolve_lasting(storage.join(uri, "ray"))
     trainer: Any = TorchTrainer(
         cast(Any, worker),  # its annotation forbids the return value that it documents
         train_loop_config=arguments,
