@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import tyro
 
-from arplus import storage
+from arplus import proxies, storage
 from arplus.config import (
     PRESETS,
     TrainConfig,
@@ -194,6 +194,7 @@ def run(main: Callable[[], Any]) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    proxies.bypass()
     try:
         main()
     except (UserError, RunError) as error:

@@ -3,6 +3,7 @@
 They join a running cluster where there is one; else they start one on this machine.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -15,9 +16,9 @@ from typing import NamedTuple
 
 import ray
 from ray._private import ray_constants, services
-from ray._raylet import Config  # type: ignore[attr-defined]
+from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
 
-from arplus import noise
+from arplus import noise, proxies
 from arplus.config import Device
 from arplus.errors import ResourceError, UserError, masked
 
@@ -38,18 +39,23 @@ def connect(cpus: int | None = None) -> None:
     quiet()
     if ray.is_initialized():
         return
-    _bypass_proxies()
-    if address := os.environ.get("RAY_ADDRESS"):
-        _check(address)
-        ray.init(address="auto", logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS")
+    if address and (head := _checked(address)):
+        _bypass_proxies(head)
+        # The user's variables of the same name, of `ray job submit`, are part of what is set here.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": proxies.for_workers()})
     else:
         _start(cpus)
     noise.leave_out()
     log.info("ray: %s CPUs, %s GPUs", *(f"{ray.cluster_resources().get(name, 0):g}" for name in ("CPU", "GPU")))
 
 
-def _check(address: str) -> None:
-    """Raises our errors where nothing listens at ``RAY_ADDRESS``: Ray itself would ask for minutes, then crash."""
+def _checked(address: str) -> str | None:
+    """The HOST:PORT that ``RAY_ADDRESS`` stands for; None for a cluster of one's own.
+
+    Raises our errors where nothing listens there: Ray itself would ask for minutes, then crash.
+    """
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; from another machine submit the "
@@ -62,13 +68,13 @@ def _check(address: str) -> None:
     except ValueError as error:
         raise UserError(f"RAY_ADDRESS={masked(address)}: must be HOST:PORT of a cluster's head; {_UNSET}") from error
     if found is None:  # "local"
-        return
+        return None
     host, port = found.rsplit(":", 1)
     deadline = time.monotonic() + ANSWER_S
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-            return
+            return str(found)
         except (OSError, OverflowError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise ResourceError(
@@ -77,14 +83,13 @@ def _check(address: str) -> None:
         time.sleep(0.5)
 
 
-def _bypass_proxies() -> None:
-    """Ray asks its own processes by HTTP and gRPC, and no proxy knows this machine's: they go past it."""
-    own = ["localhost", "127.0.0.1", "::1", services.get_node_ip_address()]
-    head = os.environ.get("RAY_ADDRESS", "").rpartition(":")[0].strip("[]")
-    before = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
-    names = [name.strip() for part in before for name in part.split(",")] + own + [head]
-    value = "*" if "*" in names else ",".join(dict.fromkeys(filter(None, names)))
-    os.environ |= {"no_proxy": value, "NO_PROXY": value}
+def _bypass_proxies(head: str) -> None:
+    """Ray's processes ask each other by HTTP, and no proxy knows them: this process passes by it for all nodes."""
+    hosts = [os.environ["RAY_ADDRESS"].rpartition(":")[0], head.rpartition(":")[0]]
+    with contextlib.suppress(ray.exceptions.RayError):  # Ray itself will say what is wrong
+        nodes = GcsClient(address=head).get_all_node_info(timeout=ANSWER_S)
+        hosts += [node.node_manager_address for node in nodes.values()]
+    proxies.bypass(host.strip("[]") for host in hosts)
 
 
 def _check_sockets() -> None:
@@ -101,6 +106,7 @@ def _check_sockets() -> None:
 
 def _start(cpus: int | None) -> None:
     _check_sockets()
+    proxies.bypass()
     # Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may
     # find the cluster of another job on this machine, miss its controller there and take the workers' resources away.
     with socket.socket() as free:

@@ -1,6 +1,7 @@
 """The errors a user can cause, and the exit code that each one ends a job with."""
 
 import re
+from urllib.parse import urlsplit
 
 NO_CREDENTIALS = (
     "must not hold a user or password: an address is written down; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
@@ -22,7 +23,7 @@ class ResourceError(UserError):
 
 
 class RefusedError(UserError):
-    """Storage refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
+    """A server refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
 
 
 class RunError(RuntimeError):
@@ -60,6 +61,18 @@ def masked(address: str) -> str:
         return address[: match.end()] + _masked(match[1].lower(), match[2], address[match.end() :], _NO_PORT)
     _, at, host = address.rpartition("@")
     return f"***@{host}" if at else address
+
+
+def server_problem(url: str) -> str | None:
+    """What is wrong with the address of a server, beside a password in it; None for a good one."""
+    if not url.lower().startswith(("http://", "https://")):
+        return "must begin with http:// or https://"
+    try:
+        parts = urlsplit(url)
+        good = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, an open bracket
+        good = False
+    return None if good and not re.search(r"\s", url) else "must be http://HOST:PORT or https://HOST"
 
 
 def redacted(text: str) -> str:

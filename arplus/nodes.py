@@ -1,6 +1,7 @@
 """Asking the nodes of the connected cluster, and what their workers said last where they do not answer."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arplus.errors import ResourceError
 
+log = logging.getLogger(__name__)
+
 ANSWER_S = 30.0
-"""Seconds in which a worker must have started and answered."""
+"""Seconds in which a worker has mostly started and answered."""
+LONGEST_S = 240.0
+"""Seconds that a node has where its workers do not say what is wrong: on a busy machine one takes a minute to start."""
 _LOG_S = 5
+_LOOK_S = 10.0
 _TAIL = 100
 _RAYLETS_OWN = re.compile(r"\[\d{4}-\d\d-\d\d .*\] |\[(state-dump|file)|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+[A-Z]+ ")
 _GONE = (ray.exceptions.RayActorError, ray.exceptions.TaskUnschedulableError)
@@ -36,8 +42,8 @@ def ask(question: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[look.options(scheduling_strategy=there).remote(*arguments, node["NodeID"][:8])] = node
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    facts, problems = {}, dict.fromkeys(late, f"no answer within {ANSWER_S:.0f} s")
+    ready, late, waited = _answers(asked)
+    facts, problems = {}, dict.fromkeys(late, f"no answer within {waited:.0f} s")
     for ref in ready:
         try:
             facts[name_of(asked[ref])] = ray.get(ref)
@@ -51,6 +57,22 @@ def ask(question: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         if node["NodeID"] in alive:
             raise ResourceError(f"node {name_of(node)}: {problem}{_reason(node['NodeID'])}")
     return facts
+
+
+def _answers(asked: dict[ray.ObjectRef[Any], dict[str, Any]]) -> tuple[list[Any], list[Any], float]:
+    """Who has answered, who has not, and in how many seconds.
+
+    Who is late may be slow. It is waited for until a worker has said that it cannot start, or the node is gone.
+    """
+    waited = ANSWER_S
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    while late and waited < LONGEST_S and not any(last_words(asked[ref]["NodeID"]) for ref in late):
+        if waited == ANSWER_S:
+            names = ", ".join(name_of(asked[ref]) for ref in late)
+            log.warning("no answer within %.0f s from %s, where workers start slowly: waiting", ANSWER_S, names)
+        waited += _LOOK_S
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_S)
+    return ready, late, waited
 
 
 def check_workers() -> None:

@@ -1,18 +1,23 @@
-"""How S3 is reached: one reading of AWS's settings for both clients, pyarrow's file system and boto3's.
+"""How S3 is reached: one reading of AWS's settings and keys for both clients, pyarrow's file system and boto3's.
 
-botocore reads them, from the environment and from the profile in AWS's own files. Keys are each client's to find, by
-AWS's usual chain in both: keys that expire are renewed there, and none is held or pickled here.
+botocore reads them, from the environment and from the profile in AWS's own files, and finds the keys by AWS's usual
+chain: it knows profiles that take a role (``role_arn``), which pyarrow does not. Keys that expire are renewed by it at
+the next use, and none is pickled.
 """
 
 import functools
+import logging
 import os
+import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import UserError, masked
+from arplus.errors import RefusedError, UserError, masked, redacted, server_problem
 
 SETTINGS = (
     "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile that "
@@ -41,12 +46,62 @@ class Connection:
 
 def find_connection() -> Connection:
     """Reads the settings. Raises :class:`UserError` for one that cannot be: it names it, and shows no password."""
+    return _find_connection(_settings(), os.getpid())
+
+
+def file_system(*, background_writes: bool = True) -> fs.S3FileSystem:
+    """Pyarrow's client, as settings and keys are at this moment: for use at once. See :func:`lasting_file_system`."""
+    settings, process = _settings(), os.getpid()
+    return _file_system(settings, process, _find_keys(settings, process), background_writes)
+
+
+def lasting_file_system() -> fs.PyFileSystem:
+    """The same for what keeps or pickles it: it takes the keys of the moment whenever it is used, and holds none."""
+    return fs.PyFileSystem(_Lasting())
+
+
+def client() -> Any:
+    """boto3's client, for conditional writes, which pyarrow has not."""
+    return _client(_settings(), os.getpid())
+
+
+# Of all below, one for all threads of a process, until its settings change: a fork cannot use its parent's, and each
+# new one asks the machine for keys again, a good many requests for reading one file.
+
+_Settings = tuple[tuple[str, str], ...]
+_Keys = tuple[str, str, str | None]
+_lock = threading.Lock()
+
+
+def _settings() -> _Settings:
+    """All that decides how S3 is reached: variables, and when AWS's own files were written, as keys in them expire."""
+    variables = ("HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+    found = [item for item in os.environ.items() if item[0].startswith("AWS_") or item[0].upper() in variables]
+    for variable, usual in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials")):
+        file = Path(os.environ.get(variable) or f"~/.aws/{usual}")
+        try:
+            found.append((variable, str(file.expanduser().stat().st_mtime_ns)))
+        except (OSError, RuntimeError):  # there is none, or no home
+            continue
+    return tuple(sorted(found))
+
+
+@functools.lru_cache(maxsize=8)
+def _session(settings: _Settings, process: int) -> Any:
     import botocore.session
+
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found which variable
+    return botocore.session.get_session()
+
+
+@functools.lru_cache(maxsize=8)
+def _find_connection(settings: _Settings, process: int) -> Connection:
     from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
     from botocore.utils import get_environ_proxies
 
-    session = botocore.session.get_session()
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it says where it has found each setting
+    session = _session(settings, process)
     try:
         profile = session.get_scoped_config()
         ignored = session.get_config_variable("ignore_configured_endpoint_urls")
@@ -58,54 +113,80 @@ def find_connection() -> Connection:
         raise UserError(
             f"AWS's settings: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and the files they name"
         ) from None
-    if endpoint is not None and not endpoint.lower().startswith(("http://", "https://")):
-        raise UserError(f"AWS_ENDPOINT_URL={masked(endpoint)}: must begin with http:// or https://")
-    if endpoint is not None and masked(endpoint) != endpoint:
-        raise UserError(f"AWS_ENDPOINT_URL={masked(endpoint)}: must not hold a user or password")
+    if endpoint is not None:
+        _check_url("AWS_ENDPOINT_URL", endpoint)
+    if region is not None and not re.fullmatch("[A-Za-z0-9-]{1,63}", region):
+        raise UserError(f"AWS_REGION={region}: is no name of a region; write one such as us-east-1")
     if ca_bundle is not None and not Path(ca_bundle).is_file():
         raise UserError(f"AWS_CA_BUNDLE={ca_bundle}: no such file")
-    url = endpoint or f"https://s3.{region or 'us-east-1'}.amazonaws.com"
     s3 = profile.get("s3")
-    return Connection(
-        endpoint=endpoint,
-        region=region or ("us-east-1" if endpoint else None),
-        ca_bundle=ca_bundle,
-        addressing_style=(s3.get("addressing_style") if isinstance(s3, dict) else None) or "auto",
-        proxy=get_environ_proxies(url).get(url.partition(":")[0].lower()),
-    )
+    style = (s3.get("addressing_style") if isinstance(s3, dict) else None) or "auto"
+    if style not in ("auto", "path", "virtual"):
+        raise UserError(f"AWS's settings: addressing_style = {style}: must be auto, path or virtual")
+    url = endpoint or f"https://s3.{region or 'us-east-1'}.amazonaws.com"
+    scheme = url.partition(":")[0].lower()
+    proxy = get_environ_proxies(url).get(scheme)
+    if proxy is not None:
+        proxy = proxy if "://" in proxy else f"http://{proxy}"  # as curl and botocore read it
+        _check_url(f"{scheme}_proxy", proxy, may_hold_password=True)
+    region = region or ("us-east-1" if endpoint else None)
+    return Connection(endpoint, region, ca_bundle, style, proxy)
 
 
-def file_system() -> fs.S3FileSystem:
-    """Pyarrow's client, as the settings of this moment say."""
-    variables = ("HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
-    settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_") or item[0].upper() in variables)
-    return _file_system(tuple(settings), os.getpid())
+def _check_url(variable: str, url: str, *, may_hold_password: bool = False) -> None:
+    """Raises :class:`UserError` for what is no ``http(s)://HOST[:PORT]``, with the variable's name and no password."""
+    problem = server_problem(url)
+    if not problem and masked(url) != url and not may_hold_password:
+        problem = "must not hold a user or password"
+    if problem:
+        raise UserError(f"{variable}={masked(url)}: {problem}")
+
+
+def _find_keys(settings: _Settings, process: int) -> _Keys | None:
+    """The keys of this moment; None where there are none, which leaves it to pyarrow to ask the machine."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    _find_connection(settings, process)  # its errors are the plainer ones
+    try:
+        with _lock:
+            found = _session(settings, process).get_credentials()
+        if found is None:
+            return None
+        keys = found.get_frozen_credentials()
+    except (BotoCoreError, ClientError, OSError, ValueError) as error:  # a role, a process, a login that gives none
+        raise RefusedError(
+            f"AWS's keys: {redacted(str(error))}; check {SETTINGS}, and log in again where it takes a login"
+        ) from None
+    return keys.access_key, keys.secret_key, keys.token
 
 
 @functools.lru_cache(maxsize=8)
-def _file_system(settings: tuple[tuple[str, str], ...], process: int) -> fs.S3FileSystem:
-    """For all threads of a ``process``: a fork cannot use its parent's.
+def _file_system(settings: _Settings, process: int, keys: _Keys | None, background_writes: bool) -> fs.S3FileSystem:
+    access_key, secret_key, token = keys or (None, None, None)
+    to = _find_connection(settings, process)
+    try:
+        return fs.S3FileSystem(
+            access_key=access_key,
+            secret_key=secret_key,
+            session_token=token,
+            endpoint_override=to.endpoint,
+            region=to.region,
+            tls_ca_file_path=to.ca_bundle,
+            force_virtual_addressing=to.addressing_style == "virtual",
+            proxy_options=to.proxy,
+            background_writes=background_writes,
+            request_timeout=60,
+            connect_timeout=_CONNECT_S,
+        )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"AWS's settings: {redacted(str(error))}; check {SETTINGS}") from None
 
-    One for all calls: each new one asks the machine for credentials again, a good many requests for reading one file.
-    """
-    to = find_connection()
-    return fs.S3FileSystem(
-        endpoint_override=to.endpoint,
-        region=to.region,
-        tls_ca_file_path=to.ca_bundle,
-        force_virtual_addressing=to.addressing_style == "virtual",
-        proxy_options=to.proxy,
-        request_timeout=60,
-        connect_timeout=_CONNECT_S,
-    )
 
-
-def client() -> Any:
-    """boto3's client, for conditional writes, which pyarrow has not."""
-    import botocore.session
+@functools.lru_cache(maxsize=8)
+def _client(settings: _Settings, process: int) -> Any:
     from botocore.config import Config
 
-    to = find_connection()
+    to = _find_connection(settings, process)
     config = Config(
         connect_timeout=_CONNECT_S,
         read_timeout=20,
@@ -114,6 +195,62 @@ def client() -> Any:
         proxies={"http": to.proxy, "https": to.proxy} if to.proxy else {},
     )
     region = to.region or file_system().region
-    return botocore.session.get_session().create_client(
-        "s3", region_name=region, endpoint_url=to.endpoint, verify=to.ca_bundle, config=config
-    )
+    with _lock:
+        return _session(settings, process).create_client(
+            "s3", region_name=region, endpoint_url=to.endpoint, verify=to.ca_bundle, config=config
+        )
+
+
+class _Lasting(fs.FileSystemHandler):
+    """Passes every call on to the :func:`file_system` of the moment."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Lasting)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_type_name(self) -> str:
+        return "s3"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return file_system().get_file_info(paths)
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> Any:
+        return file_system().get_file_info(selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        file_system().create_dir(path, recursive=recursive)
+
+    def delete_dir(self, path: str) -> None:
+        file_system().delete_dir(path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        file_system().delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("never all buckets")
+
+    def delete_file(self, path: str) -> None:
+        file_system().delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        file_system().move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        file_system().copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return file_system().open_input_stream(path, compression=None)
+
+    def open_input_file(self, path: str) -> Any:
+        return file_system().open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        # Ray copies folders in threads, which may hang with writes in the background (apache/arrow#32372).
+        return file_system(background_writes=False).open_output_stream(path, compression=None, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: Any) -> Any:
+        raise NotImplementedError("S3 appends to nothing")

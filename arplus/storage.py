@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 from uuid import uuid4
 
 import pyarrow as pa
@@ -62,13 +63,10 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
     scheme = _scheme(uri)
     if scheme == "s3":
-        return s3.file_system(), _s3_path(uri)
+        path = _s3_path(uri)
+        return s3.file_system(), path
     if scheme == "file":
-        rest = uri[len("file:") :]
-        path = rest[2:] if rest.startswith("//") else rest
-        if not path.startswith("/"):
-            raise UserError(f"{masked(uri)}: must be file:///PATH, an absolute path on this machine")
-        return fs.LocalFileSystem(), str(Path(path))
+        return fs.LocalFileSystem(), str(Path(_file_path(uri)))
     if not scheme:
         try:
             return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -77,14 +75,50 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
 
 
+def _file_path(uri: str) -> str:
+    """The path that a ``file:`` address names: it is an URL (RFC 8089), so what is escaped in it is unescaped here.
+
+    A plain path is no URL and is taken as it is.
+    """
+    rest = uri[len("file:") :]
+    host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", rest[:1], rest[1:])
+    if slash != "/" or host.lower() not in ("", "localhost"):
+        raise UserError(f"{masked(uri)}: must be file:///PATH, an absolute path on this machine")
+    if odd := re.search("[?#]|%(?![0-9A-Fa-f]{2})", path):
+        raise UserError(f"{masked(uri)}: write {quote(odd[0])} for {odd[0]} in a file: address, or give the plain path")
+    try:
+        path = unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        path = "\0"
+    if "\0" in path:
+        raise UserError(f"{masked(uri)}: is not UTF-8 or holds a NUL byte; give the plain path of a file")
+    return f"/{path}"
+
+
+def resolve_lasting(uri: str) -> tuple[fs.FileSystem, str]:
+    """As :func:`resolve`, for what keeps the file system for long or pickles it: no keys are in it."""
+    filesystem, path = resolve(uri)
+    return (s3.lasting_file_system() if _scheme(uri) == "s3" else filesystem), path
+
+
 def _s3_path(uri: str) -> str:
     """Bucket and key."""
     path = uri.partition("://")[2].rstrip("/")
     if masked(uri) != uri:
         raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
-    if not path or path.startswith("/"):  # pyarrow takes "s3://" for a folder of all buckets
+    bucket = path.partition("/")[0]
+    if not bucket:  # pyarrow takes "s3://" for a folder of all buckets
         raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
+    if not re.fullmatch("[A-Za-z0-9._-]{1,255}", bucket):
+        raise UserError(f"{uri}: {bucket!r} is no name of a bucket; write s3://BUCKET/PATH")
+    if has_empty_part(path):
+        raise UserError(f"{uri}: holds //, /./ or /../, which are names in S3, not folders; leave them out")
     return path
+
+
+def has_empty_part(path: str) -> bool:
+    """Whether a path in S3 holds ``//``, ``.`` or ``..``: names to boto3, folders to pyarrow."""
+    return any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def is_local(uri: str) -> bool:
@@ -104,8 +138,10 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with path components added."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """``uri`` with path components added: names as they are, which a ``file:`` address holds escaped."""
+    return "/".join(
+        [uri.rstrip("/"), *((quote(os.fsencode(part)) for part in parts) if _scheme(uri) == "file" else parts)]
+    )
 
 
 def within(uri: str, folder: str) -> bool:
@@ -148,7 +184,8 @@ def list_files(uri: str) -> list[str]:
             files = _list_local(path, ())
         else:
             files = [f.path for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
-    return [join(uri, os.path.relpath(file, path)) for file in sorted(files)]
+    below = f"{path.rstrip('/')}/"
+    return [join(uri, file.removeprefix(below)) for file in sorted(files)]
 
 
 def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:
@@ -281,7 +318,7 @@ def patiently(uri: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except (RefusedError, ResourceError) as error:
-            patience = PATIENCE_S if isinstance(error, ResourceError) else PATIENCE_WITH_REFUSALS_S
+            patience = PATIENCE_WITH_REFUSALS_S if isinstance(error, RefusedError) else PATIENCE_S
             if is_local(uri) or time.monotonic() + pause > began + patience:
                 raise
             log.warning("trying again in %.1f s: %s", pause, error)

@@ -119,6 +119,9 @@ user = {
 }
 lines = ["unset RAY_ADDRESS RAY_AUTH_TOKEN AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT_URL_S3\n"]
 lines += [f"export {name}={shlex.quote(str(value))}\n" for name, value in user.items()]
+# No proxy can reach this machine's loopback. What the shell has set already stays.
+own = f"localhost,127.0.0.1,{head},{node}"
+lines += [f'export {name}="{own}${{{name}:+,${name}}}"\n' for name in ("no_proxy", "NO_PROXY")]
 lines += [f'export PATH={shlex.quote(programs)}:"$PATH"\n']
 (state / "env").write_text("".join(lines))
 PYTHON

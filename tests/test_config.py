@@ -359,6 +359,13 @@ def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:
         checked(PrepareConfig(input="i", output="o", valid=number, test=number))
 
 
+def test_rules_are_bounded() -> None:
+    for name in ("max_utterance_characters", "max_context_utterances"):
+        for value in (0, 10**6 + 1, 10**19):  # no array can count the last
+            with pytest.raises(UserError, match=flag(name)):
+                from_dict(PrepareConfig, {"input": "a", "output": "b", name: value}, source="x")
+
+
 def test_a_changed_preset_is_checked_too() -> None:
     with pytest.raises(UserError, match=r"^command line: --model\.repeats: "):
         checked(replace(preset("arplus"), model=ModelConfig(layers=6, groups=5)))

@@ -53,13 +53,3 @@ def test_a_long_temporary_folder_is_refused_before_ray_starts(monkeypatch: pytes
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 80 * "x")
     with pytest.raises(UserError, match=r"RAY_TMPDIR=.*has 85 bytes"):
         cluster._check_sockets()
-
-
-def test_the_clusters_own_addresses_bypass_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "mine.example.org")
-    monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
-    cluster._bypass_proxies()
-    names = os.environ["no_proxy"].split(",")
-    assert {"mine.example.org", "localhost", "127.0.0.1", "::1", "10.1.2.3"} <= set(names)
-    assert os.environ["NO_PROXY"] == os.environ["no_proxy"]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_a_question_that_a_node_fails_at() -> None:
     """As a worker does that lacks this project, or a package of it."""
     with pytest.raises(ResourceError, match=r"node \S+ \(\w+\): (ValueError: not here|ModuleNotFoundError: .*)"):
         nodes.ask(fails)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_node_that_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a busy machine a worker takes longer to start than it takes to find out that it cannot."""
+    monkeypatch.setattr(nodes, "ANSWER_S", 0.1)
+
+    def look(_: str) -> int:
+        time.sleep(1.0)
+        return 3
+
+    assert list(nodes.ask(look).values()) == [3]
+    (said,) = caplog.messages
+    assert re.match(r"no answer within 0 s from \S+ \(\w+\), where workers start slowly: waiting", said)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,19 +2,24 @@
 
 import json
 import os
+import pickle
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
 
 from arplus import s3, storage
 from arplus.data.lease import Lease
+from arplus.data.sources import find_files
 from arplus.errors import UserError
 
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
@@ -67,6 +72,15 @@ def test_the_environment_and_the_profile_are_read_as_aws_says(settings: Any, tmp
     [
         ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL=127.0.0.1:9000: must begin with http:// or https"),
         ({"AWS_ENDPOINT_URL": "http://me:hunter2@h:1"}, r"AWS_ENDPOINT_URL=http://\*\*\*@h:1: must not hold a user"),
+        ({"AWS_ENDPOINT_URL": "http://"}, "AWS_ENDPOINT_URL=http://: must be http://HOST:PORT"),
+        ({"AWS_ENDPOINT_URL": "http://h:99999"}, "AWS_ENDPOINT_URL=http://h:99999: must be http://HOST:PORT"),
+        ({"AWS_ENDPOINT_URL": "http://[::1"}, "AWS_ENDPOINT_URL=.*: must be http://HOST:PORT"),
+        ({"AWS_ENDPOINT_URL": "http://h", "http_proxy": "ftp://h"}, "http_proxy=ftp://h: must begin with http"),
+        (
+            {"AWS_ENDPOINT_URL": "http://h", "http_proxy": "http://me:hunter2@:x"},
+            r"http_proxy=http://\*\*\*@:x: must be",
+        ),
+        ({"AWS_ACCESS_KEY_ID": "alone"}, "AWS's keys: .*AWS_SECRET_ACCESS_KEY"),
         ({"AWS_PROFILE": "nobody"}, "AWS's settings: .*nobody.*check AWS_PROFILE"),
         ({"AWS_CA_BUNDLE": "/no/such.pem"}, "AWS_CA_BUNDLE=/no/such.pem: no such file"),
     ],
@@ -140,18 +154,112 @@ def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
             server.shutdown()
 
 
+KEYS_OF_A_ROLE = """
+<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>ROLE{number}</AccessKeyId>
+<SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>{until}</Expiration>
+</Credentials></AssumeRoleResult></AssumeRoleResponse>"""
+
+
+def test_keys_of_a_role_serve_both_clients_and_are_renewed(settings: Any, tmp_path: Path) -> None:
+    """pyarrow's own chain has no such profiles. Keys that end within minutes are renewed at each use."""
+    given: list[int] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            given.append(len(given) + 1)
+            until = datetime.now(UTC) + timedelta(minutes=5)
+            body = KEYS_OF_A_ROLE.format(number=given[-1], until=until.isoformat()).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    profile = "[profile p]\nregion = us-east-1\nrole_arn = arn:aws:iam::1:role/r\nsource_profile = base\n"
+    (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text(
+        "[base]\naws_access_key_id = base\naws_secret_access_key = s\n"
+    )
+    with store() as (endpoint, asked), ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sts = f"http://127.0.0.1:{server.server_port}"
+        settings(profile, AWS_PROFILE="p", AWS_ENDPOINT_URL=endpoint, AWS_ENDPOINT_URL_STS=sts)
+        with pytest.raises(UserError, match="no such file"):
+            storage.read_bytes("s3://bucket/key")
+        with pytest.raises(UserError, match="ignores the conditions"):
+            Lease.take("s3://bucket/out")
+        kept = pickle.dumps(storage.resolve_lasting("s3://bucket/key")[0])
+        before = len(given)
+        with pytest.raises(FileNotFoundError):
+            pickle.loads(kept).open_input_file("bucket/key")
+        assert len(given) > before, "what is kept for long asks anew"
+        server.shutdown()
+    assert b"ROLE" not in kept
+    assert {key.rstrip("0123456789") for *_, key in asked} == {"ROLE"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("credential_process = false", "AWS's keys: .*credential"),
+        ("credential_process = /no/such/program", "AWS's keys: .*/no/such/program"),
+        ("role_arn = arn:aws:iam::1:role/r\nsource_profile = gone", "AWS's keys: .*gone"),
+        ("sso_session = x\nsso_account_id = 1\nsso_role_name = r", "AWS's keys: .*"),
+        ("s3 =\n  addressing_style = dns", "addressing_style = dns: must be auto, path or virtual"),
+        ("region = eu west", "AWS_REGION=eu west: is no name of a region"),
+    ],
+)
+def test_a_profile_that_gives_no_keys_is_named(settings: Any, profile: str, said: str) -> None:
+    settings(f"[default]\n{profile}\n")
+    for use in (storage.exists, Lease.take):
+        with pytest.raises(UserError, match=f"(?s){said}"):
+            use("s3://bucket/key")
+
+
+def test_keys_of_a_process_and_those_that_a_file_changes_to(settings: Any, tmp_path: Path) -> None:
+    keys = {"Version": 1, "AccessKeyId": "PROCESS", "SecretAccessKey": "s"}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+
+    def all_keys() -> set[str]:
+        del asked[:]
+        with pytest.raises(UserError, match="no such file"):
+            storage.read_bytes("s3://bucket/key")
+        with pytest.raises(UserError, match="ignores the conditions"):
+            Lease.take("s3://bucket/out")
+        return {key for *_, key in asked}
+
+    with store() as (endpoint, asked):
+        settings(f"[default]\ncredential_process = cat {tmp_path}/keys.json\n", AWS_ENDPOINT_URL=endpoint)
+        assert all_keys() == {"PROCESS"}
+        for name in ("FIRST", "SECOND"):  # as a login of every hour writes them
+            text = f"[default]\naws_access_key_id = {name}\naws_secret_access_key = s\n"
+            (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text(text)
+            os.utime(tmp_path / "AWS_SHARED_CREDENTIALS_FILE", (len(name), len(name)))
+            assert all_keys() == {name}
+
+
+LISTED = "<Contents><Key>{key}</Key><Size>3</Size><LastModified>2020-01-01T00:00:00.000Z</LastModified></Contents>"
+
+
 class _Store(BaseHTTPRequestHandler):
     """Answers as a store that has nothing, and notes what it is asked."""
 
+    protocol_version = "HTTP/1.1"  # else botocore waits a second for leave to send
     status, code = 200, ""
-    asked: list[tuple[str, str, str]]
+    keys: tuple[str, ...] = ()
+    asked: list[tuple[str, str, str, str]]
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.asked.append((self.command, self.path, self.headers["Host"]))
+        key = self.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
+        self.asked.append((self.command, self.path, self.headers["Host"], key))
         status = self.status if self.command == "PUT" else 204 if self.command == "DELETE" else 404
         code = self.code if self.command == "PUT" else "NoSuchKey"
         body = f"<Error><Code>{code}</Code></Error>".encode() if status >= 300 else b""
+        if self.keys and "list-type" in self.path:
+            status, found = 200, "".join(LISTED.format(key=key) for key in self.keys)
+            body = f"<ListBucketResult>{found}<KeyCount>{len(self.keys)}</KeyCount></ListBucketResult>".encode()
         self.send_response(status)
         self.send_header("ETag", '"1"')
         self.send_header("Content-Length", str(len(body)))
@@ -166,9 +274,11 @@ class _Store(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def store(status: int = 200, code: str = "") -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    asked: list[tuple[str, str, str]] = []
-    handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked})
+def store(
+    status: int = 200, code: str = "", keys: tuple[str, ...] = ()
+) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
+    asked: list[tuple[str, str, str, str]] = []
+    handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked, "keys": keys})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
@@ -186,11 +296,11 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings
             storage.exists("s3://bucket/some/key")
         with pytest.raises(UserError, match="ignores the conditions"):
             Lease.take("s3://bucket/out")
-    hosts = {host for _, _, host in asked}
+    hosts = {host for _, _, host, _ in asked}
     assert hosts == {"bucket.store.example"}
-    assert all("bucket.store.example" in path for _, path, _ in asked), "as one asks a proxy"
-    assert any("some/key" in path for _, path, _ in asked)
-    assert any("out/_lease.json" in path for _, path, _ in asked)
+    assert all("bucket.store.example" in path for _, path, _, _ in asked), "as one asks a proxy"
+    assert any("some/key" in path for _, path, _, _ in asked)
+    assert any("out/_lease.json" in path for _, path, _, _ in asked)
 
 
 @pytest.mark.parametrize(
@@ -207,4 +317,81 @@ def test_a_store_without_conditional_writes_is_named(settings: Any, status: int,
         settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
         with pytest.raises(UserError, match=f"s3://bucket/out: {said}"):
             Lease.take("s3://bucket/out")
-    assert ("DELETE" in {command for command, _, _ in asked}) == (status == 200), "no lease is left behind"
+    assert ("DELETE" in {command for command, *_ in asked}) == (status == 200), "no lease is left behind"
+
+
+SAME_IN_BOTH = [
+    "a b",
+    " a ",
+    "100%",
+    "a%2Fb",
+    "a%20b",
+    "a+b",
+    "a#b",
+    "a?b=c",
+    "a&b",
+    "a'b",
+    'a"b',
+    "a\\b",
+    "a:b@c",
+    "对话",
+]
+SAME_IN_BOTH += ["a;b=1", "a!b$(c)", "{a}", "[a]", "<a>", "a|b^c`d", "a~b*c", "e\u0301", "a/", "a/b//"]
+
+
+def test_both_clients_take_the_same_key(settings: Any) -> None:
+    with store() as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        for key in SAME_IN_BOTH:
+            del asked[:]
+            output = storage.absolute(f"s3://bucket/{key}")
+            with pytest.raises(UserError, match="no such file"):
+                storage.read_bytes(f"{output}/_lease.json")
+            with pytest.raises(UserError, match="ignores the conditions"):
+                Lease.take(output)
+            paths = {path.partition("?")[0] for _, path, _, _ in asked}
+            assert paths == {f"/bucket/{quote(key.rstrip('/'), safe='/~')}/_lease.json"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        *(
+            (f"s3://bucket/{key}", "holds //, /./ or /../")
+            for key in ("a//b", "/a", "a/./b", "a/../b", "../other", "..")
+        ),
+        *((f"s3://{name}", "is no name of a bucket") for name in ("my bucket/x", "b?x=y/z", "b#x", "桶/x")),
+        ("S3:///key", "names no bucket"),
+        ("s3:/bucket/key", "names no bucket"),
+    ],
+)
+def test_a_key_that_the_clients_take_differently_is_refused(settings: Any, uri: str, said: str) -> None:
+    with store() as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        for use in (storage.absolute, storage.exists, storage.read_bytes, storage.delete, Lease.take):
+            with pytest.raises(UserError, match=f"^{re.escape(uri)}: .*{re.escape(said)}"):
+                use(uri)
+    assert asked == []
+
+
+def test_a_listed_key_is_not_read_under_another_name(settings: Any) -> None:
+    keys = (
+        "in//a.jsonl",
+        "in/./b.jsonl",
+        "in/../c.jsonl",
+        "in//manifest.json",
+        "in/x//y.jsonl",
+        "in/d.jsonl",
+        "in/e#?.json",
+    )
+    with store(keys=keys) as (endpoint, _):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        found = find_files("s3://bucket/in")
+    assert found.records == ["s3://bucket/in/d.jsonl", "s3://bucket/in/e#?.json"]
+    assert {item.name for item in found.left_out} >= {
+        "/a.jsonl",
+        "./b.jsonl",
+        "../c.jsonl",
+        "/manifest.json",
+        "x//y.jsonl",
+    }

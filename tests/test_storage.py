@@ -1,11 +1,15 @@
 import errno
 import os
+import pickle
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
 
 import pytest
 from pyarrow import fs
@@ -192,7 +196,17 @@ def test_s3_needs_a_bucket(uri: str) -> None:
 def test_a_file_address_is_absolute(tmp_path: Path) -> None:
     for uri in (f"file:{tmp_path}/x", f"FILE://{tmp_path}/x"):
         assert storage.resolve(uri)[1] == storage.absolute(uri) == f"{tmp_path}/x"
-    for uri in ("file:x", "file://host/x", "C:/x", "~nobody-here/x", "", "a\0b"):
+    for odd in ("a b", "100%", "a?b#c", "a%20b", "对话"):
+        uri = f"file://localhost{tmp_path}/{quote(odd)}"
+        storage.write_bytes(storage.join(uri, "100%"), odd.encode())
+        assert (tmp_path / odd / "100%").read_text() == odd
+        assert storage.list_files(uri) == [f"{uri}/100%25"] == [storage.join(uri, "100%")]
+        storage.write_bytes(f"{tmp_path}/{odd}/100%", b"a plain path is no URL")
+        assert storage.read_bytes(f"{uri}/100%25") == b"a plain path is no URL"
+    for uri in ("file:///a?b", "file:///a#b", "file:///100%", "file:///%zz", "file:///%B6", "file:///%00"):
+        with pytest.raises(UserError, match=f"^{re.escape(uri)}: .* the plain path"):
+            storage.resolve(uri)
+    for uri in ("file:x", "file://host/x", "file://", "file:", "C:/x", "~nobody-here/x", "", "a\0b"):
         with pytest.raises(UserError):
             storage.resolve(uri)
 
@@ -205,6 +219,23 @@ def test_s3_is_the_server_of_the_environment(s3_server: Any) -> None:
     assert isinstance(filesystem, fs.S3FileSystem)
     assert path == f"{s3_server.bucket}/a/b"
     assert filesystem.region == "us-east-1"
+
+
+def test_what_is_kept_for_long_holds_no_keys_and_serves_ray(s3_server: Any, tmp_path: Path) -> None:
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    filesystem, path = storage.resolve_lasting(s3_server.uri(f"lasting-{uuid4().hex}"))
+    kept = pickle.dumps(filesystem)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() not in kept
+    StorageContext(path, "job", storage_filesystem=pickle.loads(kept))  # writes a marker
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").write_bytes(b"1")
+    fs.copy_files(str(tmp_path / "here"), f"{path}/there", destination_filesystem=filesystem)
+    uri = f"s3://{path}"
+    assert storage.list_files(uri) == [f"{uri}/job/.validate_storage_marker", f"{uri}/there/a"]
+    filesystem.delete_dir(f"{path}/job")
+    filesystem.delete_file(f"{path}/there/a")
+    assert not storage.exists(f"{uri}/job")
 
 
 def every_call(uri: str) -> Iterator[Any]:

@@ -26,8 +26,9 @@ from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
 from arplus.config import FeedConfig, ModelConfig
 from arplus.data.collate import BatchSpec, Window
 from arplus.data.dataset import Dataset
-from arplus.data.loader import RankLoader, WindowMaker
+from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
+from arplus.data.windows import WindowMaker
 
 
 @dataclass(frozen=True, kw_only=True)

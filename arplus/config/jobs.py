@@ -13,15 +13,17 @@ from arplus.errors import UserError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
+LARGEST_RULE = 1_000_000
+"""Utterances, and characters of one: more is a slip of the hand, and at some point beyond what arrays can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleRules:
     """How sessions become examples. ``jobs/prepare.py`` decides it; the data set and every checkpoint carry it."""
 
-    max_utterance_characters: Annotated[int, Gt(0)] = 15
+    max_utterance_characters: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 15
     """Characters kept of an utterance, so of a response too."""
-    max_context_utterances: Annotated[int, Gt(0)] = 7
+    max_context_utterances: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 7
     """Utterances kept of a context: three turns of two and the question."""
     incomplete_personas: Literal["drop", "keep"] = "drop"
     """What to do with an example in which a speaker lacks gender or location."""
@@ -67,9 +69,9 @@ class PrepareConfig:
     """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
     test: Annotated[float, Ge(0)] = 20_000
     """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
-    max_utterance_characters: Annotated[int, Gt(0)] = ExampleRules.max_utterance_characters
+    max_utterance_characters: Annotated[int, Gt(0), Le(LARGEST_RULE)] = ExampleRules.max_utterance_characters
     """Characters kept of an utterance; models trained on the data reply with at most as many."""
-    max_context_utterances: Annotated[int, Gt(0)] = ExampleRules.max_context_utterances
+    max_context_utterances: Annotated[int, Gt(0), Le(LARGEST_RULE)] = ExampleRules.max_context_utterances
     """Utterances kept of a context: three turns of two and the question."""
     min_character_count: Annotated[int, Gt(0)] = 5
     """Rarer characters of the training sessions become [UNK]."""

@@ -104,16 +104,16 @@ class TrainConfig:
     has started them; cpu takes none."""
     worker_cpus: Annotated[float, Ge(MIN_WORKER_CPUS)] | None = None
     """CPUs a worker; by default what leaves one whole CPU to the data feed."""
-    zero: Annotated[int, Ge(0), Le(3)] = 1
-    """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned."""
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
+    for one worker and 1 for more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
     compile: bool = False
     """Compile the layers with torch.compile, and pad batches to the few shapes that takes. Needs GPUs, a C compiler on
     their nodes and ZeRO stage 0 to 2; pays for runs of more than some minutes."""
     batch_size: Annotated[int, Gt(0)] = 64
-    """Examples an optimizer step, over all workers. Where it does not divide by workers × accumulation, rows that do
-    not count fill up the micro-batches."""
+    """Examples per optimizer step, over all workers."""
     accumulation: Annotated[int, Gt(0)] = 1
     """Micro-batches a worker an optimizer step."""
     epochs: Annotated[int, Gt(0)] = 3
@@ -165,8 +165,12 @@ class TrainConfig:
         return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
     def micro_batch_size(self, workers: int) -> int:
-        """Rows in one forward pass of one of ``workers`` workers, those that only fill it up included."""
+        """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.accumulation))
+
+    def zero_stage(self, workers: int) -> int:
+        """The ZeRO stage of so many workers."""
+        return min(workers - 1, 1) if self.zero == "auto" else self.zero
 
     def run_name_problem(self) -> str | None:
         """What is wrong with the run's name."""

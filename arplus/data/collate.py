@@ -7,17 +7,57 @@ Dimensions are those of :mod:`arplus.model.batch`; R is the number of rows that 
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
-from arplus.data.packing import ONE_BLOCK, Lists, MicroBatches, unpack
-from arplus.model.batch import Batch
+
+if TYPE_CHECKING:
+    from arplus.model.batch import Batch
 
 Int = NDArray[np.integer]
+
+
+class Lists(NamedTuple):
+    """Lists end to end."""
+
+    values: Int
+    lengths: Int
+
+
+class MicroBatches(NamedTuple):
+    """The fields of consecutive micro-batches as flat arrays; see :class:`arplus.model.batch.Batch`."""
+
+    examples: Int
+    """Examples of each micro-batch; 0 is allowed."""
+    profile_counts: Int
+    """Profiles of each micro-batch."""
+    example_id: Int
+    context: Lists
+    speaker: Int
+    profiles: Lists
+    persona: Lists
+    response: Lists
+    target: Int
+    infilled: Lists | None
+
+    def narrowed(self) -> "MicroBatches":
+        """The same in the smallest types that hold it."""
+        fields: dict[str, Any] = self._asdict()
+        for name, value in fields.items():
+            if isinstance(value, Lists):
+                fields[name] = Lists(narrow(value.values), narrow(value.lengths))
+            elif value is not None:
+                fields[name] = narrow(value)
+        return MicroBatches(**fields)
+
+
+def narrow(array: Int) -> Int:
+    """Numbers from 0 on in the smallest type that holds them: moving them costs more than anything."""
+    return array.astype(np.min_scalar_type(array.max(initial=0)))
 
 
 class Ragged(NamedTuple):
@@ -109,8 +149,10 @@ class Window:
         other.profiles_of_example = self.profiles_of_example._replace(values=numbers)
         return other
 
-    def batch(self, rows_B: NDArray[np.int64], rng: "ExampleRng") -> Batch:
+    def batch(self, rows_B: NDArray[np.int64], rng: "ExampleRng") -> "Batch":
         """Those rows in that order as one batch, whose sequences are one block."""
+        from arplus.data.packing import ONE_BLOCK, unpack  # with torch, which the tasks of a feed do without
+
         return unpack(self.micro_batches(rows_B, np.array([len(rows_B)]), rng), ONE_BLOCK)[0]
 
     def micro_batches(

@@ -16,12 +16,16 @@ _UNPACK = {"gzip": "gunzip -c", "zstd": "zstd -dc", "bzip2": "bunzip2 -c", "xz":
 _ENDINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 
 _NO_TEXT = {
-    rb"PK\x03\x04": ("a zip archive", "unzip -p"),
-    rb"(?s).{257}ustar": ("a tar archive", "tar -xO -f"),
+    rb"PK(\x03\x04|\x05\x06|\x07\x08)": ("a zip archive", "unzip -p"),
     rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff": ("text in UTF-32", "iconv -f UTF-32 -t UTF-8"),
     rb"\xff\xfe|\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8"),
-    rb"[\{\[]\x00[^\x00]\x00": ("text in UTF-16", "iconv -f UTF-16LE -t UTF-8"),
-    rb"\x00[\{\[]\x00[^\x00]": ("text in UTF-16", "iconv -f UTF-16BE -t UTF-8"),
+    rb"[\s\{\[]\x00[^\x00]\x00": ("text in UTF-16", "iconv -f UTF-16LE -t UTF-8"),
+    rb"\x00[\s\{\[]\x00[^\x00]": ("text in UTF-16", "iconv -f UTF-16BE -t UTF-8"),
+    rb"[\s\{\[]\x00\x00\x00[^\x00]": ("text in UTF-32", "iconv -f UTF-32LE -t UTF-8"),
+    rb"\x00\x00\x00[\s\{\[]\x00": ("text in UTF-32", "iconv -f UTF-32BE -t UTF-8"),
+    rb"ORC": ("an ORC file", ""),
+    rb"\x93NUMPY": ("a NumPy file", ""),
+    rb"%PDF-": ("a PDF file", ""),
     rb"PAR1": ("a Parquet file", ""),
     rb"ARROW1\x00\x00": ("an Arrow file", ""),
     rb"Obj\x01": ("an Avro file", ""),
@@ -32,10 +36,17 @@ _NO_TEXT = {
     rb"Rar!\x1a\x07": ("a RAR archive", "unrar p -inul"),
     rb"\x04\x22\x4d\x18": ("packed with LZ4", "lz4 -dc"),
     rb"\xff\x06\x00\x00sNaPpY": ("packed with Snappy", "snzip -dc"),
+    rb"\x5d\x00\x00[\x00-\xff]{2}": ("packed with LZMA", "xz -dc --format=lzma"),
+    rb"LZIP\x01": ("packed with lzip", "lzip -dc"),
+    rb"\x89LZO\x00": ("packed with lzop", "lzop -dc"),
+    rb"\x78[\x01\x5e\x9c\xda]": ("packed with zlib", "zlib-flate -uncompress"),
     rb"\x1f\x9d": ("packed with compress", "uncompress -c"),
 }
 """First bytes that no text has → what the file is, and the command that makes text of it, where there is one."""
 
+_SPREAD = re.compile(rb"(\xef\xbb\xbf)?\s*([\[{]([^\n]*[\[{])?[ \t]*\n\s*\S|\{[^\n]*\},[ \t]*\n\s*\{[^\n]*\},[ \t]*\n)")
+"""Starts JSON over several lines, of which the last record may stand alone on one: a line that ends with a bracket that
+opens, or two that end with a comma."""
 _WRAPPED = re.compile(r'\{\s*"((?!dialog"|profile")[^"\\]+)"\s*:\s*\[\s*\{')
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -57,12 +68,24 @@ def no_text(head: bytes, file: str, packed: str | None) -> str | None:
     """
     if again := packing(head):
         return _said(f"packed twice, the second time with {again}", file, packed, _UNPACK[again])
+    if _is_tar(head):
+        return _said("a tar archive", file, packed, "tar -xO -f")
+    if _SPREAD.match(head):
+        return no_records(head, file, packed)
     for magic, (what, command) in _NO_TEXT.items():
         if re.match(magic, head):
             if command:
                 return _said(what, file, packed, command)
             return f"it is {what}; write its rows as JSON lines, one object per line"
     return None
+
+
+def _is_tar(head: bytes) -> bool:
+    """Whether the header's checksum is right: old archives have no other mark."""
+    field = head[148:156].strip(b"\0 ")
+    if len(head) < 512 or not re.fullmatch(b"[0-7]{1,7}", field):
+        return False
+    return int(field, 8) == sum(head[:148]) + 8 * ord(" ") + sum(head[156:512])
 
 
 def no_records(head: bytes, file: str, packed: str | None) -> str:
@@ -83,6 +106,10 @@ def no_records(head: bytes, file: str, packed: str | None) -> str:
         return _said(f"a JSON object whose `{wrapped[1]}` is an array", file, packed, command)
     if re.match(r"\{\s*'", text):
         return "it is Python's notation (single quotes); write every record with json.dumps, one per line"
+    if text.startswith('"{'):
+        return _said("JSON objects quoted as strings", file, packed, "jq -c fromjson")
+    if text.startswith("{") and line.endswith("},"):
+        return _said("JSON objects with commas between them", file, packed, "sed 's/,[[:space:]]*$//'")
     if text.startswith("{") and _is_not_one_object_per_line(text, line):
         return _said("JSON, but not one object per line (pretty-printed?)", file, packed, "jq -c .")
     if text.startswith("version https://git-lfs"):
@@ -106,6 +133,8 @@ def _in_another_encoding(head: bytes, file: str, packed: str | None) -> str:
     try:
         codecs.getincrementaldecoder("gb18030")().decode(head)
     except UnicodeDecodeError:
+        if b"\0" in head:
+            return "it is not text, or packed in a way unknown here (Brotli?); unpack it, or move it elsewhere"
         return "it is not text in UTF-8; convert it with iconv, or move it elsewhere"
     return _said("not UTF-8, but perhaps GB18030 (GBK)", file, packed, "iconv -f GB18030 -t UTF-8")
 

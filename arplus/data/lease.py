@@ -196,14 +196,12 @@ class _S3File:
         bucket, _, folder = path.partition("/")
         self._uri = output
         self._place = {"Bucket": bucket, "Key": f"{folder}/{FILE}".lstrip("/")}
-        logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found which variable
-        self._client = s3.client()
 
     def replace(self, entry: dict[str, Any], unless: Any) -> dict[str, Any] | None:
         """As :meth:`_LocalFile.replace`."""
         while True:
             try:
-                answer = self._client.get_object(**self._place)
+                answer = s3.client().get_object(**self._place)
                 old, condition = _parsed(answer["Body"].read()), {"IfMatch": answer["ETag"]}
             except ClientError as error:
                 if error.response["Error"]["Code"] not in ("NoSuchKey", "404"):
@@ -226,7 +224,7 @@ class _S3File:
     def _put(self, entry: dict[str, Any], condition: dict[str, str]) -> bool:
         """Writes the entry; False where the condition is not met: the file is there, or is another one by now."""
         try:
-            self._client.put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
+            s3.client().put_object(**self._place, Body=json.dumps(entry).encode(), **condition)
             return True
         except ClientError as error:
             if _is_unknown(error):
@@ -245,7 +243,7 @@ class _S3File:
 
     def remove(self) -> None:
         try:
-            self._client.delete_object(**self._place)
+            s3.client().delete_object(**self._place)
         except (ClientError, BotoCoreError) as error:
             raise self._refused(error) from error
 

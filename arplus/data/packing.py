@@ -6,61 +6,21 @@ Dimensions are those of :mod:`arplus.model.batch`; M micro-batches have L sequen
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arplus.data.collate import Int, Lists, MicroBatches
 from arplus.model.batch import Batch, Block, Packed, Sequences
-
-Int = NDArray[np.integer]
 
 BLOCK_SHARES = (0.4, 0.3, 0.2, 0.1)
 """How a micro-batch, in order of context length, is cut into blocks that attention pads: few, since each costs launches
 in every call, and the fewer sequences in one the longer they are. Of 64 examples the padded S, S² and T · S are 1.32,
 1.52 and 1.90 times the real ones; in four equal blocks 1.38, 1.81 and 1.99, and in a single one 2.93, 5.42 and 4.23."""
 ONE_BLOCK = (1.0,)
-
-
-class Lists(NamedTuple):
-    """Lists end to end."""
-
-    values: Int
-    lengths: Int
-
-
-class MicroBatches(NamedTuple):
-    """The fields of consecutive micro-batches as flat arrays; see :class:`arplus.model.batch.Batch`."""
-
-    examples: Int
-    """Examples of each micro-batch; 0 is allowed."""
-    profile_counts: Int
-    """Profiles of each micro-batch."""
-    example_id: Int
-    context: Lists
-    speaker: Int
-    profiles: Lists
-    persona: Lists
-    response: Lists
-    target: Int
-    infilled: Lists | None
-
-    def narrowed(self) -> "MicroBatches":
-        """The same in the smallest types that hold it."""
-        fields: dict[str, Any] = self._asdict()
-        for name, value in fields.items():
-            if isinstance(value, Lists):
-                fields[name] = Lists(narrow(value.values), narrow(value.lengths))
-            elif value is not None:
-                fields[name] = narrow(value)
-        return MicroBatches(**fields)
-
-
-def narrow(array: Int) -> Int:
-    """Numbers from 0 on in the smallest type that holds them: moving them costs more than anything."""
-    return array.astype(np.min_scalar_type(array.max(initial=0)))
 
 
 def unpack(flat: MicroBatches, shares: Iterable[float] = BLOCK_SHARES, *, pin: bool = False) -> list[Batch]:

@@ -8,6 +8,7 @@ one (also with the profiles as columns), tags as one string, and test records wi
 exact type checks, the few objects, and text that stays one string until a whole block of it is cut at once.
 """
 
+import codecs
 import json
 import math
 from functools import lru_cache
@@ -107,6 +108,8 @@ def parse_line(line: bytes) -> Session | Reject:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
+        if line.startswith(codecs.BOM_UTF8):  # files that begin with one, put together
+            return parse_line(line.removeprefix(codecs.BOM_UTF8))
         return Reject(_why_not_json(line))
     if type(record) is not dict:
         return Reject("not_an_object")

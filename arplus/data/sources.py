@@ -31,6 +31,7 @@ _HEAD_BYTES = 1 << 20
 
 _REASONS = (
     NOT_UTF8 := "the name is not UTF-8: rename it",
+    EMPTY_PART := "a name in S3 that holds //, . or ..: rename it",
     OTHER_NAME := "not named as records are",
     OTHER_MANIFEST := "another program's manifest",
     HIDDEN := "hidden",
@@ -78,6 +79,8 @@ def find_files(uri: str) -> Found:
         above = ["/".join(parts[:i]) for i in range(1, len(parts))]
         if folder := next((folder for folder in above if folder in prepared), None):
             left_out[DATA_SET, f"{folder}/"] += 1
+        elif storage.has_empty_part(path):
+            left_out[EMPTY_PART, path] += 1
         elif (place := next((i for i, part in enumerate(parts) if part.startswith((".", "_"))), None)) is not None:
             left_out[HIDDEN, path if place == len(above) else f"{above[place]}/"] += 1
         elif not storage.is_utf8(path):
@@ -94,7 +97,11 @@ def find_files(uri: str) -> Found:
 
 def _marks_data_set(file: str, path: str) -> bool:
     folder, _, name = path.rpartition("/")
-    if not storage.is_utf8(path) or any(part.startswith((".", "_")) for part in folder.split("/")):
+    if (
+        not storage.is_utf8(path)
+        or storage.has_empty_part(path)
+        or any(part.startswith((".", "_")) for part in folder.split("/"))
+    ):
         return False
     if name == dataset.MANIFEST:
         return dataset.is_manifest(storage.read_bytes(file))

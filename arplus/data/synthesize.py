@@ -198,7 +198,7 @@ def synthesize(config: SynthesizeConfig) -> Counts:
     """
     counts = Counts()
     lines = generate(config, counts)
-    filesystem, path = storage.resolve(config.output)
+    filesystem, path = storage.resolve_lasting(config.output)
     single = path.endswith(_FILE_ENDINGS)
     if not single and path.endswith((".gz", ".zst", ".json")):
         raise UserError(f"{config.output}: a single file must end in {', '.join(_FILE_ENDINGS)}; else name a folder")

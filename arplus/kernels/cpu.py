@@ -41,7 +41,7 @@ class CpuOperations(Operations):
         return dropout(x, p)
 
     def attend(self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
-        """By written-out products under dropout and for single queries, where torch has no fused kernel or a slow one."""
+        """By written-out products under dropout and for single queries, where torch's kernel is slow."""
         if p and mask is not None:
             return dropped_attention(query_BHTC, key_BHSC, value_BHSC, mask, p)
         if query_BHTC.shape[2] == 1 and not p:

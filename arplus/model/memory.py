@@ -39,8 +39,9 @@ class PersonaMemory(nn.Module):
 def _position_encoded(query_ND: Tensor, contexts: Sequences) -> tuple[Tensor, Tensor]:
     """Σ_j l_j∘q_j and Σ_j l_j, (B, D) each, with l_jk = (1 - j/J) - (k/d)(1 - 2j/J); j and k count from 1."""
     J_B1 = (contexts.lengths - 1)[:, None]
-    share_N1 = (contexts.position_N + 1)[:, None] / contexts.spread(J_B1.clamp(min=1).float())
-    is_query_N1 = share_N1 <= 1
+    J_N1 = contexts.spread(J_B1.float())
+    share_N1 = (contexts.position_N + 1)[:, None] / J_N1.clamp(min=1)
+    is_query_N1 = contexts.position_N[:, None] < J_N1
     k_D = torch.arange(1, query_ND.shape[-1] + 1, device=query_ND.device) / query_ND.shape[-1]
     l_ND = ((1 - share_N1) - k_D * (1 - 2 * share_N1)) * is_query_N1
     # Its closed form: Σ_j (1 - j/J) = (J - 1)/2 and Σ_j (1 - 2j/J) = -1, both 0 where there is no query token at all.

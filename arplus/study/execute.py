@@ -63,7 +63,7 @@ def execute(
     """
     adapter = _Adapter(study, source, room, again, scheduler, show)
     _set_environment()
-    filesystem, path = storage.resolve(storage.join(study.uri, "ray"))
+    filesystem, path = storage.resolve_lasting(storage.join(study.uri, "ray"))
     tuner = tune.Tuner(
         tune.with_resources(Run, RESOURCES),
         tune_config=tune.TuneConfig(

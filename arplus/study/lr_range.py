@@ -30,7 +30,7 @@ from arplus.training import node, preflight, workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import EndedError
 from arplus.training.loop import seed_dropout
-from arplus.training.trainer import agreed, feeds, load, resolved
+from arplus.training.trainer import agreed, load, loaders, resolved
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +198,8 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
     except EndedError as ended:
         error: UserError = ended.args[0]
         return error
-    feed, _ = feeds(config, dataset, dataset.sizes, dist.get_rank())
-    return curve(Engine(model, config, device), feed.batches, feed.steps, config)
+    loader, _ = loaders(config, dataset, dataset.sizes, dist.get_rank())
+    return curve(Engine(model, config, device), loader.batches, loader.steps, config)
 
 
 def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
@@ -217,8 +217,9 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             seed_dropout(config.seed, len(points))
+            engine.train_step(step)
             try:
-                result = engine.train_step(step)
+                (result,), _ = engine.read()
             except NonFiniteLossError:
                 return points
             points.append(

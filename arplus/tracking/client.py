@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arplus.errors import ResourceError, UserError, redacted
-from arplus.tracking.refusal import Event, brief, is_final
+from arplus.errors import RefusedError, ResourceError, UserError, redacted
+from arplus.tracking.refusal import Event, advice, brief, is_final, status_of
 from arplus.tracking.run import Run, absolute_uri
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,10 @@ _REACH_S = 15.0
 _SQLITE_S = 180.0
 """Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
 _DIGEST_LENGTH = 36
+
+
+class _RefusingError(RefusedError, ResourceError):
+    """The server answers, and refuses."""
 
 
 # ------------------------------------------------------------------------------------------------------- connecting
@@ -67,14 +71,21 @@ def check_reachable(uri: str) -> None:
 
 @contextlib.contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns what MLflow raises into a :class:`ResourceError` that names the address and the flag."""
+    """Turns what MLflow raises into a :class:`ResourceError` that names the address and the flag.
+
+    Where it is a :class:`RefusedError` too, waiting is of little use.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise ResourceError(
-            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); start it, or choose another with --mlflow"
+        final = is_final(error)
+        what_to_do = advice(error) if final else "start it"
+        if status_of(error) == 404:
+            what_to_do = "check the address, and what was deleted there"
+        raise (_RefusingError if final else ResourceError)(
+            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); {what_to_do}, or choose another with --mlflow"
         ) from None
 
 

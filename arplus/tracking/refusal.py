@@ -58,6 +58,10 @@ _FINAL_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, Not
 _FINAL_PYTHON_ERRORS = (ImportError, TypeError, ValueError, ArithmeticError, NotImplementedError)
 _PASSING_TEXT = re.compile("QueuePool limit|database is locked|deadlock|Please reduce your request rate", re.IGNORECASE)
 _FINAL_TEXT = re.compile("CERTIFICATE_VERIFY_FAILED|Could not find a registered artifact repository")
+_DELETED_TEXT = re.compile("must be in the 'active' state")
+"""MLflow says so, as of a wrong value, of a run that was deleted, or whose experiment was."""
+_PAGE = re.compile(r"<!doctype html|<html", re.IGNORECASE)
+_TAG = re.compile(r"<(style|script|head)\b.*?</\1>|<!--.*?-->|</?[a-z!][^>]*>?", re.IGNORECASE | re.DOTALL)
 _STATUS_TEXT = re.compile(r"failed with error code (\d{3})")
 
 
@@ -122,8 +126,11 @@ def advice(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """The start of an error's message, on one line and without a password."""
-    text = " ".join(redacted(str(error)).split()) or type(error).__name__
+    """The start of an error's message, on one line, without a password, and of a proxy's page the words alone."""
+    text = redacted(str(error))
+    if _PAGE.search(text):
+        text = _TAG.sub(" ", text)
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 300 else text[:299] + "…"
 
 
@@ -197,6 +204,8 @@ def _code(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int | None:
+    if _DELETED_TEXT.search(str(error)):
+        return 404
     answer, response = getattr(error, "json", None), getattr(error, "response", None)
     known: list[Any] = [getattr(response, "status_code", None), getattr(error, "status_code", None)]
     if isinstance(response, dict):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
+from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted, server_problem
 
 
 class Run(NamedTuple):
@@ -50,6 +50,8 @@ def absolute_uri(uri: str) -> str:
     other databases belong behind a server, which knows where artifacts go.)
     """
     if uri.startswith(("http://", "https://")):
+        if problem := server_problem(uri):
+            raise UserError(f"--mlflow {masked(uri)}: {problem}")
         return uri.rstrip("/")
     if uri.startswith("sqlite:///"):
         return _checked(f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}")
@@ -63,6 +65,8 @@ def _checked(uri: str) -> str:
             f"{uri}: MLflow cannot keep a sqlite file in a path with %, ? or #; choose another --storage, or pass "
             "--mlflow with a server (http://…) or another file (sqlite:///FILE)"
         )
+    if Path(uri.removeprefix("sqlite:///")).is_dir():
+        raise UserError(f"{uri}: is a folder; name MLflow's file in it, as in sqlite:///FOLDER/mlflow.db")
     return uri
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.data.feed import Step
+from arplus.data.loader import Step
 
 SCHEMA = pa.schema(
     [("attempt", pa.int32()), ("epoch", pa.int32()), ("step", pa.int32()), ("example_id", pa.int64())],
@@ -29,8 +29,8 @@ class Audit:
         self.files = 0
 
     def add(self, epoch: int, epoch_step: int, step: Step) -> None:
-        """Notes this worker's examples of a step; rows that only fill up a batch are no examples."""
-        ids = [batch.example_id_B[batch.counted_B].numpy() for batch in step.micro_batches]
+        """Notes this worker's examples of a step."""
+        ids = [batch.example_id_B.numpy() for batch in step.micro_batches]
         self.rows.append((epoch, epoch_step, np.concatenate(ids)))
 
     def flush(self) -> None:

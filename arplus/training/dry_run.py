@@ -44,7 +44,7 @@ def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) ->
     lines = ["memory a worker at a step's fullest moment, GiB:"]
     lines += ["  " + f"{'train state, workers:':24}" + "".join(f"{w:>8}" for w in shown)]
     for stage in range(4):
-        mark = " (this run's)" if stage == config.zero else ""
+        mark = " (this run's)" if stage in {config.zero_stage(w) for w in workers} else ""
         figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
         lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
     micro_batches = {w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w)) for w in shown}

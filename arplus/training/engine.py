@@ -4,6 +4,9 @@ Every loss is (sum, count), and the count is that of the *global* batch. So one 
 two micro-batches and two workers compute the same gradient (huggingface/transformers#34242, pytorch/torchtitan#2206).
 There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
 (deepspeedai/DeepSpeed#2103).
+
+A step of ours does not wait for the GPU: what it computed stays there until :meth:`Engine.read`. (DeepSpeed's stages 1
+to 3 wait for the norm of the gradient themselves.)
 """
 
 import math
@@ -28,11 +31,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from arplus import kernels
 from arplus.config import TrainConfig
-from arplus.data.feed import Step
+from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
+from arplus.model.layers import FactoredFeedForward
 from arplus.model.objective import Losses
 from arplus.training.memory import BUCKET
 
@@ -46,19 +51,33 @@ class StepResult(NamedTuple):
     loss: float
     """L = L_D + λ1 · L_LM."""
     dialogue: float
-    """L_D, nats a target."""
+    """L_D, nats per target."""
     auxiliary: float
-    """L_LM, nats a target."""
+    """L_LM, nats per target."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
     """Learning rate of this step."""
-    asked: int = 0
-    """Sum of what the workers handed in as ``ask``."""
+
+
+class Unread(NamedTuple):
+    """The same on this worker's device, not yet waited for nor summed over the workers."""
+
+    nats: Tensor
+    """L_D and L_LM summed over this worker's targets, (2,) float64."""
+    grad_norm: Tensor
+    targets: int
+    """Those of the global batch."""
+    lr: float
 
 
 class NonFiniteLossError(RunError):
     """The global loss of a step or the norm of its gradient is not a finite number; the step was not applied."""
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+        """Which of the steps that were read it was, from 0."""
 
 
 class Engine:
@@ -73,10 +92,11 @@ class Engine:
         assert dist.is_initialized(), "Ray Train (or the test) sets the process group up first"
         self.config = config
         self.device = device
-        self.stage = config.zero
+        self.stage = config.zero_stage(dist.get_world_size())
         model = model.to(device)
-        if config.compile:
-            model.compile_layers()
+        kernels.use(model, device)
+        if self.stage == 3:
+            _tell_what_is_read(model)
         parameters = list(model.parameters())
         # Weight decay on everything, as in the paper's code. `fused` is one kernel for all tensors, on CPU too.
         self.optimizer = torch.optim.AdamW(
@@ -86,7 +106,8 @@ class Engine:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        self.grad_norm = 0.0
+        self.unread: list[Unread] = []
+        self.grad_norm = torch.zeros((), device=device)
         if self.stage == 0:
             # DeepSpeed's stage 0 clips fp32 gradients but never tells their norm, so clipping is done here instead.
             self.optimizer.register_step_pre_hook(lambda *_: self._clip(parameters))
@@ -112,35 +133,60 @@ class Engine:
             min_lr=config.optimizer.min_lr,
         )
 
-    def train_step(self, step: Step, ask: int = 0) -> StepResult:
+    def train_step(self, step: Step) -> None:
         """One optimizer step over this worker's micro-batches of a global batch; all workers call it together.
 
-        ``ask`` is summed over the workers along with the losses, so that they agree on it at no cost.
-        Raises :class:`NonFiniteLossError`, on every worker, before such a loss or gradient can reach the weights.
+        A step whose loss or gradient is not finite reaches no weights; :meth:`read` tells.
         """
         self.engine.train()
         # DeepSpeed averages gradients over the workers; the loss is already divided by the global count.
         scale = dist.get_world_size() / step.targets
-        sums = torch.tensor([0.0, 0.0, ask], dtype=torch.float64, device=self.device)
+        nats = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(step.micro_batches):
             losses = self._forward(batch)
             loss = (losses.sum_dialogue + self.config.objective.lambda1 * losses.sum_auxiliary) * scale
-            self.engine.backward(loss, scale_wrt_gas=False)
-            sums[:2] += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
+            # An infinite loss may have a finite gradient. Times 1, or NaN, it has none, on any worker.
+            self.engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
+            nats += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
             if i + 1 < len(step.micro_batches):
                 self.engine.step()
-        dist.all_reduce(sums)
-        *nats, asked = sums.tolist()  # in one reading, since each waits for the GPU
-        dialogue, auxiliary = (n / step.targets for n in nats)
-        total = dialogue + self.config.objective.lambda1 * auxiliary
         lr = self.lr
-        if not math.isfinite(total):
-            raise NonFiniteLossError(f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {lr}")
         self.engine.step()
         if self.stage > 0:
-            self._note_norm(self.engine.get_global_grad_norm())
-        self.schedule.step(total)
-        return StepResult(total, dialogue, auxiliary, self.grad_norm, lr, int(asked))
+            self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
+        self.unread.append(Unread(nats, self.grad_norm, step.targets, lr))
+
+    @property
+    def wants_reading(self) -> bool:
+        """Whether :meth:`read` is due: where the device is waited for anyway, or the rate might fall."""
+        bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
+        return self.device.type == "cpu" or len(self.unread) > bad_steps_left
+
+    def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
+        """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.
+
+        Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
+        Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
+        """
+        unread, self.unread = self.unread, []
+        asked = torch.full((1,), ask, dtype=torch.float64, device=self.device)
+        together = torch.cat([asked, *(step.nats for step in unread)])
+        dist.all_reduce(together)
+        norms = [step.grad_norm.double().reshape(1) for step in unread]
+        asked_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
+        n, results = len(unread), []
+        for i, step in enumerate(unread):
+            dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
+            norm = values[2 * n + i]
+            total = dialogue + self.config.objective.lambda1 * auxiliary
+            if not math.isfinite(total):
+                said = f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {step.lr}"
+                raise NonFiniteLossError(said, i)
+            if not math.isfinite(norm):
+                raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
+            self.schedule.step(total)
+            results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
+        return results, int(asked_sum)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -204,13 +250,9 @@ class Engine:
         return losses
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
-        self._note_norm(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
-
-    def _note_norm(self, norm: Tensor | float) -> None:
-        # It is global, so all workers raise. At stage 0 the update is still to come, at others DeepSpeed left it out.
-        self.grad_norm = float(norm)
-        if not math.isfinite(self.grad_norm):
-            raise NonFiniteLossError(f"gradient norm {self.grad_norm} at learning rate {self.lr}")
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip)
+        # What GradScaler sets: the fused kernel then leaves the update out, without being waited for.
+        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
 
     def _gathered(self, key: str | None, prefix: str) -> dict[str, Tensor]:
         # Of arplus-large eight workers of a node would copy 28 GB, of which seven eighths are thrown away.
@@ -253,8 +295,8 @@ def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16
         "train_batch_size": micro_batch_size * workers * config.accumulation,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optimizer.clip if config.zero else 0.0,
-        "zero_optimization": zero_config(config.zero, parameters),
+        "gradient_clipping": config.optimizer.clip if config.zero_stage(workers) else 0.0,
+        "zero_optimization": zero_config(config.zero_stage(workers), parameters),
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,  # our own log line says more
         "wall_clock_breakdown": False,
@@ -286,6 +328,18 @@ def zero_config(stage: int, parameters: int) -> dict[str, Any]:
         "stage3_max_live_parameters": 2 * BUCKET,
         "stage3_max_reuse_distance": 2 * BUCKET,
     }
+
+
+def _tell_what_is_read(model: ARPlus) -> None:
+    """Has ZeRO-3 gather for a factored feed-forward the weights of its two layers that it multiplies with itself.
+
+    Not by ``set_z3_leaf_modules``, which reduces a module's gradients once, and these are applied again and again.
+    """
+    for module in model.modules():
+        if isinstance(module, FactoredFeedForward):
+            for layer in (module.expand, module.contract):
+                for parameter in layer.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _own_part(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from arplus import storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
-from arplus.data.feed import Step
+from arplus.data.loader import Step
 from arplus.training import attempt
 from arplus.training.attempt import Attempt, StoppedError, Watch
 from arplus.training.audit import Audit

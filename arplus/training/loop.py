@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
-from arplus.data.feed import Feed, Step
+from arplus.data.loader import RankLoader, Step
 from arplus.process import peak_memory_bytes
 from arplus.training.engine import Engine, NonFiniteLossError, StepResult
 
@@ -68,45 +68,63 @@ class Hooks:
         return None
 
 
-def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> None:
+class Trained(NamedTuple):
+    """A step that was made and not yet read."""
+
+    step: int
+    epoch: int
+    example_ids: list[torch.Tensor]
+    """This worker's."""
+
+
+def fit(
+    engine: Engine, train: RankLoader, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks
+) -> None:
     """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
     Where the validation split has no example, nothing is validated and no checkpoint is the best one. Raises
     :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
     """
     total = total_steps(config, train)
-    validates = valid.order.split.examples > 0
+    validates = valid.sampler.split.examples > 0
     if progress.unvalidated:
         if not _validated(engine, valid, progress, config, hooks):
             return
         hooks.checkpoint(progress)
     meter = Meter(total_steps=total, config=config)
+    unread: list[Trained] = []
     while progress.step < total:
         last = min(train.steps, progress.epoch_step + total - progress.step)
         for step in meter.waiting(train.batches(progress.epoch, progress.epoch_step, last)):
             seed_dropout(config.seed, progress.step)
-            try:
-                result = engine.train_step(step, hooks.ask())
-            except NonFiniteLossError as error:
-                raise _explained(error, progress, step, hooks) from None
+            engine.train_step(step)
+            unread.append(Trained(progress.step, progress.epoch, [b.example_id_B for b in step.micro_batches]))
             hooks.on_step(progress, step)
             progress.step += 1
             progress.epoch_step += 1
             progress.examples = _examples_seen(progress, train)
-            progress.train_seconds += meter.add(result)
             at_end = progress.step >= total or progress.epoch_step == train.steps
-            if progress.step % config.log_every == 0 or at_end:
+            due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
+            logs = progress.step % config.log_every == 0 or at_end
+            if not (logs or due or engine.wants_reading):
+                continue
+            try:
+                results, ask = engine.read(hooks.ask())
+            except NonFiniteLossError as error:
+                raise _explained(error, unread[error.index], hooks) from None
+            unread.clear()
+            asked = Ask(ask)
+            progress.train_seconds += meter.add(results)
+            if logs:
                 hooks.on_log(progress, meter.take(progress))
             if progress.epoch_step == train.steps:
                 progress.epoch += 1
                 progress.epoch_step = 0
-            asked = Ask(result.asked)
             if validates and (at_end or _due(config.validate_every, progress.step)):
                 progress.unvalidated = True
                 if Ask.END in asked or not _validated(engine, valid, progress, config, hooks):
                     asked |= Ask.END
                 meter.restart()
-            due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
             if at_end or due or hooks.wants_checkpoint(asked):
                 hooks.checkpoint(progress)
                 meter.restart()
@@ -114,13 +132,13 @@ def fit(engine: Engine, train: Feed, valid: Feed, progress: Progress, config: Tr
                 return
 
 
-def total_steps(config: TrainConfig, train: Feed) -> int:
+def total_steps(config: TrainConfig, train: RankLoader) -> int:
     """Optimizer steps of the whole run."""
     steps = config.epochs * train.steps
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _validated(engine: Engine, valid: Feed, progress: Progress, config: TrainConfig, hooks: Hooks) -> bool:
+def _validated(engine: Engine, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks) -> bool:
     """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
 
     Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take itself:
@@ -142,23 +160,27 @@ def _validated(engine: Engine, valid: Feed, progress: Progress, config: TrainCon
     return True
 
 
-def validate(engine: Engine, feed: Feed, config: TrainConfig, ended: Callable[[], bool]) -> dict[str, float] | None:
-    """Losses over exactly all examples of a split, summed over the workers: means are a target's, not a batch's.
+def validate(
+    engine: Engine, loader: RankLoader, config: TrainConfig, ended: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Losses over exactly all examples of a split, summed over the workers: means are over targets, not batches.
 
     None once ``ended``, which is asked every :data:`ASK_EVERY` batches on all workers.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    with closing(feed.batches(epoch=0)) as steps:
+    nats = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    targets = examples = 0
+    with closing(loader.batches(epoch=0)) as steps:
         for number, step in enumerate(steps):
             if number % ASK_EVERY == 0 and ended():
                 return None
             for batch in step.micro_batches:
-                losses = engine.evaluate(batch)
-                count = batch.counted_B.sum().to(engine.device)
-                sums += torch.stack([losses.sum_dialogue, losses.sum_auxiliary, losses.count_dialogue, count])
+                nats += torch.stack(engine.evaluate(batch))
+                targets += len(batch.target_N)
+                examples += len(batch.example_id_B)
+    sums = torch.cat([nats, nats.new_tensor([targets, examples])])
     dist.all_reduce(sums)
     dialogue, auxiliary, targets, examples = sums.tolist()
-    assert examples == feed.order.split.examples, "validation must see every example exactly once"
+    assert examples == loader.sampler.split.examples, "validation must see every example exactly once"
     return {
         "dialogue_loss": dialogue / targets,
         "auxiliary_loss": auxiliary / targets,
@@ -202,9 +224,9 @@ class Meter:
                 return
             yield step
 
-    def add(self, result: StepResult) -> float:
-        """Counts a step; gives its seconds, the wait for its data included."""
-        self.results.append(result)
+    def add(self, results: list[StepResult]) -> float:
+        """Counts the steps since the last time; gives their seconds, the wait for their data included."""
+        self.results += results
         before, self.added = self.added, time.monotonic()
         return self.added - before
 
@@ -257,9 +279,9 @@ def describe(progress: Progress, metrics: dict[str, float], total_steps: int) ->
     )
 
 
-def _examples_seen(progress: Progress, feed: Feed) -> int:
-    in_epoch = min(progress.epoch_step * feed.order.batch_size, feed.order.split.examples)
-    return progress.epoch * feed.order.split.examples + in_epoch
+def _examples_seen(progress: Progress, loader: RankLoader) -> int:
+    in_epoch = min(progress.epoch_step * loader.sampler.batch_size, loader.sampler.split.examples)
+    return progress.epoch * loader.sampler.split.examples + in_epoch
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -272,12 +294,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _explained(error: NonFiniteLossError, progress: Progress, step: Step, hooks: Hooks) -> NonFiniteLossError:
+def _explained(error: NonFiniteLossError, trained: Trained, hooks: Hooks) -> NonFiniteLossError:
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [i for b in step.micro_batches for i in b.example_id_B.tolist()])
+    dist.all_gather_object(gathered, [i for ids in trained.example_ids for i in ids.tolist()])
     ids = sorted(i for part in gathered for i in part)
     return NonFiniteLossError(
-        f"step {progress.step + 1} of epoch {progress.epoch + 1}: {error}; the step was not applied. "
+        f"step {trained.step + 1} of epoch {trained.epoch + 1}: {error}; the step was not applied. "
         f"Example ids: {ids}. Last good checkpoint: {hooks.last_checkpoint or 'none yet'}. "
         f"A lower --optimizer.lr is the usual cure"
     )

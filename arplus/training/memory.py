@@ -5,11 +5,10 @@ All of it is fp32: bf16 is autocast's, and its copies of weights are counted wit
 """
 
 import torch
-from torch.fx.experimental import _config as data_dependent
 
 from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.arplus import ARPlus
-from arplus.model.batch import Batch
+from arplus.model.batch import Batch, Packed, Sequences
 
 BYTES = 4
 BUCKET = 1 << 24
@@ -57,10 +56,7 @@ def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleR
         kept[storage._cdata] = storage
         return tensor
 
-    with (
-        data_dependent.patch(meta_nonzero_assume_all_nonzero=True),  # type: ignore[attr-defined]
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(_longest(model, rules, examples))
     return sum(storage.nbytes() for storage in list(kept.values())[weights:])
 
@@ -79,16 +75,19 @@ def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int,
 
 
 def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.zeros(examples, *shape, dtype=torch.int32, device="meta")
+    def packed(length: int, sequences: int = examples) -> Packed:
+        found = Sequences.of(torch.full((sequences,), length))
+        return Packed(torch.zeros(len(found.sequence_N), dtype=torch.int32), found).to("meta")
 
+    persona = PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS
+    response = packed(rules.max_response_ids - 1)  # its [EOS] is a target alone
     return Batch(
-        example_id_B=ids(),
-        counted_B=ids().bool(),
-        context_BS=ids(rules.max_context_ids),
-        context_profile_BS=ids(rules.max_context_ids),
-        profiles_BPW=ids(2, PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
-        target_persona_BK=ids(PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS),
-        response_BT=ids(rules.max_response_ids),
-        infilled_BU=ids(rules.max_response_ids) if model.auxiliary == "infilling" else None,
+        example_id_B=torch.zeros(examples, dtype=torch.int64, device="meta"),
+        context=packed(rules.max_context_ids),
+        speaker_N=torch.zeros(examples * rules.max_context_ids, dtype=torch.int32, device="meta"),
+        profiles=packed(persona, 2 * examples),
+        persona=packed(persona),
+        response=response,
+        target_N=response.ids,
+        infilled=packed(rules.max_response_ids) if model.auxiliary == "infilling" else None,
     )

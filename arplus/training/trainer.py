@@ -20,9 +20,11 @@ from ray.train import ScalingConfig, TrainingFailedError
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
-from arplus.data.collate import EXACT, Layout, Widths
+from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
-from arplus.data.feed import Feed, Order, Place
+from arplus.data.loader import RankLoader
+from arplus.data.sampler import EpochSampler
+from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ResourceError, RunError, UserError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.arplus import ARPlus
@@ -176,23 +178,29 @@ def resolved(config: C) -> C:
     )
 
 
-def feeds(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[Feed, Feed]:
-    """The training and the validation feed of one worker."""
-    layout = Layout.of(config.model, sizes)
-    widths = Widths.static(dataset.rules) if config.compile else EXACT
+def loaders(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[RankLoader, RankLoader]:
+    """The training and the validation batches of one worker; a collective call."""
+    spec = BatchSpec.of(config.model, sizes)
 
-    def feed(split: str, shuffled: bool) -> Feed:
-        order = Order(
+    def loader(split: str, shuffled: bool) -> RankLoader:
+        sampler = EpochSampler(
             split=dataset.split(split, config.feed.subset if split == "train" else None),
             batch_size=config.batch_size,
             window_batches=config.feed.batches_of_window(config.batch_size),
             seed=config.seed,
             shuffled=shuffled,
         )
-        place = Place(rank=rank, workers=dist.get_world_size(), accumulation=config.accumulation)
-        return Feed(order, layout, place, config.feed, widths)
+        maker = WindowMaker(
+            sampler=sampler,
+            spec=spec,
+            workers=dist.get_world_size(),
+            accumulation=config.accumulation,
+            prefetch=config.feed.prefetch,
+        )
+        server = agreed(lambda: serve(maker), only_rank_0=True) if maker.workers > 1 else None
+        return RankLoader(maker, rank, server)
 
-    return feed("train", True), feed("valid", False)
+    return loader("train", True), loader("valid", False)
 
 
 def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
@@ -238,16 +246,16 @@ def _run(job: Job) -> dict[str, Any]:
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
         state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
-    train_feed, valid_feed = feeds(config, dataset, dataset.sizes, dist.get_rank())
+    train_loader, valid_loader = loaders(config, dataset, dataset.sizes, dist.get_rank())
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
     if state is not None:
         progress = state.progress
         engine.load_moments(state.moments, progress.step)
         engine.load_schedule(state.schedule)
-    hooks = RunHooks(job, mine, engine, dataset, total_steps(config, train_feed), start)
+    hooks = RunHooks(job, mine, engine, dataset, total_steps(config, train_loader), start)
     try:
-        fit(engine, train_feed, valid_feed, progress, config, hooks)
+        fit(engine, train_loader, valid_loader, progress, config, hooks)
         return hooks.finish(progress)
     finally:
         hooks.close()

@@ -17,7 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from arplus import cluster, storage
-from arplus.model.attention import leave_cudnn_out
+from arplus.kernels.gpu import leave_cudnn_out
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     Ray keeps its own files in the folder ``ray`` of ``uri``. Raises :class:`ray.train.TrainingFailedError` where the
     workers failed more than ``max_failures`` times.
     """
-    filesystem, path = storage.resolve(storage.join(uri, "ray"))
+    filesystem, path = storage.resolve_lasting(storage.join(uri, "ray"))
     trainer: Any = TorchTrainer(
         cast(Any, worker),  # its annotation forbids the return value that it documents
         train_loop_config=arguments,

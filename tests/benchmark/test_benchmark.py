@@ -16,9 +16,9 @@ from arplus.benchmark.plain import Collate
 from arplus.config import AR, ModelConfig, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
-from arplus.data.loader import WindowMaker
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
+from arplus.data.windows import WindowMaker
 from arplus.model.batch import Packed
 
 EXAMPLES = 300

@@ -6,25 +6,24 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from prepared import write_dataset
 from ray import cloudpickle
 from ray.data import DataContext
 
 from arplus.config import FeedConfig, ModelConfig
-from arplus.data import loader
 from arplus.data.collate import BatchSpec
-from arplus.data.dataset import Dataset, RowGroup, Split
-from arplus.data.loader import RankLoader, Step, WindowMaker, WindowServer, read_ahead, serve
-from arplus.data.packing import unpack
+from arplus.data.dataset import RowGroup, Split
+from arplus.data.loader import RankLoader, Step, read_ahead
 from arplus.data.sampler import EpochSampler
+from arplus.data.windows import WindowMaker, serve
 from arplus.errors import UserError
 from arplus.model.batch import Batch, Packed
 
@@ -34,26 +33,60 @@ EXAMPLES = 203
 BATCH = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class NotingSampler(EpochSampler):
+    """Notes in a folder what is read, in whatever process that is."""
+
+    notes: str
+
+    def read(self, epoch: int, window: int, columns: list[str]) -> pa.Table:
+        """As the sampler does."""
+        table = super().read(epoch, window, columns)
+        with open(f"{self.notes}/{epoch}", "a", encoding="utf-8") as file:
+            file.write(f"{window}: {table.nbytes} bytes of {len(self.pieces(epoch, window))} row groups\n")
+        return table
+
+
+class Runs:
+    """The loaders of runs with different numbers of workers and micro-batches, which share their servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Two files with row groups of different sizes that are no multiples of anything.
+        self.dataset = write_dataset(folder, {"train": [[50, 31, 22], [64, 36]], "valid": [[13]]})
+        self.loaders: dict[tuple[int, int], list[RankLoader]] = {}
+
+    def maker(self, workers: int, accumulation: int = 1, split: str = "train") -> WindowMaker:
+        """What a run's windows are made by."""
+        notes = self.notes(workers)
+        notes.mkdir(exist_ok=True)
+        sampler = NotingSampler(
+            split=self.dataset.split(split),
+            batch_size=BATCH,
+            window_batches=5,
+            seed=3,
+            shuffled=split == "train",
+            notes=str(notes),
+        )
+        spec = BatchSpec.of(ModelConfig(), self.dataset.sizes)
+        return WindowMaker(sampler=sampler, spec=spec, workers=workers, accumulation=accumulation)
+
+    def notes(self, workers: int) -> Path:
+        """What was read for so many workers, a file for each epoch."""
+        return self.folder / f"notes-{workers}"
+
+    def of(self, workers: int, accumulation: int = 1) -> list[RankLoader]:
+        """A loader for each worker."""
+        key = (workers, accumulation)
+        if key not in self.loaders:
+            self.loaders[key] = loaders(self.maker(*key))
+        return self.loaders[key]
+
+
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Two files with row groups of different sizes that are no multiples of anything."""
-    folder = tmp_path_factory.mktemp("dataset")
-    return write_dataset(folder, {"train": [[50, 31, 22], [64, 36]], "valid": [[13]]})
-
-
-def make(
-    dataset: Dataset, *, split: str = "train", window_batches: int = 5, workers: int = 1, accumulation: int = 1
-) -> WindowMaker:
-    sampler = EpochSampler(
-        split=dataset.split(split),
-        batch_size=BATCH,
-        window_batches=window_batches,
-        seed=3,
-        shuffled=split == "train",
-    )
-    return WindowMaker(
-        sampler=sampler, spec=BatchSpec.of(ModelConfig(), dataset.sizes), workers=workers, accumulation=accumulation
-    )
+def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a task cannot import the tests
+    return Runs(tmp_path_factory.mktemp("dataset"))
 
 
 def loaders(maker: WindowMaker) -> list[RankLoader]:
@@ -81,13 +114,15 @@ def global_batches(by_rank: list[list[Step]]) -> list[list[int]]:
     ]
 
 
-def contents(batch: Any) -> Any:
-    """A batch as plain values, blocks included."""
-    if isinstance(batch, torch.Tensor):
-        return batch.tolist()
-    if hasattr(batch, "__dict__"):
-        return {name: contents(value) for name, value in vars(batch).items()}
-    return [contents(value) for value in batch] if isinstance(batch, tuple) else batch
+def contents(value: Any) -> Any:
+    """Batches as plain values, blocks included."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [contents(item) for item in value]
+    if hasattr(value, "__dict__"):
+        return {name: contents(item) for name, item in vars(value).items()}
+    return value
 
 
 def examples(batch: Batch) -> dict[int, tuple[list[int], ...]]:
@@ -101,59 +136,50 @@ def examples(batch: Batch) -> dict[int, tuple[list[int], ...]]:
     return dict(zip(batch.example_id_B.tolist(), zip(*fields, strict=True), strict=True))
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_epoch_is_every_example_once_whatever_the_workers(dataset: Dataset) -> None:
-    alone = epoch_of(loaders(make(dataset)), 2)
+def test_an_epoch_is_every_example_once_whatever_the_workers(runs: Runs) -> None:
+    alone = epoch_of(runs.of(1), 2)
     batches = global_batches(alone)
     assert sorted(i for batch in batches for i in batch) == list(range(EXAMPLES))
     assert [len(batch) for batch in batches] == [BATCH] * (EXAMPLES // BATCH) + [EXAMPLES % BATCH]
     found = {i: facts for step in alone[0] for i, facts in examples(step.micro_batches[0]).items()}
-    for workers, accumulation in ((2, 1), (1, 4), (3, 1), (4, 2)):
-        by_rank = epoch_of(loaders(make(dataset, workers=workers, accumulation=accumulation)), 2)
+    for workers, accumulation in ((1, 4), (2, 1), (2, 3), (4, 1)):
+        by_rank = epoch_of(runs.of(workers, accumulation), 2)
         assert global_batches(by_rank) == batches
-        assert {step.targets for step in by_rank[0]} == {step.targets for step in by_rank[-1]}
         for steps in by_rank:
-            assert {len(step.micro_batches) for step in steps} == {accumulation}
+            assert [step.targets for step in steps] == [step.targets for step in alone[0]]
             for step in steps:
+                assert len(step.micro_batches) == accumulation
                 for batch in step.micro_batches:
                     assert all(found[i] == facts for i, facts in examples(batch).items())
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_every_step_counts_the_targets_of_the_global_batch(dataset: Dataset) -> None:
-    for steps in zip(*epoch_of(loaders(make(dataset, workers=2, accumulation=2)), 0), strict=True):
+def test_every_step_counts_the_targets_of_the_global_batch(runs: Runs) -> None:
+    for steps in zip(*epoch_of(runs.of(2, 3), 0), strict=True):
         targets = sum(len(batch.target_N) for step in steps for batch in step.micro_batches)
         assert {step.targets for step in steps} == {targets}
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_micro_batches_of_a_step_differ_by_one_example_and_the_last_may_be_empty(dataset: Dataset) -> None:
-    by_rank = epoch_of(loaders(make(dataset, workers=2, accumulation=3)), 0)
-    sizes = [
-        [len(b.context.sequences) for step in steps for b in step.micro_batches] for steps in zip(*by_rank, strict=True)
-    ]
-    assert sizes[:-1] == [[2, 2, 1, 1, 1, 1]] * (len(sizes) - 1)
-    assert sizes[-1] == [1, 1, 1, 0, 0, 0]
-    empty = by_rank[1][-1].micro_batches
-    assert [len(batch.profiles.sequences) for batch in empty] == [0, 0, 0]
-    assert by_rank[1][-1].targets == by_rank[0][-1].targets > 0
+def test_micro_batches_of_a_step_differ_by_one_example_and_the_last_may_be_empty(runs: Runs) -> None:
+    by_rank = epoch_of(runs.of(2, 3), 0, 20)
+    together = zip(*by_rank, strict=True)
+    sizes = [[len(b.context.sequences) for step in steps for b in step.micro_batches] for steps in together]
+    assert sizes == [[2, 2, 1, 1, 1, 1]] * 5 + [[1, 1, 1, 0, 0, 0]]
+    empty = by_rank[1][-1]
+    assert [len(batch.profiles.sequences) for batch in empty.micro_batches] == [0, 0, 0]
+    assert empty.targets == by_rank[0][-1].targets > 0
 
 
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_epoch_goes_on_from_any_step(dataset: Dataset, workers: int) -> None:
-    ranks = loaders(make(dataset, workers=workers))
-    whole = [[contents(step) for step in steps] for steps in epoch_of(ranks, 1)]
+def test_an_epoch_goes_on_from_any_step(runs: Runs, workers: int) -> None:
+    whole = contents(epoch_of(runs.of(workers), 1))
     steps = len(whole[0])
-    for first, last in ((1, None), (5, None), (12, 14), (steps - 1, None), (3, 11)):
-        found = epoch_of(ranks, 1, first, last)
-        assert [[contents(step) for step in steps] for steps in found] == [steps[first:last] for steps in whole]
+    for first, last in ((1, None), (5, 6), (12, 14), (steps - 1, None), (3, 11)):
+        assert contents(epoch_of(runs.of(workers), 1, first, last)) == [steps[first:last] for steps in whole]
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_infilling_changes_with_the_epoch_in_training_alone(dataset: Dataset) -> None:
+def test_infilling_changes_with_the_epoch_in_training_alone(runs: Runs) -> None:
     def infilled(split: str, epoch: int) -> dict[int, list[int]]:
-        (steps,) = epoch_of(loaders(make(dataset, split=split)), epoch)
+        (steps,) = epoch_of(loaders(runs.maker(1, split=split)), epoch)
         return {i: facts[-1] for step in steps for b in step.micro_batches for i, facts in examples(b).items()}
 
     first, second = infilled("train", 0), infilled("train", 1)
@@ -161,130 +187,64 @@ def test_infilling_changes_with_the_epoch_in_training_alone(dataset: Dataset) ->
     assert infilled("valid", 0) == infilled("valid", 1)
 
 
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("workers", [1, 3])
 def test_a_block_that_ray_data_cuts_between_workers_changes_nothing(
-    dataset: Dataset, workers: int, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = loaders(make(dataset, workers=workers, accumulation=2))
-    whole = contents(tuple(map(tuple, epoch_of(ranks, 0, 7, 19))))
+    maker = runs.maker(3, 2)
+    whole = list(map(bytes, chain.from_iterable(maker.parts(0, range(3)))))
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", 3000)
-    ranks = loaders(make(dataset, workers=workers, accumulation=2))
-    assert contents(tuple(map(tuple, epoch_of(ranks, 0, 7, 19)))) == whole
-
-
-# ------------------------------------------------------------------------------------------- one server, many workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class NotedSampler(EpochSampler):
-    """Notes in a file what it reads, in whatever process that is."""
-
-    notes: str
-
-    def read(self, epoch: int, window: int, columns: list[str]) -> pa.Table:
-        table = super().read(epoch, window, columns)
-        groups = len(self.pieces(epoch, window))
-        with open(self.notes, "a", encoding="utf-8") as file:
-            file.write(f"{epoch} {window} {groups} {table.nbytes}\n")
-        return table
-
-
-def noted(maker: WindowMaker, notes: Path) -> WindowMaker:
-    """A maker whose sampler notes what is read."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are no module that a task can import
-    facts = {f.name: getattr(maker.sampler, f.name) for f in fields(EpochSampler)}
-    return replace(maker, sampler=NotedSampler(**facts, notes=str(notes)))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_every_window_is_read_once_whatever_the_workers(dataset: Dataset, tmp_path: Path) -> None:
-    reads = {}
-    for workers in (1, 2, 4):
-        notes = tmp_path / f"{workers}"
-        ranks = loaders(noted(make(dataset, workers=workers), notes))
-        assert len(epoch_of(ranks, 0)) == workers
-        reads[workers] = sorted(map(tuple, (line.split() for line in notes.read_text().splitlines())))
-    assert [read[1] for read in reads[1]] == [str(window) for window in range(make(dataset).sampler.windows)]
-    assert reads[2] == reads[1]
-    assert reads[4] == reads[1]
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_may_be_ahead_of_another(dataset: Dataset) -> None:
-    whole = [contents(step.micro_batches[0].example_id_B) for step in epoch_of(loaders(make(dataset)), 0)[0]]
-    ranks = loaders(make(dataset, workers=2))
-    by_rank = [[list(rank.batches(epoch)) for epoch in (0, 1)] for rank in ranks]
-    assert global_batches([steps[0] for steps in by_rank]) == [sorted(ids) for ids in whole]
-    found = [i for batch in global_batches([steps[1] for steps in by_rank]) for i in batch]
-    assert sorted(found) == list(range(EXAMPLES))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_workers_that_leave_an_epoch_early_find_the_next_one_whole(dataset: Dataset) -> None:
-    ranks = loaders(make(dataset, workers=2, window_batches=1))
-    found: list[list[list[Step]]] = []
-    for rank in ranks:  # one after the other: the second asks for windows that the first has left
-        with closing(rank.batches(0)) as steps:
-            begun = [next(steps), next(steps), next(steps)]
-        found.append([begun, list(rank.batches(1))])
-    single = loaders(make(dataset, window_batches=1))
-    assert global_batches([steps[0] for steps in found]) == global_batches(epoch_of(single, 0, 0, 3))
-    assert global_batches([steps[1] for steps in found]) == global_batches(epoch_of(single, 1))
-    assert none_after_a_while() == []
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_server_keeps_what_is_not_fetched_until_its_worker_leaves() -> None:
-    ended: list[int] = []
-
-    class Maker:
-        """Parts that name their epoch, window and worker."""
-
-        workers = 2
-
-        def parts(self, epoch: int, windows: range) -> Generator[list[str], None, None]:
-            try:
-                for window in windows:
-                    yield [f"{epoch} {window} {rank}" for rank in range(2)]
-            finally:
-                ended.append(epoch)
-
-    server = WindowServer(cast(WindowMaker, Maker()))
-
-    def part(number: int, window: int, rank: int) -> str:
-        (reference,) = server.part(number, 10 + number, range(5, 9), window, rank)
-        return str(ray.get(reference))
-
-    assert [part(0, 5, 0), part(0, 6, 0), part(0, 5, 1)] == ["10 5 0", "10 6 0", "10 5 1"]
-    assert list(map(len, server.kept)) == [0, 1]
-    server.leave(0, 0)
-    assert (ended, part(0, 6, 1), part(0, 7, 1)) == ([], "10 6 1", "10 7 1")
-    server.leave(0, 1)
-    assert (ended, part(1, 5, 1)) == ([10], "11 5 1")
-    assert part(2, 5, 0) == "12 5 0", "the first worker left before the second pass and missed it"
-    assert ended == [10, 11]
-    with pytest.raises(RuntimeError, match="pass 1 ended for other workers before its window 6 was made"):
-        part(1, 6, 1)
-    server.leave(1, 1)
-    assert (part(2, 5, 1), list(map(len, server.kept))) == ("12 5 1", [0, 0])
-
-
-def test_a_large_part_becomes_tensors_in_chunks(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = make(dataset, workers=2, accumulation=2)
-    ((whole,), _) = maker.make(0, 1)
-    monkeypatch.setattr(loader, "CHUNK_EXAMPLES", 10)  # of a worker: two steps of four each
-    chunks, _ = maker.make(0, 1)
-    assert [len(chunk.targets) for chunk in chunks] == [2, 2, 1]
-    assert [t for chunk in chunks for t in chunk.targets.tolist()] == whole.targets.tolist()
-    found = [contents(batch) for chunk in chunks for batch in unpack(chunk.micro_batches)]
-    assert found == [contents(batch) for batch in unpack(whole.micro_batches)]
+    assert list(map(bytes, chain.from_iterable(maker.parts(0, range(3))))) == whole
 
 
 def test_a_window_of_large_batches_is_still_small_enough_to_read() -> None:
     feed = FeedConfig()
     assert [feed.batches_of_window(size) for size in (64, 1024, 8192, 65_536, 1 << 20)] == [256, 256, 32, 4, 1]
     assert FeedConfig(window_batches=8).batches_of_window(64) == 8
+
+
+# ------------------------------------------------------------------------------------------- one server, many workers
+
+
+def test_every_window_is_read_once_whatever_the_workers(runs: Runs) -> None:
+    reads = {}
+    for workers in (1, 2, 4):
+        epoch_of(runs.of(workers), 5)
+        reads[workers] = sorted((runs.notes(workers) / "5").read_text().splitlines())
+    assert [read.split(":")[0] for read in reads[1]] == ["0", "1", "2", "3", "4", "5"]
+    assert reads[2] == reads[1]
+    assert reads[4] == reads[1]
+
+
+def test_a_worker_may_be_ahead_of_another(runs: Runs) -> None:
+    by_rank = [[list(rank.batches(epoch)) for epoch in (2, 3)] for rank in runs.of(2)]
+    for i, epoch in enumerate((2, 3)):
+        assert global_batches([steps[i] for steps in by_rank]) == global_batches(epoch_of(runs.of(1), epoch))
+
+
+def test_workers_that_leave_an_epoch_early_find_the_next_one_whole(runs: Runs) -> None:
+    found: list[list[list[Step]]] = []
+    for rank in runs.of(2):  # one after the other: the second asks for what the first has left
+        with closing(rank.batches(2)) as steps:
+            begun = [next(steps) for _ in range(3)]
+        found.append([begun, list(rank.batches(3))])
+    assert global_batches([steps[0] for steps in found]) == global_batches(epoch_of(runs.of(1), 2, 0, 3))
+    assert global_batches([steps[1] for steps in found]) == global_batches(epoch_of(runs.of(1), 3))
+    assert none_after_a_while() == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_window_reaches_the_training_step_of_every_worker(runs: Runs, workers: int) -> None:
+    maker = runs.maker(workers)
+    lost = Split("train", EXAMPLES, 1, (RowGroup("/nowhere/missing.parquet", 0, EXAMPLES),))
+    maker = replace(maker, sampler=replace(maker.sampler, split=lost))
+
+    def error(rank: RankLoader) -> str:
+        with pytest.raises(UserError) as caught:
+            next(rank.batches(0))
+        return str(caught.value)
+
+    assert on_all(loaders(maker), error) == ["/nowhere/missing.parquet: no such file"] * workers
+    assert none_after_a_while() == []
 
 
 # ------------------------------------------------------------------------------------------------------- read ahead
@@ -302,9 +262,8 @@ def none_after_a_while() -> list[str]:
     return feed_threads()
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_leaving_an_epoch_early_leaves_nothing_running(dataset: Dataset) -> None:
-    (rank,) = loaders(make(dataset, window_batches=1))
+def test_leaving_an_epoch_early_leaves_nothing_running(runs: Runs) -> None:
+    (rank,) = runs.of(1)
     steps = rank.batches(0)
     next(steps)
     assert feed_threads()
@@ -312,9 +271,8 @@ def test_leaving_an_epoch_early_leaves_nothing_running(dataset: Dataset) -> None
     assert none_after_a_while() == []
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_error_in_the_loop_around_leaves_nothing_running(dataset: Dataset) -> None:
-    (rank,) = loaders(make(dataset, window_batches=1))
+def test_an_error_in_the_loop_around_leaves_nothing_running(runs: Runs) -> None:
+    (rank,) = runs.of(1)
 
     def train() -> None:
         for step in rank.batches(0):
@@ -322,22 +280,6 @@ def test_an_error_in_the_loop_around_leaves_nothing_running(dataset: Dataset) ->
 
     with pytest.raises(RuntimeError, match="not finite"):
         train()
-    assert none_after_a_while() == []
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_window_reaches_the_training_step_of_every_worker(dataset: Dataset, workers: int) -> None:
-    maker = make(dataset, workers=workers)
-    lost = Split("train", EXAMPLES, 1, (RowGroup("/nowhere/missing.parquet", 0, EXAMPLES),))
-    maker = replace(maker, sampler=replace(maker.sampler, split=lost))
-
-    def error(rank: RankLoader) -> str:
-        with pytest.raises(UserError) as caught:
-            next(rank.batches(0))
-        return str(caught.value)
-
-    assert on_all(loaders(maker), error) == ["/nowhere/missing.parquet: no such file"] * workers
     assert none_after_a_while() == []
 
 

@@ -26,6 +26,7 @@ ARRAY = (CASES / "array.json").read_bytes()
 RECORDS = json.loads(ARRAY)
 LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)
 MANIFEST = json.dumps({"format": 1, "fingerprint": "ab", "splits": {}})
+CUT = storage.as_json(json.loads(MANIFEST))[:-5]
 LEASE = json.dumps({"token": "0a1b2c3d", "holder": "process 1 on a", "expires": 0.0})
 
 
@@ -60,7 +61,8 @@ def test_files_are_read_by_their_names_and_the_others_are_listed(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("mark", "content"), [("manifest.json", MANIFEST), ("_lease.json", LEASE), ("_lease.json", "")]
+    ("mark", "content"),
+    [("manifest.json", MANIFEST), ("manifest.json", CUT), ("_lease.json", LEASE), ("_lease.json", "")],
 )
 def test_a_prepared_data_set_is_counted_as_one(tmp_path: Path, mark: str, content: str) -> None:
     make(tmp_path, {"a.jsonl": "", "x/d.jsonl": "", f"x/out/{mark}": content, "x/out/rejects/e.jsonl.gz": ""})
@@ -158,7 +160,30 @@ def test_records_that_were_lost_are_read(tmp_path: Path, file: str) -> None:
     assert check({file: (CASES / file).read_bytes()}, tmp_path)["sessions"] == 20
 
 
+def test_a_first_line_that_is_broken_is_a_reject_like_any_other(tmp_path: Path) -> None:
+    for start in (b'{"dialog": [["a"],\n', b'{"dialog": [["a"]]},\n', b"\n\n[]\n", b'[{"dialog": 1}]\n'):
+        counts = check({"a.jsonl": start + LINES}, tmp_path, max_reject_share=1)
+        assert (counts["records"], counts["sessions"]) == (21, 20)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    assert check({"joined.jsonl": LINES + mark + mark + LINES}, tmp_path)["sessions"] == 40
+
+
 PRETTY = "\n".join(json.dumps(record, indent=2) for record in RECORDS).encode()
+
+
+def old_tar(name: str, data: bytes) -> bytes:
+    """An archive of the form of 1979, which no magic bytes mark."""
+    fields = [b"%07o" % n for n in (0o644, 0, 0)] + [b"%011o" % len(data), b"%011o" % 0]
+    header = name.encode().ljust(100, b"\0") + b"".join(field + b"\0" for field in fields)
+    total = sum(header) + 8 * ord(" ")
+    header = (header + b"%06o\0 " % total).ljust(512, b"\0")
+    return header + data + bytes(-len(data) % 512) + bytes(1024)
+
+
+OLD_TAR = old_tar("a.jsonl", LINES)
 UTF16, GBK = LINES.decode().encode("utf-16"), LINES.decode().encode("gbk")
 WHOLE = {
     "array.json": (ARRAY, "jq -c '.[]' array.json > records.jsonl"),
@@ -167,6 +192,27 @@ WHOLE = {
     "wrapped.json": (json.dumps({"data": RECORDS}).encode(), """jq -c '."data"[]' wrapped.json > records.jsonl"""),
     "pretty.json": (PRETTY, "jq -c . pretty.json > records.jsonl"),
     "joined.json": (LINES.replace(b"\n", b" "), "jq -c . joined.json > records.jsonl"),
+    "lines.json": (b"[\n" + LINES.replace(b"\n", b",\n")[:-2] + b"\n]\n", "jq -c '.[]' lines.json > records.jsonl"),
+    "inner.json": (
+        b'{"data": [\n' + LINES.replace(b"\n", b",\n")[:-2] + b"\n]}\n",
+        """jq -c '."data"[]' inner.json > records.jsonl""",
+    ),
+    "commas.jsonl": (
+        LINES.replace(b"\n", b",\n")[:-2],
+        "sed 's/,[[:space:]]*$//' commas.jsonl > records.jsonl",
+    ),
+    "quoted.jsonl": (
+        b"".join(json.dumps(line.decode()).encode() + b"\n" for line in LINES.splitlines()),
+        "jq -c fromjson quoted.jsonl > records.jsonl",
+    ),
+    "old.tar": (OLD_TAR, "tar -xO -f old.tar > records.jsonl"),
+    "a.lzma": (lzma.compress(LINES, lzma.FORMAT_ALONE), "xz -dc --format=lzma a.lzma > records.jsonl"),
+    "le32.jsonl": (LINES.decode().encode("utf-32-le"), "iconv -f UTF-32LE -t UTF-8 le32.jsonl > records.jsonl"),
+    "be32.jsonl": (LINES.decode().encode("utf-32-be"), "iconv -f UTF-32BE -t UTF-8 be32.jsonl > records.jsonl"),
+    "blank16.jsonl": (
+        ("\n  " + LINES.decode()).encode("utf-16-le"),
+        "iconv -f UTF-16LE -t UTF-8 blank16.jsonl > records.jsonl",
+    ),
     "gbk.jsonl": (GBK, "iconv -f GB18030 -t UTF-8 gbk.jsonl > records.jsonl"),
     "twice.gz": (gzip.compress(gzip.compress(LINES)), "gunzip -c twice.gz | gunzip -c > records.jsonl"),
     "twice.xz": (lzma.compress(gzip.compress(LINES)), "xz -dc twice.xz | gunzip -c > records.jsonl"),
@@ -200,6 +246,7 @@ def test_a_file_without_a_record_is_an_error_whose_command_mends_it(tmp_path: Pa
         (b"nothing\n", "every line must be one JSON object"),
         (LINES.replace(b'"uid"', b'"score": NaN, "uid"'), "20 of 20: json_constant, the line holds NaN"),
         (b"\xff\xff\xff\n", "not text in UTF-8"),
+        (b"\xff\xff\0\n", "not text, or packed in a way unknown here"),
     ],
 )
 def test_what_else_a_file_may_be(tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,74 +1,112 @@
-"""Attention against torch.nn.MultiheadAttention, one call a route as the paper's code makes them."""
+"""Attention against torch.nn.MultiheadAttention, one call per route and sequence as the paper's code makes them."""
 
 import pytest
 import torch
+from small_models import parts
+from torch import Tensor, nn
 
 from arplus.model.attention import Attention
+from arplus.model.batch import Sequences
+from arplus.model.ops import Operations
 
 D, HEADS = 16, 4
+BLOCKS = pytest.mark.parametrize("blocks", [None, [1, 3], [2, 0, 2]])
 
 
-def pair() -> tuple[Attention, torch.nn.MultiheadAttention]:
-    torch.manual_seed(0)
-    ours, theirs = Attention(D, HEADS, 0.0).eval(), torch.nn.MultiheadAttention(D, HEADS, batch_first=True).eval()
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_()
-        theirs.in_proj_weight.copy_(ours.query_key_value.weight)
-        theirs.in_proj_bias.copy_(ours.query_key_value.bias)
-    theirs.out_proj = ours.output
-    return ours, theirs
+class Pair:
+    """Our attention and torch's with the same weights."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.ours = Attention(D, HEADS, p).eval()
+        self.theirs = nn.MultiheadAttention(D, HEADS, batch_first=True).eval()
+        for parameter in self.ours.parameters():
+            parameter.data.normal_()
+        self.theirs.in_proj_weight.data.copy_(self.ours.query_key_value.weight)
+        self.theirs.in_proj_bias.data.copy_(self.ours.query_key_value.bias)
+        self.theirs.out_proj = self.ours.output
+
+    def look(self, x_TD: Tensor, to_SD: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What torch's finds in one sequence for another."""
+        return self.theirs(x_TD[None], to_SD[None], to_SD[None], attn_mask=mask, need_weights=False)[0][0]
 
 
-def reals(*lengths: int) -> torch.Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+def sequences(lengths: list[int], blocks: list[int] | None = None) -> tuple[Tensor, Sequences]:
+    """Random ones of these lengths."""
+    return torch.randn(sum(lengths), D), Sequences.of(torch.tensor(lengths), blocks)
 
 
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@BLOCKS
 @torch.no_grad()
-def test_encoder_self_attention():
-    ours, theirs = pair()
-    x, real = torch.randn(2, 7, D), reals(7, 4)
-    expected = theirs(x, x, x, key_padding_mask=~real, need_weights=False)[0]
-    torch.testing.assert_close(ours(x, real)[real], expected[real])
+def test_encoder_self_attention(blocks):
+    pair = Pair()
+    x_ND, of = sequences([4, 0, 7, 1], blocks)
+    found = parts(pair.ours(x_ND, of), of)
+    assert found[1].shape == (0, D)
+    close(found[:1] + found[2:], [pair.look(x, x) for x in parts(x_ND, of) if len(x)])
 
 
 @pytest.mark.parametrize("memories", [0, 1, 2])
+@BLOCKS
 @torch.no_grad()
-def test_merged_routes_are_the_sum_of_single_calls(memories):
-    """O_merge (Eq. 2), each route with its own bias, and O_T + O_C alone for Eq. 5."""
-    ours, theirs = pair()
-    x = torch.randn(2, 5, D)
-    attended = [(torch.randn(2, 6, D), reals(6, 3)), (torch.randn(2, 4, D), reals(1, 4))][:memories]
-    causal = torch.ones(5, 5).triu(1).bool()
-    own = theirs(x, x, x, attn_mask=causal, need_weights=False)[0]
-    others = [theirs(x, m, m, key_padding_mask=~real, need_weights=False)[0] for m, real in attended]
-    routes = ours.routes(x, [ours.memory(m, real) for m, real in attended])
-    merged = ours.output(routes.merged_BTD, 1 + memories)
-    torch.testing.assert_close(merged, own + sum(others), atol=1e-4, rtol=1e-4)
-    if not memories:
-        assert routes.memories_BTD is None
-    else:
-        alone = ours.output(routes.memories_BTD, memories)
-        torch.testing.assert_close(alone, torch.stack(others).sum(0), atol=1e-4, rtol=1e-4)
+def test_each_route_is_a_call_of_its_own(memories, blocks):
+    """O_prev, O_C and O_T, each with the output's bias."""
+    pair = Pair()
+    x_ND, of = sequences([5, 2, 1, 6], blocks)
+    attended = [sequences([6, 3, 1, 2], blocks), sequences([1, 4, 2, 2], blocks)][:memories]
+    routes = pair.ours.routes(x_ND, of, [pair.ours.key_value(*memory) for memory in attended])
+    own = [pair.look(x, x, torch.ones(len(x), len(x)).triu(1).bool()) for x in parts(x_ND, of)]
+    close(parts(routes.previous_ND, of), own)
+    assert len(routes.memories) == memories
+    for found, memory in zip(routes.memories, attended, strict=True):
+        close(parts(found, of), [pair.look(x, m) for x, m in zip(parts(x_ND, of), parts(*memory), strict=True)])
 
 
-@pytest.mark.parametrize("laid_out", [False, True])
+@BLOCKS
 @torch.no_grad()
-def test_one_query_at_a_time_finds_what_all_at_once_do(laid_out):
-    ours, _ = pair()
-    x, m, real = torch.randn(3, 5, D), torch.randn(3, 6, D), reals(6, 3, 0)
-    memory = ours.memory(m, real)
-    together = ours.routes(x, [memory]).memories_BTD
-    memory = memory.for_steps() if laid_out else memory
-    alone = [ours.routes(x[:, t : t + 1], [memory]).memories_BTD for t in range(5)]
-    torch.testing.assert_close(torch.cat(alone, 1), together)
-    assert not together[2].any()
+def test_one_token_at_a_time_finds_what_all_at_once_do(blocks):
+    ours = Pair().ours
+    x_ND, of = sequences([5, 5, 5, 5], blocks)
+    memory = ours.key_value(*sequences([6, 3, 0, 2], blocks))
+    together = ours.routes(x_ND, of, [memory])
+    one_each, past = Sequences.of(torch.ones(4), blocks), None
+    for t in range(5):
+        step = ours.routes(x_ND[t::5], one_each, [memory], past)
+        past = step.own
+        close([step.previous_ND, *step.memories], [together.previous_ND[t::5], together.memories[0][t::5]])
 
 
+@BLOCKS
 @torch.no_grad()
-def test_a_sequence_of_padding_alone_gives_zeros():
-    ours, _ = pair()
-    m, real = torch.randn(2, 3, D), torch.tensor([[False] * 3, [True] * 3])
-    heads = ours.routes(torch.randn(2, 5, D), [ours.memory(m, real)]).memories_BTD
-    assert heads[0].abs().max() == 0
-    assert heads[1].abs().min() > 0
+def test_an_empty_sequence_is_found_to_hold_zeros(blocks):
+    """Of which nothing but the output's bias is left; there is never a query with nowhere to look."""
+    ours = Pair().ours
+    memory = ours.key_value(*sequences([0, 3, 0, 0], blocks))
+    x_ND, of = sequences([5, 2, 1, 4], blocks)
+    first, second, *others = parts(ours.routes(x_ND, of, [memory]).memories[0], of)
+    for found in (first, *others):
+        assert found.equal(ours.output.bias.expand_as(found))
+    assert not second.allclose(ours.output.bias)
+    assert all((mask == 0).any(-1).all() for _, _, mask in memory)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_are_dropped_in_training_alone(training):
+    rates = []
+
+    class Recorded(Operations):
+        def attend(self, query, key, value, mask, p):
+            rates.append(p)
+            return super().attend(query, key, value, mask, p)
+
+    ours = Pair(p=0.25).ours.train(training)
+    ours.ops = Recorded()
+    x_ND, of = sequences([3, 2])
+    ours(x_ND, of)
+    ours.routes(x_ND, of, [ours.key_value(x_ND, of)])
+    assert rates == [0.25 if training else 0.0] * 3

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import SIZES, make_batch, make_model, small
+from small_models import SIZES, make_batch, make_model, parts, small, take
 
 from arplus.config import Sampling, checked, from_dict, special_ids
 from arplus.errors import UserError
-from arplus.model.batch import Batch
+from arplus.model.batch import Packed, Sequences
 from arplus.model.generate import draw, generate, top_probabilities
 
 IDS = special_ids(SIZES.characters)
@@ -96,60 +96,85 @@ def test_ids_as_likely_as_the_last_one_are_in_the_nucleus():
     ]
 
 
+def characters(replies_BL: torch.Tensor) -> list[list[int]]:
+    """The replies without padding."""
+    return [[i for i in reply if i != IDS.pad] for reply in replies_BL.tolist()]
+
+
+@pytest.mark.parametrize("blocks", [None, [2, 0, 3]])
 @torch.no_grad()
-def test_cached_decoding_equals_full_recomputation(config):
-    model = make_model(config)
-    batch = make_batch(config)
-    ids = batch.response_BT
-    full = model.decode(ids, model.encode(batch))
+def test_cached_decoding_equals_full_recomputation(config, blocks):
+    model, batch = make_model(config), take(make_batch(config), range(5), blocks)
     memories, cache = model.encode(batch), model.new_cache()
-    for t in range(ids.shape[1]):
-        step = model.decode(ids[:, t : t + 1], memories, cache)[:, 0]
-        torch.testing.assert_close(step, full[:, t], atol=2e-5, rtol=1e-5)
+    full = parts(model.decode(batch.response, memories), batch.response.sequences)
+    responses = parts(*batch.response)
+    one_each = Sequences.of(torch.ones(5), blocks)
+    for t in range(max(map(len, responses))):
+        ids = torch.stack([ids[min(t, len(ids) - 1)] for ids in responses])
+        step = model.decode(Packed(ids, one_each), memories, cache, start=t)
+        for one, expected in zip(step, full, strict=True):
+            if t < len(expected):
+                torch.testing.assert_close(one, expected[t], atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_greedy_equals_argmax_by_full_recomputation(config):
-    model = make_model(config)
-    batch = make_batch(config)
-    replies = generate(model, batch, GREEDY)
-    for b in range(len(replies)):
-        one = dataclasses.replace(
-            batch, **{f.name: None if (v := getattr(batch, f.name)) is None else v[b : b + 1] for f in
-                      dataclasses.fields(Batch)}
-        )  # fmt: skip
-        memories, ids, reply = model.encode(one), [IDS.bos], []
+    model, batch = make_model(config), make_batch(config)
+    for i, found in enumerate(characters(generate(model, batch, GREEDY))):
+        memories, reply = model.encode(take(batch, [i])), []
         while len(reply) < 15:
-            logits = model.generator(model.decode(torch.tensor([ids]), memories))[0, -1]
+            logits = model.head(model.decode(Packed.of([[IDS.bos, *reply]]), memories)[-1])
             if not reply:
                 logits[IDS.pad :] = -torch.inf
             if (best := int(logits.argmax())) >= IDS.pad:
                 break
             reply.append(best)
-            ids.append(best)
-        assert [i for i in replies[b].tolist() if i != IDS.pad] == reply
+        assert found == reply
+
+
+@pytest.mark.parametrize("settings", [GREEDY, PAPERS], ids=["greedy", "sampled"])
+def test_replies_are_the_same_in_any_blocks(config, settings):
+    model, batch = make_model(config), make_batch(config)
+    for blocks in ([5], [1, 4], [1, 1, 1, 1, 1], [0, 3, 2]):
+        found = generate(model, take(batch, range(5), blocks), settings, torch.Generator().manual_seed(5))
+        assert found.equal(generate(model, batch, settings, torch.Generator().manual_seed(5)))
+
+
+def test_replies_do_not_read_the_response(config):
+    """Nor the infilled response, nor the targets: there are none yet."""
+    model, batch = make_model(config), make_batch(config)
+    nothing = Packed.of([[]] * 5)
+    without = dataclasses.replace(batch, response=nothing, target_N=nothing.ids, infilled=None)
+    assert generate(model, without, GREEDY).equal(generate(model, batch, GREEDY))
+
+
+def test_no_examples_have_no_replies(config):
+    assert generate(make_model(config), take(make_batch(config), []), PAPERS).shape == (0, 0)
 
 
 def test_seeded_replies_are_reproducible_and_independent_of_the_batch():
     config = small("arplus")
-    model = make_model(config)
-    batch = make_batch(config, rows=8)
+    model, batch = make_model(config), make_batch(config, examples=8)
     first, again, other = (generate(model, batch, PAPERS, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert first.equal(again)
     assert first.shape != other.shape or not first.equal(other)
-    half = dataclasses.replace(
-        batch, **{f.name: v[:4] for f in dataclasses.fields(Batch) if (v := getattr(batch, f.name)) is not None}
-    )
-    shorter = generate(model, half, PAPERS, torch.Generator().manual_seed(5))
-    for row, alone in zip(first.tolist(), shorter.tolist(), strict=False):
-        assert [i for i in row if i != IDS.pad] == [i for i in alone if i != IDS.pad]
+    half = generate(model, take(batch, range(4)), PAPERS, torch.Generator().manual_seed(5))
+    assert characters(first)[:4] == characters(half)
+
+
+def test_replies_under_bf16_autocast_are_mostly_those_of_fp32(config):
+    model, batch = make_model(config), make_batch(config, examples=40)
+    exact = characters(generate(model, batch, GREEDY))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = characters(generate(model, batch, GREEDY))
+    assert sum(a[0] == b[0] for a, b in zip(exact, rough, strict=True)) >= 32
 
 
 def test_lengths_and_special_tokens(config):
     """Replies hold ordinary characters only, from one to the longest allowed, then padding alone."""
     model = make_model(config)
-    batch = make_batch(config, rows=24)
-    hot = Sampling(temperature=5.0, top_p=0, max_characters=6)
+    batch = make_batch(config, examples=24)
+    hot = Sampling(temperature=50, top_p=0, max_characters=6)
     replies = generate(model, batch, hot, torch.Generator().manual_seed(0))
     ended = replies == IDS.pad
     assert ((replies < IDS.pad) | ended).all()
@@ -163,13 +188,13 @@ def test_lengths_and_special_tokens(config):
 def test_every_special_token_ends_a_reply():
     config = small("arplus")
     model = make_model(config)
-    batch = make_batch(config, rows=2)
+    batch = make_batch(config, examples=2)
     for special in IDS:
         with torch.no_grad():
-            model.generator.weight.zero_()
-            model.generator.bias = torch.nn.Parameter(torch.zeros(SIZES.characters))
-            model.generator.bias[special] = 50.0
-            model.generator.bias[7] = 20.0
+            model.head.weight.zero_()
+            model.head.bias = torch.nn.Parameter(torch.zeros(SIZES.characters))
+            model.head.bias[special] = 50.0
+            model.head.bias[7] = 20.0
         assert generate(model, batch, PAPERS).tolist() == [[7], [7]]
         nothing = generate(model, batch, dataclasses.replace(PAPERS, min_characters=0))
         assert nothing.shape == (2, 0)

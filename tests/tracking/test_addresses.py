@@ -30,6 +30,20 @@ def test_other_stores_are_refused(uri):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("uri", ["http://", "http:///x", "http://h:99999", "http://h:x", "https://h h", "http://[::1"])
+def test_an_address_that_cannot_be_is_refused_at_once(uri):
+    with pytest.raises(UserError, match=r"--mlflow http.*: must be http://HOST:PORT") as caught:
+        check_reachable(uri)
+    assert caught.value.exit_code == 2
+
+
+def test_a_folder_is_no_sqlite_file(tmp_path):
+    for uri in (f"sqlite:///{tmp_path}", f"sqlite:///{tmp_path}/", "sqlite:///"):
+        with pytest.raises(UserError, match="is a folder; name MLflow's file") as caught:
+            check_reachable(uri)
+        assert caught.value.exit_code == 2
+
+
 def test_how_to_open_a_run(tmp_path):
     local = Run(f"sqlite:///{tmp_path}/mlflow.db", "3", "abc")
     assert f"ui --workers 1 --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in open_command(local.uri)

@@ -15,7 +15,7 @@ from botocore import exceptions as boto
 from logged_runs import begin, points
 from mlflow.exceptions import MlflowException, RestException
 
-from arplus.errors import ResourceError
+from arplus.errors import RefusedError, ResourceError
 from arplus.tracking import Run, Tracker, client, start_run
 from arplus.tracking import replay as replay_record
 from arplus.tracking.refusal import is_final, kind_of
@@ -238,6 +238,44 @@ def test_a_run_that_is_gone_holds_up_no_other_of_the_records(store, tmp_path):
         replay_record(tmp_path / "r.jsonl", store)
     assert caught.value.sent == 2
     assert points(store, run.run_id, "a") == [(1, 1.0)]
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_a_deleted_run_is_asked_once_and_named(store, tmp_path, caplog, monkeypatch, what):
+    """MLflow answers 400, as to one wrong value, whereupon each of a thousand values would be sent by itself."""
+    run = start_run(store, f"deleted {what}", "r", tags={}, params={})
+    mlflow = client.connect(store)
+    mlflow.delete_run(run.run_id) if what == "run" else mlflow.delete_experiment(run.experiment_id)
+    asked = []
+    send = client.send
+    monkeypatch.setattr("arplus.tracking.tracker.send", lambda *a: (asked.append(len(a[1])), send(*a)))
+    tracker = Tracker(run, record=tmp_path / "r.jsonl")
+    tracker.log({f"m{i}": 1.0 for i in range(900)}, 1)
+    assert tracker.close("FINISHED") == 901
+    assert sorted(asked) == [1, 900]
+    said, _ = warnings(caplog)
+    assert "is gone: restore it" in said
+    with pytest.raises(ResourceError, match=r"^901 values could not be sent.*\n.*is gone: restore it"):
+        replay_record(tmp_path / "r.jsonl", store)
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "set MLFLOW_TRACKING_USERNAME"), (404, "check the address"), (502, "start it"), (200, "start it")],
+)
+def test_a_page_instead_of_mlflow_is_named_by_its_words(artifacts, status, advice):
+    page = (
+        b"<!DOCTYPE html><html><head><style>p { color: red }</style></head><body><h1>Sign in</h1>to go on</body></html>"
+    )
+    artifacts.status, artifacts.body = status, page
+    with pytest.raises(
+        ResourceError, match=rf"^MLflow at {artifacts.uri} cannot be used.*{advice}.*--mlflow"
+    ) as caught:
+        start_run(artifacts.uri, "e", "r", tags={}, params={})
+    assert isinstance(caught.value, RefusedError) == (status in (401, 404)), "a study waits less for what refuses it"
+    assert caught.value.exit_code == 3
+    assert "<" not in str(caught.value)
+    assert ("Sign in to go on" in str(caught.value)) == (status != 502), "MLflow's client keeps that page to itself"
 
 
 def test_a_status_that_was_not_sent_yet_is_replaced(no_server, tmp_path):

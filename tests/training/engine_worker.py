@@ -3,10 +3,11 @@
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -14,10 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, special_ids, tiny
-from arplus.data.feed import Step
+from arplus.data.loader import Step
 from arplus.model.arplus import ARPlus
-from arplus.model.batch import Batch
-from arplus.model.linear import product_dtype
+from arplus.model.batch import Batch, Packed
 from arplus.training.group import process_group
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
@@ -32,48 +32,38 @@ def config(preset_name: str = "arplus", **changes: Any) -> TrainConfig:
     return replace(start, model=model, batch_size=8, **changes)
 
 
-def global_batch(model: ModelConfig, seed: int) -> Batch:
-    """Eight random examples; every second one, which is worker 1's share, has only [UNK] in its personas."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, B = special_ids(SIZES.characters), 8
+def global_batch(model: ModelConfig, seed: int, index: int = 0, of: int = 1) -> Batch:
+    """Eight random examples, or every ``of``-th of them from ``index`` on, as workers and micro-batches take them.
+
+    Every second one, which is worker 1's share, has only [UNK] in its personas.
+    """
+    rng = np.random.default_rng(seed)
+    ids = special_ids(SIZES.characters)
     persona_ids = special_ids(SIZES.persona_words if model.memory_hops else SIZES.characters)
 
-    def draw(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=generator)
+    def draw(high: int, n: int) -> list[int]:
+        return [int(i) for i in rng.integers(high, size=n)]
 
-    context = draw(ids.pad, B, 12)
-    response = torch.full((B, 9), ids.pad)
-    length = draw(6, B) + 1
-    for b in range(B):
-        context[b, 5] = context[b, int(draw(6, 1)) + 6 :] = ids.sep
-        context[b, 11 - int(draw(4, 1)) :] = ids.pad
-        response[b, : length[b] + 2] = torch.cat(
-            [torch.tensor([ids.bos]), draw(ids.pad, int(length[b])), torch.tensor([ids.eos])]
-        )
-    profiles = draw(persona_ids.pad, B, 2, 4)
-    target = draw(persona_ids.pad, B, 6)
-    profiles[1::2], target[1::2] = persona_ids.unk, persona_ids.unk
+    contexts, speakers, profiles, personas, responses = [], [], [], [], []
+    for b in range(8):
+        context = [*draw(ids.pad, 5), ids.sep, *draw(ids.pad, int(rng.integers(1, 6))), ids.sep]
+        contexts.append(context)
+        speakers.append(draw(2, len(context)))
+        responses.append([ids.bos, *draw(ids.pad, int(rng.integers(1, 7)))])
+        profiles.append([[persona_ids.unk] * 4 if b % 2 else draw(persona_ids.pad, 4) for _ in range(2)])
+        personas.append([persona_ids.unk] * 6 if b % 2 else draw(persona_ids.pad, 6))
+    own = range(index, 8, of)
+    response = Packed.of([responses[b] for b in own])
     return Batch(
-        example_id_B=torch.arange(B),
-        counted_B=torch.ones(B, dtype=torch.bool),
-        context_BS=context,
-        context_profile_BS=draw(2, B, 12),
-        profiles_BPW=profiles,
-        target_persona_BK=target,
-        response_BT=response,
-        infilled_BU=response.clone() if model.auxiliary == "infilling" else None,
+        example_id_B=torch.tensor(list(own)),
+        context=Packed.of([contexts[b] for b in own]),
+        speaker_N=torch.tensor([2 * i + s for i, b in enumerate(own) for s in speakers[b]]),
+        profiles=Packed.of([words for b in own for words in profiles[b]]),
+        persona=Packed.of([personas[b] for b in own]),
+        response=response,
+        target_N=torch.tensor([i for b in own for i in [*responses[b][1:], ids.eos]]),
+        infilled=Packed.of([[*responses[b], ids.eos] for b in own]) if model.auxiliary == "infilling" else None,
     )
-
-
-def part(batch: Batch, index: int, of: int) -> Batch:
-    """Every ``of``-th row from row ``index`` on."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return Batch(**{k: v if v is None else v[index::of] for k, v in tensors.items()})
-
-
-def targets(batch: Batch) -> int:
-    """Targets of a whole global batch."""
-    return int((batch.response_BT[:, 1:] != special_ids(SIZES.characters).pad).sum())
 
 
 def initial_model(config: TrainConfig) -> ARPlus:
@@ -81,7 +71,7 @@ def initial_model(config: TrainConfig) -> ARPlus:
     torch.manual_seed(config.seed)
     model = ARPlus(config.model, SIZES)
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.r"):
+        if name.endswith(".r"):
             parameter.data.fill_(0.3)
     return model
 
@@ -94,9 +84,9 @@ def plain_run(config: TrainConfig, steps: int) -> tuple[list[float], dict[str, t
     schedule = ReduceLROnPlateau(optimizer, factor=o.plateau_factor, patience=o.plateau_patience, min_lr=o.min_lr)
     curve = []
     for i in range(steps):
-        losses = model(global_batch(config.model, i))
-        loss = losses.sum_dialogue / losses.count_dialogue
-        loss = loss + config.objective.lambda1 * losses.sum_auxiliary / losses.count_auxiliary
+        batch = global_batch(config.model, i)
+        losses = model(batch)
+        loss = (losses.sum_dialogue + config.objective.lambda1 * losses.sum_auxiliary) / len(batch.target_N)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
@@ -111,9 +101,9 @@ def engine_steps(config: TrainConfig, first: int, last: int) -> list[Step]:
     parts = config.workers * config.accumulation
     steps = []
     for i in range(first, last):
-        batch = global_batch(config.model, i)
+        targets = len(global_batch(config.model, i).target_N)
         own = range(dist.get_rank() * config.accumulation, (dist.get_rank() + 1) * config.accumulation)
-        steps.append(Step([part(batch, m, parts) for m in own], targets(batch)))
+        steps.append(Step([global_batch(config.model, i, m, parts) for m in own], targets))
     return steps
 
 
@@ -133,15 +123,24 @@ def curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:
     found = []
     for c in configs:
         engine = Engine(initial_model(c), c, torch.device("cpu"))
-        found.append([engine.train_step(step).loss for step in engine_steps(c, 0, steps)])
+        found.append([result.loss for result in results(engine, engine_steps(c, 0, steps))])
+    return found
+
+
+def results(engine: Any, steps: list[Step]) -> list[Any]:
+    """What each of these steps computed."""
+    found = []
+    for step in steps:
+        engine.train_step(step)
+        found += engine.read()[0]
     return found
 
 
 def large_curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:
     """:func:`curves` by the functions that compute the real sizes."""
-    from arplus.model import feed_forward, linear
+    from arplus.kernels import cpu
 
-    feed_forward._LEAST = linear._LEAST = 0  # in this process alone, which is the test's
+    cpu.LEAST = 0  # in this process alone, which is the test's
     return curves(configs, steps)
 
 
@@ -158,14 +157,17 @@ def dtypes_of_products(configs: list[TrainConfig]) -> list[list[str]]:
     for c in configs:
         engine = Engine(initial_model(c), c, torch.device("cpu"))
         seen: list[str] = []
-        engine.module.generator.register_forward_pre_hook(
-            lambda _, arguments, seen=seen: seen.append(str(product_dtype(arguments[0])))
-        )
+        engine.module.head.register_forward_pre_hook(lambda *_, seen=seen: seen.append(str(autocast_dtype())))
         (step,) = engine_steps(c, 0, 1)
         engine.evaluate(step.micro_batches[0])
         engine.train_step(step)
         found.append(seen)
     return found
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast multiplies in here, if it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def after_a_bad_gradient(configs: list[TrainConfig]) -> list[tuple[str, bool]]:
@@ -178,11 +180,13 @@ def after_a_bad_gradient(configs: list[TrainConfig]) -> list[tuple[str, bool]]:
         engine = Engine(model, c, torch.device("cpu"))
         first, second = engine_steps(c, 0, 2)
         engine.train_step(first)
+        engine.read()
         before = engine.weights()
         if dist.get_rank() == 0:
             model.context_input.projection.bias.register_hook(lambda gradient: gradient * torch.inf)
+        engine.train_step(second)
         try:
-            engine.train_step(second)
+            engine.read()
             said = "nothing"
         except NonFiniteLossError as error:
             said = str(error)
@@ -202,10 +206,10 @@ def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -
     if state is not None:
         engine.load_moments(state["moments"], first)
         engine.load_schedule(state["schedule"])
-    results = [engine.train_step(step) for step in engine_steps(config, first, last)]
+    found = results(engine, engine_steps(config, first, last))
     return {
-        "curve": [r.loss for r in results],
-        "norms": [r.grad_norm for r in results],
+        "curve": [r.loss for r in found],
+        "norms": [r.grad_norm for r in found],
         "weights": engine.weights(),
         "moments": engine.moments(),
         "schedule": engine.schedule_state(),
@@ -214,12 +218,12 @@ def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -
 
 def train_parts(parts: list[tuple[TrainConfig, int, int]], state: dict | None = None) -> list[dict[str, Any]]:
     """:func:`train_part` from step to step, each part from the state of the one before."""
-    results: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
     for c, first, last in parts:
-        found = [train_part(c, results[-1] if results else state, first, last)]
+        found = [train_part(c, made[-1] if made else state, first, last)]
         dist.broadcast_object_list(found)  # rank 0 alone has the state, and all start from it
-        results += found
-    return results
+        made += found
+    return made
 
 
 def cut_and_whole(configs: list[TrainConfig]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
@@ -268,7 +272,7 @@ def memory(configs: list[TrainConfig], bucket: int) -> list[tuple[int, int]]:
     for c in configs:
         with LiveBytes() as live:
             made = engine.Engine(initial_model(c), c, torch.device("cpu"))
-            steps = [Step([part(s.micro_batches[0], 0, 8)], s.targets) for s in engine_steps(c, 0, 5)]
+            steps = [Step([global_batch(c.model, i, 0, 8)], len(global_batch(c.model, i).target_N)) for i in range(5)]
             for step in steps[:2]:
                 made.train_step(step)
             peaks = []

@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from arplus.data.feed import Step
+from arplus.data.loader import Step
 from arplus.training import audit
 from arplus.training.audit import Audit
 
@@ -11,9 +11,8 @@ from arplus.training.audit import Audit
 class Ids:
     """As much of a batch as the audit reads."""
 
-    def __init__(self, ids, filler=0):
-        self.example_id_B = torch.tensor([*ids, *ids[:filler]])
-        self.counted_B = torch.arange(len(self.example_id_B)) < len(ids)
+    def __init__(self, ids):
+        self.example_id_B = torch.tensor(ids)
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def write(run, attempt, rows, rank=0):
 def test_rows_are_written_as_documented(run, tmp_path):
     big = 2**62 + 1
     written = Audit(run, 3, 1)
-    written.add(0, 7, Step([Ids([big, 5]), Ids([6], filler=1)], 1))
+    written.add(0, 7, Step([Ids([big, 5]), Ids([6])], 1))
     written.flush()
     written.flush()
     (file,) = (tmp_path / "audit").iterdir()

@@ -8,7 +8,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from engine_worker import config, engine_steps, initial_model
+from engine_worker import config, engine_steps, initial_model, results
 
 from arplus.training import engine
 from arplus.training.engine import Engine
@@ -23,7 +23,7 @@ def test_engines_of_one_process_follow_each_other(tmp_path: Path) -> None:
             c = config(zero=1)
             made = Engine(initial_model(c), c, torch.device("cpu"))
             assert not made.engine.tput_timer.config.enabled, "it would wait for the GPU, twice a step"
-            losses.append([made.train_step(step).loss for step in engine_steps(c, 0, 2)])
+            losses.append([result.loss for result in results(made, engine_steps(c, 0, 2))])
         assert not dist.is_initialized()
     assert losses[0] == losses[1]
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys() == variables

@@ -10,7 +10,7 @@ import torch
 
 from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
-from arplus.data.feed import Feed, Step
+from arplus.data.loader import RankLoader, Step
 from arplus.model.objective import Losses
 from arplus.training.engine import Engine, StepResult
 from arplus.training.group import process_group
@@ -55,28 +55,32 @@ class Recorder(Hooks):
 
 
 def run(progress: Progress, hooks: Recorder) -> None:
-    def feed(steps: int) -> Feed:
-        batch = SimpleNamespace(counted_B=torch.ones(2, dtype=torch.bool))
+    def loader(steps: int) -> RankLoader:
+        batch = SimpleNamespace(example_id_B=torch.zeros(2), target_N=torch.zeros(2))
 
         def batches(epoch: int, first: int = 0, last: int | None = None) -> Iterator[Step]:
             for _ in range(first, steps if last is None else last):
                 yield Step([cast(Any, batch)], 2)
 
-        order = SimpleNamespace(batch_size=2, split=SimpleNamespace(examples=2 * steps))
-        return cast(Feed, SimpleNamespace(steps=steps, batches=batches, order=order))
+        sampler = SimpleNamespace(batch_size=2, split=SimpleNamespace(examples=2 * steps))
+        return cast(RankLoader, SimpleNamespace(steps=steps, batches=batches, sampler=sampler))
 
     class Steps:
         device = torch.device("cpu")
+        wants_reading = True
 
-        def train_step(self, step: Step, ask: int) -> StepResult:
-            return StepResult(1.0, 1.0, 1.0, 1.0, 0.1, ask)
+        def train_step(self, step: Step) -> None:
+            pass
+
+        def read(self, ask: int) -> tuple[list[StepResult], int]:
+            return [StepResult(1.0, 1.0, 1.0, 1.0, 0.1)], ask
 
         def evaluate(self, batch: Any) -> Losses:
             hooks.validated += 1
-            return Losses(*(torch.ones(()) for _ in range(4)))
+            return Losses(torch.ones(()), torch.ones(()))
 
     config = TrainConfig(batch_size=2, epochs=2, validate_every=2)
-    fit(cast(Engine, Steps()), feed(STEPS), feed(VALID), progress, config, hooks)
+    fit(cast(Engine, Steps()), loader(STEPS), loader(VALID), progress, config, hooks)
 
 
 @pytest.fixture

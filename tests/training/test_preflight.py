@@ -164,6 +164,7 @@ def test_storage_without_room_for_the_checkpoints(config: TrainConfig, dataset: 
 
 def test_a_node_that_does_not_answer(config: TrainConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "ANSWER_S", 0.0)
+    monkeypatch.setattr(nodes, "LONGEST_S", 0.0)
     code, said = refusal(config, dataset)
     assert (code, "no answer within 0 s" in said) == (3, True), said
 

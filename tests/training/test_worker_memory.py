@@ -59,11 +59,11 @@ def test_activations_are_those_that_a_forward_pass_keeps(name: str, monkeypatch:
     c = config(name)
     batch = global_batch(c.model, 0)
     persona = "PERSONA_WORDS" if c.model.memory_hops else "PERSONA_CHARACTERS"
-    monkeypatch.setattr(estimate, persona, batch.target_persona_BK.shape[1])
+    monkeypatch.setattr(estimate, persona, batch.persona.sequences.width)
     lengths: Any = SimpleNamespace(
-        max_context_ids=batch.context_BS.shape[1], max_response_ids=batch.response_BT.shape[1]
+        max_context_ids=batch.context.sequences.width, max_response_ids=batch.response.sequences.width + 1
     )
-    estimated = activation_bytes(c.model, SIZES, lengths, len(batch.counted_B))
+    estimated = activation_bytes(c.model, SIZES, lengths, len(batch.example_id_B))
     # Kernels of the CPU keep less or more than the formulas that torch takes without a device.
     assert 0.6 * estimated <= _activations(c) <= 1.1 * estimated
 

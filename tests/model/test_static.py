@@ -1,0 +1,73 @@
+"""A training step asks no tensor what it holds, so that a GPU can run it as one graph without waiting for it.
+
+Fake tensors have shapes and no values: a shape that depends on data fails, and so does a value that Python asks for.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from small_models import SIZES, make_batch, small, take
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from arplus.config import ModelConfig
+from arplus.kernels import GpuOperations
+from arplus.model.arplus import ARPlus
+from arplus.model.batch import Batch, Packed, Sequences
+from arplus.model.ops import Module, Operations
+
+
+def faked(value: Any, mode: FakeTensorMode) -> Any:
+    """The batch, or a part of it, with fake tensors; the sizes of its blocks stay Python's."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, Packed):
+        return Packed(*(faked(part, mode) for part in value))
+    if isinstance(value, Batch | Sequences):
+        names = [f.name for f in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: faked(getattr(value, name), mode) for name in names})
+    return value
+
+
+def step(config: ModelConfig, operations: Operations) -> None:
+    """Loss, backward, clipping and optimizer on fake tensors."""
+    batch = take(make_batch(config), range(5), [2, 3], width=24)
+    with FakeTensorMode() as mode:
+        model = ARPlus(config, SIZES).train()
+        for module in model.modules():
+            if isinstance(module, Module):
+                module.ops = operations
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        losses = model(faked(batch, mode))
+        (losses.sum_dialogue + 0.5 * losses.sum_auxiliary).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", "no-factor-ff"])
+@pytest.mark.parametrize("operations", [Operations, GpuOperations], ids=["plain", "cuda"])
+def test_no_shape_and_no_branch_of_a_step_depends_on_data(preset: str, operations: type[Operations]) -> None:
+    step(dataclasses.replace(small(preset), layers=2, dropout=0.1), operations())
+
+
+class Selecting(Operations):
+    """Selects what it has not dropped: as many elements as there happen to be."""
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        return x.index_put((x > 0,), x[x > 0])
+
+
+class Asking(Operations):
+    """Asks whether there is anything to drop."""
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        return super().dropout(x, p) if x.abs().max() > 0 else x
+
+
+@pytest.mark.parametrize("operations", [Selecting, Asking])
+def test_such_an_operation_is_found(operations: type[Operations]) -> None:
+    config = dataclasses.replace(small("arplus"), layers=2, dropout=0.1)
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        step(config, operations())
