@@ -51,8 +51,8 @@ class CpuOperations(Operations):
     def factored_feed_forward(
         self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
     ) -> Tensor:
-        """Without dropout as one r → r product, where folding the two costs less than it saves."""
-        if p or 2 * len(x_NR) < len(bias_R):
+        """Without a backward pass as one r → r product, where folding the two costs less than it saves."""
+        if p or torch.is_grad_enabled() or 2 * len(x_NR) < len(bias_R):
             return super().factored_feed_forward(x_NR, expand_FR, bias_F, contract_RF, bias_R, p)
         return self.linear(x_NR, contract_RF @ expand_FR, torch.addmv(bias_R, contract_RF, bias_F))
 
