@@ -338,9 +338,15 @@ def test_elements_are_independent(ops: Operations, p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.9])
 def test_every_element_is_dropped_as_often(ops: Operations, p: float) -> None:
-    """The first and the last too; over many short draws, of which some numbers of gaps are too few."""
+    """The first and the last too, over many short draws."""
     count = sum((ops.dropout(torch.ones(12), p) == 0).float() for _ in range(4_000))
     assert (count - 4_000 * p).abs().max() < 5 * (4_000 * p * (1 - p)) ** 0.5
+
+
+def test_more_elements_than_expected_can_be_dropped_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, where every random number makes the least of gaps: there are seven times as many as are drawn."""
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    assert not BACKENDS["cpu"]().dropout(torch.ones(1000), 0.1).any()
 
 
 def test_dropout_on_the_cpu_keeps_four_bytes_per_dropped_element() -> None:

@@ -9,6 +9,7 @@ from small_models import SIZES, cast, make_batch, make_model, parts, persona_ids
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from arplus import kernels
 from arplus.config import PAPER_ROWS, PRESETS, ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.errors import UserError
 from arplus.model.arplus import ARPlus
@@ -94,9 +95,12 @@ def test_training_computes_what_evaluation_does(config):
     torch.testing.assert_close(tuple(model.train()(batch)), tuple(model.eval()(batch)), atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["plain", "cpu"])
 @torch.no_grad()
-def test_logits_do_not_depend_on_batch_mates_order_or_blocks(config):
+def test_logits_do_not_depend_on_batch_mates_order_or_blocks(config, backend):
     model = make_model(config).double()  # what remains is the order of sums
+    if backend != "plain":
+        kernels.use(model, torch.device(backend))
     batch = make_batch(config, examples=6)
     expected = all_logits(model, batch)
     for index, blocks, width in (

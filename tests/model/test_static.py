@@ -12,6 +12,7 @@ from small_models import SIZES, make_batch, small, take
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from arplus import kernels
 from arplus.config import ModelConfig
 from arplus.kernels import GpuOperations
 from arplus.model.arplus import ARPlus
@@ -71,3 +72,12 @@ def test_such_an_operation_is_found(operations: type[Operations]) -> None:
     config = dataclasses.replace(small("arplus"), layers=2, dropout=0.1)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         step(config, operations())
+
+
+def test_the_loss_is_one_graph_without_a_break() -> None:
+    """Dynamo alone, which raises at a break; Inductor's compiler would take minutes."""
+    config = dataclasses.replace(small("arplus"), layers=1, repeats=1)
+    model, batch = ARPlus(config, SIZES), take(make_batch(config), range(5), [2, 3], width=24)
+    kernels.use(model, torch.device("cuda"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(batch), model(batch))
