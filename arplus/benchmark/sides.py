@@ -10,11 +10,12 @@ from torch import nn
 from arplus.benchmark.bart import Bart
 from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, mean_losses
-from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.config import ExampleRules, OptimizerConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.data.capacity import Filler
 from arplus.data.loader import Step
 from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.arplus import ARPlus
-from arplus.training.engine import Engine
+from arplus.training.engine import Engine, is_compiled
 from arplus.training.loop import seed_dropout
 
 Side = Literal["ours", "plain", "bart"]
@@ -27,10 +28,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def inputs(side: Side, steps: list[Step], sizes: VocabularySizes) -> list[Any]:
+def inputs(side: Side, steps: list[Step], run: TrainConfig, sizes: VocabularySizes) -> list[Any]:
     """The same batches as a side takes them: packed for us, padded to their longest rows for the others."""
     if side == "ours":
-        return list(steps)
+        if not is_compiled(run, device()):
+            return list(steps)
+        filler = Filler(ExampleRules(), run.batch_size)
+        filled = filler([batch for step in steps for batch in step.micro_batches])
+        return [Step([batch], step.targets) for batch, step in zip(filled, steps, strict=True)]
     pad, persona_pad = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
     return [Padded.of(step.micro_batches[0], pad, persona_pad) for step in steps]
 
@@ -92,7 +97,7 @@ def run_config(
     zero: Literal["auto", 0, 1, 2, 3],
     batch_size: int,
     *,
-    compiled: bool = False,
+    compiled: Literal["auto", "on", "off"] = TrainConfig.compile,
 ) -> TrainConfig:
     """AR+ at its real size, one worker; a rate so low that random examples do not diverge."""
     optimizer = OptimizerConfig(lr=1e-5, min_lr=1e-5)

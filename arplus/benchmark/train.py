@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from annotated_types import Gt
@@ -29,6 +29,7 @@ from arplus.data.loader import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
 from arplus.training import node
+from arplus.training.engine import is_compiled
 from arplus.training.group import process_group
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class TrainBenchmark(PoolBenchmark):
 
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
-    compile: bool = False
-    """Our step compiled; for GPUs."""
+    compile: Literal["auto", "on", "off"] = TrainConfig.compile
+    """Our step compiled, on batches of one shape; auto does on GPUs."""
     zero: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero
     """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
     batches: Annotated[int, Gt(0)] = 2
@@ -72,7 +73,8 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
             taken["plain"] = sides.train_step("plain", run, sizes)
             with contextlib.suppress(ImportError):
                 taken["bart"] = sides.train_step("bart", run, sizes)
-        times = _times(taken, steps, warm_up, config.batches, sizes)
+        inputs = {side: sides.inputs(side, steps, run, sizes) for side in taken}
+        times = _times(taken, inputs, warm_up, config.batches)
     gflops = median(times.pop("matmul"))
     compared: tuple[Side, ...] = ("ours", "plain") if config.compare else ("ours",)
     memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in compared}
@@ -98,7 +100,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
         figures=figures,
         table=[
             ("step", f"{run.precision}, ZeRO {zero}, batch {config.batch_size}, {torch.get_num_threads()} threads"),
-            ("our step", "compiled" if run.compile else "not compiled"),
+            ("our step", "compiled" if is_compiled(run, sides.device()) else "not compiled"),
             ("lengths", "{:.1f} context characters, {:.1f} targets, {:.1f} persona words".format(*lengths)),
             ("padding", f"none of ours; {padding(batches):.1%} of the others' contexts"),
             ("best algorithm", f"{flops / 1e9:.1f} GFLOP per example"),
@@ -114,15 +116,14 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
 
 
 def _times(
-    taken: dict[Side, sides.TrainStep], steps: list[Step], warm_up: int, batches: int, sizes: VocabularySizes
+    taken: dict[Side, sides.TrainStep], inputs: dict[Side, list[Any]], warm_up: int, batches: int
 ) -> dict[str, list[float]]:
     """Seconds per batch of every round, and of the matrix product; so many steps to warm up are not counted."""
-    inputs = {side: sides.inputs(side, steps, sizes) for side in taken}
     for side, take in taken.items():
         for batch in inputs[side][:warm_up]:
             take(batch)
     times: dict[str, list[float]] = {name: [] for name in (*taken, "matmul")}
-    for first in range(warm_up, len(steps), batches):
+    for first in range(warm_up, len(inputs["ours"]), batches):
         times["matmul"].append(matmul_gflops())
         for side, take in taken.items():
             times[side].append(timed(take, inputs[side][first : first + batches]) / batches)
@@ -151,7 +152,7 @@ def _peak(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step
     torch.set_num_threads(threads)
     with process_group():
         take = sides.train_step(side, run, sizes)
-        for batch in sides.inputs(side, steps, sizes):
+        for batch in sides.inputs(side, steps, run, sizes):
             take(batch)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

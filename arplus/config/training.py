@@ -109,9 +109,9 @@ class TrainConfig:
     for one worker and 1 for more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
-    compile: bool = False
-    """Compile the layers with torch.compile, and pad batches to the few shapes that takes. Needs GPUs, a C compiler on
-    their nodes and ZeRO stage 0 to 2; pays for runs of more than some minutes."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the whole step with torch.compile, and fill batches up to one shape for it; auto does on GPUs whose nodes
+    have a C compiler. Needs GPUs and ZeRO stage 0 to 2."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per optimizer step, over all workers."""
     accumulation: Annotated[int, Gt(0)] = 1
@@ -196,10 +196,10 @@ class TrainConfig:
                 f"must be at least workers × accumulation = {self.world_sizes[-1]} × {self.accumulation} = {parts}, "
                 f"an example for each (got {self.batch_size})",
             )
-        if self.compile and self.device == "cpu":
-            yield "compile", "needs GPUs, and --device cpu takes none; leave one out"
-        if self.compile and self.zero == 3:
-            yield "compile", "needs --zero 0, 1 or 2: stage 3 gathers each module's parameters between its kernels"
+        if self.compile == "on" and self.device == "cpu":
+            yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"
+        if self.compile == "on" and self.zero == 3:
+            yield "compile", "on needs --zero 0, 1 or 2: stage 3 gathers each module's parameters between its kernels"
 
 
 AR = ModelConfig(

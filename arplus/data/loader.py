@@ -18,6 +18,7 @@ import torch
 from ray.actor import ActorHandle
 
 from arplus.data import faults
+from arplus.data.capacity import Filler
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import Chunk, WindowMaker
@@ -39,11 +40,15 @@ class Step(NamedTuple):
 class RankLoader:
     """The batches of one worker. Iterating needs a running Ray; see the module's docstring for how they come about."""
 
-    def __init__(self, maker: WindowMaker, rank: int = 0, server: ActorHandle | None = None) -> None:
+    def __init__(
+        self, maker: WindowMaker, rank: int = 0, server: ActorHandle | None = None, filler: Filler | None = None
+    ) -> None:
         assert server is not None or maker.workers == 1, "several workers share a server of their windows"
         self.maker = maker
         self.rank = rank
         self.server = server
+        self.filler = filler
+        """Gives the micro-batches one shape, for a device that wants that."""
         self.passes = 0
 
     @property
@@ -91,7 +96,10 @@ class RankLoader:
             self.server.leave.remote(number, self.rank)
 
     def _steps(self, chunk: Chunk) -> list[Step]:
-        batches = unpack(chunk.micro_batches, pin=torch.cuda.is_available())
+        if self.filler is None:
+            batches = unpack(chunk.micro_batches, pin=torch.cuda.is_available())
+        else:
+            batches = [batch.pinned() for batch in self.filler(unpack(chunk.micro_batches))]
         n = self.maker.accumulation
         return [Step(batches[i * n :][:n], targets) for i, targets in enumerate(chunk.targets.tolist())]
 

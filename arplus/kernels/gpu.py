@@ -23,5 +23,7 @@ class GpuOperations(Operations):
     """Nothing of it was measured on a GPU yet."""
 
     def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-        """Logits never exist as a whole."""
+        """Logits never exist as a whole, but in a compiled step, whose compiler sees to them."""
+        if torch.compiler.is_compiling():
+            return super().cross_entropies(hidden_GND, weight_VD, target_N)
         return linear_cross_entropies(hidden_GND, weight_VD, target_N, linear=self.linear, rows=ROWS, at_once=ROWS)

@@ -5,7 +5,7 @@ Dimensions, here and in every shape-suffixed name of this package:
     attention alone pads sequences, D width d_model, E embedding size, H heads, C = D / H, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -112,7 +112,7 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device; copies from pinned memory do not block."""
-        return _on(device, self)
+        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Packed(NamedTuple):
@@ -159,18 +159,23 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; copies from pinned memory do not block."""
-        return _on(device, self)
+        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """The same batch in pinned memory where there is a GPU."""
+        return _each(self, Tensor.pin_memory) if torch.cuda.is_available() else self
 
 
 T = TypeVar("T", bound="Sequences | Batch")
 
 
-def _on(device: torch.device | str, of: T) -> T:
-    moved: dict[str, Any] = {}
+def _each(of: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same with every tensor changed."""
+    changed: dict[str, Any] = {}
     for field in fields(of):
         value = getattr(of, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
+            changed[field.name] = change(value)
         elif isinstance(value, Packed):
-            moved[field.name] = value.to(device)
-    return replace(of, **moved)
+            changed[field.name] = Packed(change(value.ids), _each(value.sequences, change))
+    return replace(of, **changed)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.train import ScalingConfig, TrainingFailedError
 
@@ -198,7 +197,7 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
     except EndedError as ended:
         error: UserError = ended.args[0]
         return error
-    loader, _ = loaders(config, dataset, dataset.sizes, dist.get_rank())
+    loader, _ = loaders(config, dataset, dataset.sizes, device)
     return curve(Engine(model, config, device), loader.batches, loader.steps, config)
 
 

@@ -11,6 +11,7 @@ to 3 wait for the norm of the gradient themselves.)
 
 import math
 import os
+import shutil
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,9 @@ class Engine:
         self.stage = config.zero_stage(dist.get_world_size())
         model = model.to(device)
         kernels.use(model, device)
+        if is_compiled(config, device):
+            # One shape of batches, one graph; recorded kernels are launched at once. In place, so that names stay.
+            model.compile(dynamic=False, mode="reduce-overhead")
         if self.stage == 3:
             _tell_what_is_read(model)
         parameters = list(model.parameters())
@@ -282,6 +286,14 @@ def bf16_is_used(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the step is compiled, and batches have one shape for it."""
+    if config.compile == "auto":
+        has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+        return device.type == "cuda" and config.zero != 3 and has_compiler
+    return config.compile == "on"
 
 
 def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16: bool) -> dict[str, Any]:

@@ -104,9 +104,9 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     :class:`UserError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for GPUs or
     space that are missing, and for a node that does not answer.
     """
-    if config.compile and not cluster.offer(config.device, 1).gpus:
+    if config.compile == "on" and not cluster.offer(config.device, 1).gpus:
         raise ResourceError(
-            "--compile: the cluster has no GPU alive, and on CPUs compiled layers take longer; leave it out, or take "
+            "--compile on: the cluster has no GPU alive, and on CPUs it takes longer; leave it out, or take "
             "--device gpu where an autoscaler starts GPU nodes"
         )
     _check_storage(config, checkpoint_bytes)

@@ -20,6 +20,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 from arplus import checkpoint, storage, tracking
 from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
+from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
 from arplus.data.loader import RankLoader
@@ -31,7 +32,7 @@ from arplus.model.arplus import ARPlus
 from arplus.tracking.run import absolute_uri
 from arplus.training import attempt, elastic, node, preflight, workers
 from arplus.training.attempt import Attempt, StoppedError, SupersededError
-from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
 from arplus.training.hooks import EndedError, Job, Part, RunHooks
 from arplus.training.loop import fit, total_steps
 from arplus.training.memory import checkpoint_bytes
@@ -178,7 +179,9 @@ def resolved(config: C) -> C:
     )
 
 
-def loaders(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank: int) -> tuple[RankLoader, RankLoader]:
+def loaders(
+    config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, device: torch.device
+) -> tuple[RankLoader, RankLoader]:
     """The training and the validation batches of one worker; a collective call."""
     spec = BatchSpec.of(config.model, sizes)
 
@@ -198,7 +201,9 @@ def loaders(config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, rank:
             prefetch=config.feed.prefetch,
         )
         server = agreed(lambda: serve(maker), only_rank_0=True) if maker.workers > 1 else None
-        return RankLoader(maker, rank, server)
+        largest = config.micro_batch_size(maker.workers)
+        filler = Filler(dataset.rules, largest) if is_compiled(config, device) else None
+        return RankLoader(maker, dist.get_rank(), server, filler)
 
     return loader("train", True), loader("valid", False)
 
@@ -246,7 +251,7 @@ def _run(job: Job) -> dict[str, Any]:
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
         state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
-    train_loader, valid_loader = loaders(config, dataset, dataset.sizes, dist.get_rank())
+    train_loader, valid_loader = loaders(config, dataset, dataset.sizes, device)
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
     if state is not None:

@@ -16,6 +16,7 @@ from arplus.data.examples import SCHEMA
 from arplus.errors import UserError
 
 TINY = ModelConfig(layers=2, repeats=2, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=8)
+RUN = sides.run_config("fp32", 0, 64)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_padding_and_lengths_are_counted_as_other_code_pads(pool: Pool) -> None:
     pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
     steps = pool.random(3)
     batches = [step.micro_batches[0] for step in steps]
-    padded: list[Padded] = sides.inputs("plain", steps, sizes)
+    padded: list[Padded] = sides.inputs("plain", steps, RUN, sizes)
     real = [sum(int((x != pad).sum()) for x in column) / (3 * 64) for column, pad in (
         ([p.context_BS for p in padded], pads[0]), ([p.target_BT for p in padded], pads[0]),
         ([p.persona_BK for p in padded], pads[1]),
@@ -50,8 +51,8 @@ def test_all_sides_take_the_same_random_batches(pool: Pool) -> None:
     steps = pool.random(32)
     ids = torch.cat([step.micro_batches[0].example_id_B for step in steps])
     assert sorted(ids.tolist()) == list(range(64 * 32))
-    assert sides.inputs("ours", steps, sizes) == steps
-    for step, padded in zip(steps, sides.inputs("bart", steps, sizes), strict=True):
+    assert sides.inputs("ours", steps, RUN, sizes) == steps
+    for step, padded in zip(steps, sides.inputs("bart", steps, RUN, sizes), strict=True):
         (batch,) = step.micro_batches
         lengths = batch.context.sequences.lengths
         assert lengths.equal(lengths.sort().values)
@@ -124,7 +125,7 @@ def test_each_side_learns() -> None:
     run = sides.run_config("fp32", 0, 8)
     run = replace(run, model=TINY, optimizer=replace(run.optimizer, lr=1e-2))
     steps = Pool(random_examples(8, VocabularySizes()), TINY, VocabularySizes(), 8).random(1)
-    (batch,) = sides.inputs("plain", steps, VocabularySizes())
+    (batch,) = sides.inputs("plain", steps, run, VocabularySizes())
     losses: list[float] = []
     original = torch.Tensor.backward
 
