@@ -127,7 +127,7 @@ _PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S"
 
 
 def peak_bf16_flops() -> float | None:
-    """Float operations a second that the GPU could do at best in bf16; None without a GPU, or for one not known."""
+    """Float operations per second that the GPU could do at best in bf16; None without a GPU, or for one not known."""
     if not torch.cuda.is_available():
         return None
     words = torch.cuda.get_device_name().replace("-", " ").split()

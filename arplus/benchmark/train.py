@@ -1,4 +1,4 @@
-"""The train step: examples a second against the paper's code and a Hugging Face BART, interleaved in one run.
+"""The train step: examples per second against the paper's code and a Hugging Face BART, interleaved in one run.
 
 Batches are random ones, as training draws them. Every round has batches of its own, which all sides take in turns: we
 packed, the others padded to the longest row. So no side has seen a batch's shapes before, as in training. A round also
