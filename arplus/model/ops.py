@@ -34,8 +34,8 @@ class Operations:
         self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
     ) -> Tensor:
         """contract(dropout(expand(x))), (N, R): all of it linear but for the dropout."""
-        wide_NF = self.dropout(self.linear(x_NR, expand_FR, bias_F), p)
-        return self.linear(wide_NF, contract_RF, bias_R)
+        wide_NF = self.linear(x_NR, expand_FR, bias_F)
+        return self.linear(self.dropout(wide_NF, p) if p else wide_NF, contract_RF, bias_R)
 
     def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
         """Cross-entropies (G,) of the targets under softmax(hidden · weightᵀ), in nats summed over N, fp32."""

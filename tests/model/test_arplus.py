@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from arplus.model.batch import IGNORED, Batch, Packed
 from arplus.model.cost import forward_backward_flops, live_parameters
 from arplus.model.generate import generate
 from arplus.model.objective import Losses
+from arplus.model.ops import Module, Operations
 
 LIVE = {
     "ar": 23_777_280,
@@ -360,3 +362,25 @@ def test_dropout_is_on_in_training_alone(config):
     first, second = model(batch), model(batch)
     assert first.sum_dialogue != second.sum_dialogue
     assert first.sum_auxiliary != second.sum_auxiliary
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_everything_that_drops_does_so_at_the_configured_rate(config, training):
+    rates: dict[str, set[float]] = {"attend": set(), "dropout": set(), "factored_feed_forward": set()}
+
+    class Recorded(Operations):
+        def __getattribute__(self, name: str) -> Any:
+            operation = super().__getattribute__(name)
+            if name not in rates:
+                return operation
+            return lambda *inputs: (rates[name].add(inputs[-1]), operation(*inputs))[1]
+
+    model = make_model(dataclasses.replace(config, dropout=0.3)).train(training)
+    recorded = Recorded()
+    for module in model.modules():
+        if isinstance(module, Module):
+            module.ops = recorded
+    model(make_batch(config))
+    rate = {0.3 if training else 0.0}
+    factored = rate if config.ff_bottleneck else set()
+    assert rates == {"attend": rate, "dropout": rate - {0.0}, "factored_feed_forward": factored}
