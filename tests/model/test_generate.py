@@ -200,6 +200,20 @@ def test_every_special_token_ends_a_reply():
         assert nothing.shape == (2, 0)
 
 
+def test_each_character_is_drawn_by_itself():
+    """Where all are as likely, one is that before it once in 51 times."""
+    config = small("arplus")
+    model = make_model(config)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias = torch.nn.Parameter(torch.zeros(SIZES.characters).index_fill_(0, torch.tensor(IDS), -1e9))
+    settings = Sampling(temperature=1, top_p=0, max_characters=40)
+    replies = generate(model, make_batch(config, examples=50), settings, torch.Generator().manual_seed(0))
+    n, p = 50 * 39, 1 / 51
+    again = int((replies[:, 1:] == replies[:, :-1]).sum())
+    assert again == pytest.approx(n * p, abs=5 * (n * p * (1 - p)) ** 0.5)
+
+
 def test_generation_leaves_the_model_in_its_mode_and_without_dropout():
     config = dataclasses.replace(small("arplus"), dropout=0.5)
     model = make_model(config).train()
