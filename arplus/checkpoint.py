@@ -39,7 +39,7 @@ from arplus.text import Vocabulary, sizes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
 """Names of checkpoints' folders."""

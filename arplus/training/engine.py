@@ -111,6 +111,8 @@ class Engine:
             fused=True,
         )
         self.unread: list[Unread] = []
+        self.reads_each_step = device.type == "cpu"
+        """Whether what a step computed is there as soon as it ends, so that nothing waits for it."""
         self.grad_norm = torch.zeros((), device=device)
         if self.stage == 0:
             # DeepSpeed's stage 0 clips fp32 gradients but never tells their norm, so clipping is done here instead.
@@ -164,7 +166,7 @@ class Engine:
     def wants_reading(self) -> bool:
         """Whether :meth:`read` is due: where the device is waited for anyway, or the rate might fall."""
         bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
-        return self.device.type == "cpu" or len(self.unread) > bad_steps_left
+        return self.reads_each_step or len(self.unread) > bad_steps_left
 
     def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
         """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.

@@ -18,6 +18,7 @@ from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, spe
 from arplus.data.loader import Step
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch, Packed
+from arplus.model.objective import Losses
 from arplus.training.group import process_group
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
@@ -170,29 +171,60 @@ def autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-def after_a_bad_gradient(configs: list[TrainConfig]) -> list[tuple[str, bool]]:
-    """What a step says whose loss is finite and whose gradient is not, and whether it left the weights as they were."""
+def after_a_bad_step(configs: list[TrainConfig], bad: str) -> list[tuple[str, int, bool]]:
+    """Of three steps the second's loss or gradient is bad, and all are read at last.
+
+    What is said of which step, and whether the weights are those of the other two steps.
+    """
     from arplus.training.engine import Engine, NonFiniteLossError
+
+    def infinite(_: Any, __: Any, losses: Losses) -> Losses:
+        return Losses(losses.sum_dialogue + torch.inf, losses.sum_auxiliary)  # its gradient is finite
 
     found = []
     for c in configs:
+        first, second, third = engine_steps(c, 0, 3)
+        good = Engine(initial_model(c), c, torch.device("cpu"))
+        results(good, [first, third])
         model = initial_model(c)
         engine = Engine(model, c, torch.device("cpu"))
-        first, second = engine_steps(c, 0, 2)
         engine.train_step(first)
-        engine.read()
-        before = engine.weights()
         if dist.get_rank() == 0:
-            model.context_input.projection.bias.register_hook(lambda gradient: gradient * torch.inf)
+            bias = model.context_input.projection.bias
+            hook = (
+                model.register_forward_hook(infinite)
+                if bad == "loss"
+                else bias.register_hook(lambda gradient: gradient * torch.inf)
+            )
         engine.train_step(second)
+        if dist.get_rank() == 0:
+            hook.remove()
+        engine.train_step(third)
         try:
             engine.read()
-            said = "nothing"
+            said, index = "nothing", -1
         except NonFiniteLossError as error:
-            said = str(error)
-        after = engine.weights()
-        found.append((said, all(torch.equal(after[name], value) for name, value in before.items())))
+            said, index = str(error), error.index
+        expected = good.weights()
+        same = all(torch.equal(value, expected[name]) for name, value in engine.weights().items())
+        found.append((said, index, same))
     return found
+
+
+def rates(c: TrainConfig, steps: int, often: bool) -> tuple[list[tuple[float, float]], int]:
+    """Losses and learning rates of a run that reads each step, or when it must alone; and how often it read."""
+    from arplus.training.engine import Engine
+
+    engine = Engine(initial_model(c), c, torch.device("cpu"))
+    engine.reads_each_step = often
+    found, readings = [], 0
+    for step in engine_steps(c, 0, steps):
+        engine.train_step(step)
+        if engine.wants_reading:
+            readings += 1
+            found += [(result.loss, result.lr) for result in engine.read()[0]]
+    found += [(result.loss, result.lr) for result in engine.read()[0]]
+    return found, readings
 
 
 def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -> dict[str, Any]:

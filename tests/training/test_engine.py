@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_worker import (
-    after_a_bad_gradient,
+    after_a_bad_step,
     config,
     curves,
     cut_and_whole,
     dtypes_of_products,
     large_curves,
     plain_run,
+    rates,
     train_parts,
 )
 
@@ -63,11 +64,22 @@ def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
         assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.02
 
 
-def test_a_gradient_that_is_not_finite_reaches_no_weights(spawn: Callable) -> None:
-    """One worker's gradient is bad, and both stop."""
-    for said, same in spawn(2, after_a_bad_gradient, [config(workers=2, zero=stage) for stage in range(4)]):
-        assert "gradient norm" in said
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_reaches_no_weights(spawn: Callable, bad: str) -> None:
+    """It is one worker's, both leave it out, and it is told although another step was made before anyone looked."""
+    for said, index, same in spawn(2, after_a_bad_step, [config(workers=2, zero=stage) for stage in range(4)], bad):
+        assert said.startswith("loss inf" if bad == "loss" else "gradient norm")
+        assert index == 1
         assert same
+
+
+def test_the_plateau_schedule_is_exact_however_seldom_losses_are_read(spawn: Callable) -> None:
+    c = config(zero=0)
+    c = replace(c, optimizer=replace(c.optimizer, lr=0.1, plateau_patience=3))
+    (each, readings), (seldom, fewer) = spawn(1, rates, c, 40, True), spawn(1, rates, c, 40, False)
+    assert each == seldom
+    assert len({rate for _, rate in each}) > 3
+    assert fewer < readings == 40
 
 
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
