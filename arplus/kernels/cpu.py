@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arplus.kernels.attention import dropped_attention, look_up
 from arplus.kernels.cross_entropy import linear_cross_entropies
 from arplus.kernels.dropout import dropout
 from arplus.model.ops import Operations
@@ -41,12 +40,15 @@ class CpuOperations(Operations):
         return dropout(x, p)
 
     def attend(self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
-        """By written-out products under dropout and for single queries, where torch's kernel is slow."""
-        if p and mask is not None:
-            return dropped_attention(query_BHTC, key_BHSC, value_BHSC, mask, p)
-        if query_BHTC.shape[2] == 1 and not p:
-            return look_up(query_BHTC, key_BHSC, value_BHSC, mask)
-        return super().attend(query_BHTC, key_BHSC, value_BHSC, mask, p)
+        """By plain products under dropout, where torch has no fused kernel, and for single queries, where it is slow.
+
+        For 64 queries and 63 positions it takes 2.3 ms, these products 0.8.
+        """
+        if not p and query_BHTC.shape[2] > 1:
+            return super().attend(query_BHTC, key_BHSC, value_BHSC, mask, p)
+        score_BHTS = query_BHTC @ key_BHSC.transpose(-1, -2) * query_BHTC.shape[-1] ** -0.5
+        weight_BHTS = (score_BHTS if mask is None else score_BHTS + mask).softmax(-1)
+        return (self.dropout(weight_BHTS, p) if p else weight_BHTS) @ value_BHSC
 
     def factored_feed_forward(
         self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
