@@ -15,7 +15,7 @@ at each start its workers wait for each other by polling.
 import functools
 import pickle
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -31,9 +31,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arplus import cluster
 from arplus.config import FeedConfig
-from arplus.data import faults
 from arplus.data.collate import BatchSpec, ExampleRng, MicroBatches, Window
 from arplus.data.sampler import EpochSampler, deal
+from arplus.errors import UserError
 
 TASK_CPUS = 1
 """Logical CPUs of one window task. With half of one there were more tasks at once than Ray keeps idle processes (one a
@@ -87,7 +87,7 @@ class WindowMaker:
         return parts
 
     def parts(self, epoch: int, windows: range) -> Generator[list[pa.Buffer], None, None]:
-        """The parts of each of these windows, pickled; made by Ray Data ahead of time."""
+        """The parts of each of these windows, made by Ray Data ahead of time; :func:`unpickle` reads them."""
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True  # ray#35053
@@ -96,8 +96,7 @@ class WindowMaker:
             functools.partial(_task, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
         )
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self.prefetch)
-        what = f"the windows of {self.sampler.split.name}"
-        with faults.plainly(what), closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
+        with closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
             # Ray Data cuts a large window's table in two.
             parts: list[pa.Buffer] = []
             for table in found:
@@ -110,8 +109,20 @@ class WindowMaker:
 
 def _task(maker: WindowMaker, epoch: int, first_window: int, item: Any) -> pa.Table:
     (index,) = item["id"]
-    parts = maker.make(epoch, first_window + int(index))
+    parts: Sequence[list[Chunk] | UserError]
+    try:
+        parts = maker.make(epoch, first_window + int(index))
+    except UserError as error:  # Ray Data would keep of it the text of a traceback
+        parts = [error] * maker.workers
     return pa.table({"part": [pickle.dumps(part, protocol=5) for part in parts]})
+
+
+def unpickle(part: pa.Buffer) -> list[Chunk]:
+    """A worker's part of a window. Raises what went wrong where its data could not be read."""
+    found: list[Chunk] | UserError = pickle.loads(part)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 class WindowServer:
@@ -140,16 +151,14 @@ class WindowServer:
             self._end()
             self.number, self.next_window, self.error, self.left = number, windows.start, None, set()
             self.made = self.maker.parts(epoch, windows)
-        kept = self.kept[rank]
-        while kept and kept[0][0] < (number, window):
+        kept, place = self.kept[rank], (number, window)
+        while kept and kept[0][0] < place:
             kept.popleft()
-        while not kept:
-            if number < self.number:
-                raise RuntimeError(f"pass {number} ended for other workers before its window {window} was made")
+        while not kept and number == self.number:
             self._make()
-        place, part = kept.popleft()
-        assert place == (number, window)
-        return [part]
+        if not kept or kept[0][0] != place:
+            raise RuntimeError(f"pass {number} ended for other workers before its window {window} was made")
+        return [kept.popleft()[1]]
 
     def leave(self, number: int, rank: int) -> None:
         """Called when a worker wants no more of a pass."""
