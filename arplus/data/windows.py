@@ -26,7 +26,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.data import DataContext
+from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arplus import cluster
@@ -40,6 +40,11 @@ TASK_CPUS = 1
 CPU), so that it ended and started them all the time: 45 k examples/s instead of 115 k on the same busy machine."""
 
 
+TASKS = 8
+"""Tasks that may be at work at once: what they make is kept in the object store, beside the windows made ahead. Left to
+itself, Ray Data makes windows until a quarter of the store is full of them."""
+EXAMPLE_BYTES = 256
+"""What an example takes there, about."""
 CHUNK_EXAMPLES = 16_384
 """Examples that a worker makes tensors of at a time: 50 MB."""
 
@@ -88,12 +93,16 @@ class WindowMaker:
 
     def parts(self, epoch: int, windows: range) -> Generator[list[pa.Buffer], None, None]:
         """The parts of each of these windows, made by Ray Data ahead of time; :func:`unpickle` reads them."""
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True  # ray#35053
         # A block of ``range`` is one row here, so one window is one task.
         dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
             functools.partial(_task, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
+        )
+        context = dataset.context
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True  # ray#35053
+        window_bytes = EXAMPLE_BYTES * self.sampler.batch_size * self.sampler.window_batches
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=(self.prefetch + TASKS) * window_bytes
         )
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self.prefetch)
         with closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
