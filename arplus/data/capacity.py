@@ -72,11 +72,12 @@ class Filler:
         """Most examples of a micro-batch."""
         self.capacities: list[Capacity] = []
 
-    def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches filled up."""
+    def __call__(self, batches: Sequence[Batch], *, pin: bool = False) -> list[Batch]:
+        """The batches filled up, in pinned memory if wanted."""
         if not self.capacities:
             self.capacities.append(Capacity.of(batches))
-        return [self._filled(batch) for batch in batches]
+        filled = [self._filled(batch) for batch in batches]
+        return [batch.pinned() for batch in filled] if pin else filled
 
     def _filled(self, batch: Batch) -> Batch:
         while not self.capacities[-1].holds(batch):

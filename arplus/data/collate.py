@@ -153,7 +153,7 @@ class Window:
         """Those rows in that order as one batch, whose sequences are one block."""
         from arplus.data.packing import ONE_BLOCK, unpack  # with torch, which the tasks of a feed do without
 
-        return unpack(self.micro_batches(rows_B, np.array([len(rows_B)]), rng), ONE_BLOCK)[0]
+        return next(unpack(self.micro_batches(rows_B, np.array([len(rows_B)]), rng), ONE_BLOCK))
 
     def micro_batches(
         self, rows_R: NDArray[np.int64], examples_M: NDArray[np.int64], rng: "ExampleRng"

@@ -1,4 +1,4 @@
-"""What a Ray task of the preparation or of the feed failed with, said plainly."""
+"""What a Ray task of the preparation failed with, said plainly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

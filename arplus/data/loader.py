@@ -5,8 +5,7 @@ where there is a GPU, in a thread that is ahead of the training step. An epoch s
 window ``s // window_batches``.
 """
 
-import pickle
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
@@ -17,11 +16,10 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from arplus.data import faults
 from arplus.data.capacity import Filler
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
-from arplus.data.windows import Chunk, WindowMaker
+from arplus.data.windows import Chunk, WindowMaker, unpickle
 from arplus.model.batch import Batch
 
 S = TypeVar("S")
@@ -77,7 +75,7 @@ class RankLoader:
     def _chunks(self, epoch: int, windows: range) -> Generator[Chunk, None, None]:
         with closing(self._parts(epoch, windows)) as parts:
             for part in parts:
-                yield from pickle.loads(part)
+                yield from unpickle(part)
 
     def _parts(self, epoch: int, windows: range) -> Generator[pa.Buffer, None, None]:
         if self.server is None:
@@ -88,20 +86,19 @@ class RankLoader:
         number = self.passes
         self.passes += 1
         try:
-            with faults.plainly("the server of windows"):
-                for window in windows:
-                    (part,) = ray.get(self.server.part.remote(number, epoch, windows, window, self.rank))
-                    yield ray.get(part)
+            for window in windows:
+                (part,) = ray.get(self.server.part.remote(number, epoch, windows, window, self.rank))
+                yield ray.get(part)
         finally:
             self.server.leave.remote(number, self.rank)
 
-    def _steps(self, chunk: Chunk) -> list[Step]:
+    def _steps(self, chunk: Chunk) -> Iterator[Step]:
+        pin = torch.cuda.is_available()
         if self.filler is None:
-            batches = unpack(chunk.micro_batches, pin=torch.cuda.is_available())
+            batches = unpack(chunk.micro_batches, pin=pin)
         else:
-            batches = [batch.pinned() for batch in self.filler(unpack(chunk.micro_batches))]
-        n = self.maker.accumulation
-        return [Step(batches[i * n :][:n], targets) for i, targets in enumerate(chunk.targets.tolist())]
+            batches = iter(self.filler(list(unpack(chunk.micro_batches)), pin=pin))
+        return (Step(list(islice(batches, self.maker.accumulation)), targets) for targets in chunk.targets.tolist())
 
 
 def read_ahead(items: Generator[S, None, None], make: Callable[[S], T]) -> Generator[T, None, None]:

@@ -15,7 +15,7 @@ at each start its workers wait for each other by polling.
 import functools
 import pickle
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -26,20 +26,25 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.data import DataContext
+from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arplus import cluster
 from arplus.config import FeedConfig
-from arplus.data import faults
 from arplus.data.collate import BatchSpec, ExampleRng, MicroBatches, Window
 from arplus.data.sampler import EpochSampler, deal
+from arplus.errors import UserError
 
 TASK_CPUS = 1
 """Logical CPUs of one window task. With half of one there were more tasks at once than Ray keeps idle processes (one a
 CPU), so that it ended and started them all the time: 45 k examples/s instead of 115 k on the same busy machine."""
 
 
+TASKS = 8
+"""Tasks that may be at work at once: what they make is kept in the object store, beside the windows made ahead. Left to
+itself, Ray Data makes windows until a quarter of the store is full of them."""
+EXAMPLE_BYTES = 256
+"""What an example takes there, about."""
 CHUNK_EXAMPLES = 16_384
 """Examples that a worker makes tensors of at a time: 50 MB."""
 
@@ -87,17 +92,20 @@ class WindowMaker:
         return parts
 
     def parts(self, epoch: int, windows: range) -> Generator[list[pa.Buffer], None, None]:
-        """The parts of each of these windows, pickled; made by Ray Data ahead of time."""
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True  # ray#35053
+        """The parts of each of these windows, made by Ray Data ahead of time; :func:`unpickle` reads them."""
         # A block of ``range`` is one row here, so one window is one task.
         dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
             functools.partial(_task, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
         )
+        context = dataset.context
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True  # ray#35053
+        window_bytes = EXAMPLE_BYTES * self.sampler.batch_size * self.sampler.window_batches
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=(self.prefetch + TASKS) * window_bytes
+        )
         tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=self.prefetch)
-        what = f"the windows of {self.sampler.split.name}"
-        with faults.plainly(what), closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
+        with closing(cast(Generator[pa.Table, None, None], iter(tables))) as found:
             # Ray Data cuts a large window's table in two.
             parts: list[pa.Buffer] = []
             for table in found:
@@ -110,8 +118,20 @@ class WindowMaker:
 
 def _task(maker: WindowMaker, epoch: int, first_window: int, item: Any) -> pa.Table:
     (index,) = item["id"]
-    parts = maker.make(epoch, first_window + int(index))
+    parts: Sequence[list[Chunk] | UserError]
+    try:
+        parts = maker.make(epoch, first_window + int(index))
+    except UserError as error:  # Ray Data would keep of it the text of a traceback
+        parts = [error] * maker.workers
     return pa.table({"part": [pickle.dumps(part, protocol=5) for part in parts]})
+
+
+def unpickle(part: pa.Buffer) -> list[Chunk]:
+    """A worker's part of a window. Raises what went wrong where its data could not be read."""
+    found: list[Chunk] | UserError = pickle.loads(part)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 class WindowServer:
@@ -140,16 +160,14 @@ class WindowServer:
             self._end()
             self.number, self.next_window, self.error, self.left = number, windows.start, None, set()
             self.made = self.maker.parts(epoch, windows)
-        kept = self.kept[rank]
-        while kept and kept[0][0] < (number, window):
+        kept, place = self.kept[rank], (number, window)
+        while kept and kept[0][0] < place:
             kept.popleft()
-        while not kept:
-            if number < self.number:
-                raise RuntimeError(f"pass {number} ended for other workers before its window {window} was made")
+        while not kept and number == self.number:
             self._make()
-        place, part = kept.popleft()
-        assert place == (number, window)
-        return [part]
+        if not kept or kept[0][0] != place:
+            raise RuntimeError(f"pass {number} ended for other workers before its window {window} was made")
+        return [kept.popleft()[1]]
 
     def leave(self, number: int, rank: int) -> None:
         """Called when a worker wants no more of a pass."""

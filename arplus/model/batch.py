@@ -162,8 +162,8 @@ class Batch:
         return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """The same batch in pinned memory where there is a GPU."""
-        return _each(self, Tensor.pin_memory) if torch.cuda.is_available() else self
+        """The same batch in pinned memory, which needs a GPU."""
+        return _each(self, Tensor.pin_memory)
 
 
 T = TypeVar("T", bound="Sequences | Batch")

@@ -19,8 +19,8 @@ micro_batches = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=5)
 @given(micro_batches, st.sampled_from([BLOCK_SHARES, ONE_BLOCK, (0.5, 0.5)]))
 def test_sequences_at_once_are_those_one_by_one(lengths: list[list[int]], shares: tuple[float, ...]) -> None:
     flat = np.array([n for part in lengths for n in part], np.int64)
-    found = sequences(flat, np.array([len(part) for part in lengths], np.int64), shares)
-    assert len(found) == len(lengths)
+    found, tokens = sequences(flat, np.array([len(part) for part in lengths], np.int64), shares)
+    assert tokens == [sum(part) for part in lengths]
     for together, part in zip(found, lengths, strict=True):
         alone = Sequences.of(torch.tensor(part, dtype=torch.int64), [block.sequences for block in together.blocks])
         assert together.blocks == alone.blocks
@@ -100,7 +100,7 @@ def test_each_field_is_pinned_once_for_all_micro_batches(monkeypatch: pytest.Mon
         return pinned[-1]
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    batches = unpack(flat(), pin=True)
+    batches = list(unpack(flat(), pin=True))
     found = {t.untyped_storage().data_ptr() for batch in batches for t in tensors(batch)}
     assert found == {tensor.untyped_storage().data_ptr() for tensor in pinned}
     assert len(pinned) == 3 + 4 * 6  # ids and example ids, targets, speakers; four fields of ids and five tensors
