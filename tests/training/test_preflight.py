@@ -115,10 +115,10 @@ def test_storage_that_cannot_be_written(config: TrainConfig, dataset: Dataset, t
     assert said.startswith(f"{tmp_path}/file/runs/.preflight-")
 
 
-def test_compiled_layers_without_a_gpu(config: TrainConfig, dataset: Dataset) -> None:
-    code, said = refusal(replace(config, compile=True), dataset)
+def test_a_compiled_step_without_a_gpu(config: TrainConfig, dataset: Dataset) -> None:
+    code, said = refusal(replace(config, compile="on"), dataset)
     assert code == 3
-    assert said.startswith("--compile: the cluster has no GPU alive")
+    assert said.startswith("--compile on: the cluster has no GPU alive")
 
 
 def test_storage_that_is_another_folder_on_a_node(dataset: Dataset, tmp_path: Path) -> None:
