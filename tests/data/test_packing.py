@@ -39,7 +39,7 @@ def test_blocks_hold_all_examples_and_are_about_as_large_as_their_shares(example
 
 
 def test_sixty_four_examples_are_four_blocks() -> None:
-    assert block_sizes(np.array([64, 3, 0]), BLOCK_SHARES).tolist() == [[26, 19, 13, 6], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert block_sizes(np.array([64, 3, 0]), BLOCK_SHARES).tolist() == [[35, 19, 10], [2, 1, 0], [0, 0, 0]]
 
 
 def flat() -> MicroBatches:
