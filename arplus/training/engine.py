@@ -97,8 +97,9 @@ class Engine:
         model = model.to(device)
         kernels.use(model, device)
         if is_compiled(config, device):
-            # One shape of batches, one graph; recorded kernels are launched at once. In place, so that names stay.
-            model.compile(dynamic=False, mode="reduce-overhead")
+            # One shape of batches, one graph, in place, so that names stay. Recorded kernels are launched at once; but
+            # the gradients lie in the recording's memory, which a second micro-batch would overwrite.
+            model.compile(dynamic=False, mode="reduce-overhead" if config.accumulation == 1 else "default")
         if self.stage == 3:
             _tell_what_is_read(model)
         parameters = list(model.parameters())
