@@ -1,5 +1,6 @@
 """ZeRO stages, accumulation and workers compute what one plain process computes; state fits any of them."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from engine_worker import (
     train_parts,
 )
 
-from arplus.training.engine import bf16_is_used
+from arplus.training.engine import bf16_is_used, is_compiled
 
 STEPS = 30
 
@@ -50,6 +51,18 @@ def test_auto_takes_no_bf16_that_a_gpu_only_emulates(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not bf16_is_used("auto", torch.device("cuda"))
     assert bf16_is_used("bf16", torch.device("cuda"))
+
+
+def test_a_step_is_compiled_on_gpus_that_have_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert is_compiled(config(), gpu)
+    assert not is_compiled(config(), cpu)
+    assert not is_compiled(config(zero=3), gpu)
+    assert not is_compiled(config(compile="off"), gpu)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not is_compiled(config(), gpu)
+    assert is_compiled(config(compile="on"), gpu)
 
 
 def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
