@@ -69,11 +69,16 @@ class Ragged(NamedTuple):
 
     def take(self, rows_R: Int) -> Lists:
         """Lists ``rows_R`` in that order, end to end."""
+        places, lengths_R = self.places(rows_R)
+        return Lists(self.values[places], lengths_R)
+
+    def places(self, rows_R: Int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the values of lists ``rows_R`` are, end to end, and how many each has."""
         lengths_R = self.lengths[rows_R]
         first_R = np.cumsum(lengths_R) - lengths_R
         places = np.arange(lengths_R.sum())
         places += np.repeat(self.starts[rows_R] - first_R, lengths_R)
-        return Lists(self.values[places], lengths_R)
+        return places, lengths_R
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,7 @@ class Window:
         ends = self.context.values == self.characters.sep
         speakers = _ragged(table["speakers"]).values
         assert len(speakers) == int(ends.sum()), "every context utterance has a speaker and a [SEP]"
-        self.speaker = self.context._replace(values=speakers[np.cumsum(ends) - ends])
+        self.speaker = speakers[np.cumsum(ends) - ends]
         """For each context character the local profile that speaks."""
         item_counts = _ragged(table[counts])
         self.profiles_of_example = item_counts._replace(values=np.arange(len(item_counts.values)))
@@ -163,9 +168,9 @@ class Window:
         profile_ends = np.append(0, np.cumsum(profiles_R))
         # Profiles before each micro-batch, and at last all of them.
         profile_cuts = profile_ends[np.append(0, np.cumsum(examples_M))]
-        speaker, context_R = self.speaker.take(rows_R)
-        speaker += np.repeat(profile_ends[:-1] - np.repeat(profile_cuts[:-1], examples_M), context_R)
-        targets = Ragged(self.framed.values, self.framed.starts, self.targets)
+        context, context_R = self.context.places(rows_R)
+        first_profile = np.repeat(profile_ends[:-1] - np.repeat(profile_cuts[:-1], examples_M), context_R)
+        response, response_R = self.framed._replace(lengths=self.targets).places(rows_R)
         infilled = None
         if self.spec.infilling:
             chosen = Ragged(self.framed.values, self.framed.starts[rows_R], self.framed.lengths[rows_R])
@@ -174,12 +179,12 @@ class Window:
             examples=examples_M,
             profile_counts=np.diff(profile_cuts),
             example_id=self.example_id[rows_R],
-            context=self.context.take(rows_R),
-            speaker=speaker,
+            context=Lists(self.context.values[context], context_R),
+            speaker=self.speaker[context] + first_profile,
             profiles=self.profile.take(numbers),
             persona=self.persona.take(rows_R),
-            response=targets.take(rows_R),
-            target=targets._replace(starts=targets.starts + 1).take(rows_R).values,
+            response=Lists(self.framed.values[response], response_R),
+            target=self.framed.values[response + 1],
             infilled=infilled,
         )
 
