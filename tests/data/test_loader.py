@@ -232,20 +232,6 @@ def test_workers_that_leave_an_epoch_early_find_the_next_one_whole(runs: Runs) -
     assert none_after_a_while() == []
 
 
-def test_only_some_windows_are_made_ahead(runs: Runs) -> None:
-    maker = runs.maker(1)
-    maker = replace(maker, sampler=replace(maker.sampler, window_batches=1))
-    (rank,) = loaders(maker)
-    with closing(rank.batches(7)) as steps:
-        next(steps)
-        made = [0, 0, 1]
-        while len(set(made[-3:])) > 1:
-            time.sleep(0.3)
-            made.append(len((runs.notes(1) / "7").read_text().splitlines()))
-        assert 2 < made[-1] < rank.steps
-        assert len(list(steps)) == rank.steps - 1
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_window_reaches_the_training_step_of_every_worker(runs: Runs, workers: int) -> None:
     maker = runs.maker(workers)
