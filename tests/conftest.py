@@ -24,6 +24,17 @@ hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_ch
 hypothesis.settings.load_profile("arplus")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread: small tensors take longer in several, which wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def generator() -> None:
     """What the generator of records is made of, the extra ``demo``; a test without it is skipped."""

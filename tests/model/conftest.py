@@ -1,18 +1,14 @@
 """Fixtures of the model's tests."""
 
 import pytest
-import torch
 from small_models import small
 
 from arplus.config import PAPER_ROWS, ModelConfig
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread: None) -> None:
+    """All of them."""
 
 
 @pytest.fixture(params=sorted(PAPER_ROWS))
