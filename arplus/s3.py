@@ -100,7 +100,6 @@ def _find_connection(settings: _Settings, process: int) -> Connection:
     from botocore.exceptions import BotoCoreError
     from botocore.utils import get_environ_proxies
 
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it says where it has found each setting
     session = _session(settings, process)
     try:
         profile = session.get_scoped_config()

@@ -57,7 +57,7 @@ class FeedConfig:
     """Global batches per window: a window is read, shuffled and cut into batches. Fewer where they would be more than
     262,144 examples."""
     prefetch: Annotated[int, Gt(0)] = 2
-    """Windows made ahead of the training step."""
+    """Windows fetched ahead of the training step."""
     subset: Annotated[int, Gt(0)] | None = None
     """Train on this many examples of the training split only: random ones, the same in every run."""
 

@@ -61,7 +61,7 @@ class WindowMaker:
     accumulation: int = 1
     """Micro-batches per worker and step."""
     prefetch: int = FeedConfig.prefetch
-    """Windows made ahead."""
+    """Windows fetched ahead, of those that are made."""
 
     def make(self, epoch: int, index: int) -> list[list[Chunk]]:
         """A window, a part for each worker."""
@@ -129,7 +129,7 @@ class WindowServer:
     """Makes each window once and hands every worker its part: an actor, started by :func:`serve`.
 
     All workers call :meth:`RankLoader.batches` in the same sequence; each call is a pass here. A worker may be a little
-    ahead of another. A window is made when the first worker asks for it; the other parts are kept until they are
+    ahead of another. A window is fetched when the first worker asks for it; the other parts are kept until they are
     fetched, or until their worker leaves the pass.
     """
 

@@ -31,7 +31,7 @@ from arplus.evaluation import compare
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
-from arplus.kernels.gpu import leave_cudnn_out
+from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
@@ -296,8 +296,7 @@ def nll_per_example(model: ARPlus, batch: Batch) -> Tensor:
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bf16 in the products on a GPU that has it; what is looked up, normed and summed stays in fp32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
 def table(result: dict[str, Any]) -> str:

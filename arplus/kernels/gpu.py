@@ -19,6 +19,11 @@ def leave_cudnn_out() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU with bf16 of its own, not emulated."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class GpuOperations(Operations):
     """Nothing of it was measured on a GPU yet."""
 

@@ -197,7 +197,7 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UserError:
     except EndedError as ended:
         error: UserError = ended.args[0]
         return error
-    loader, _ = loaders(config, dataset, dataset.sizes, device)
+    loader, _ = loaders(config, dataset, device)
     return curve(Engine(model, config, device), loader.batches, loader.steps, config)
 
 

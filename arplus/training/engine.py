@@ -36,6 +36,7 @@ from arplus import kernels
 from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
+from arplus.kernels.gpu import has_bf16
 from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
@@ -287,7 +288,7 @@ class Engine:
 def bf16_is_used(precision: str, device: torch.device) -> bool:
     """Whether the forward pass runs in bf16 autocast: where asked for, or ("auto") on a GPU that has bf16."""
     if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return has_bf16(device)
     return precision == "bf16"
 
 

@@ -179,11 +179,9 @@ def resolved(config: C) -> C:
     )
 
 
-def loaders(
-    config: TrainConfig, dataset: Dataset, sizes: VocabularySizes, device: torch.device
-) -> tuple[RankLoader, RankLoader]:
+def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
     """The training and the validation batches of one worker; a collective call."""
-    spec = BatchSpec.of(config.model, sizes)
+    spec = BatchSpec.of(config.model, dataset.sizes)
 
     def loader(split: str, shuffled: bool) -> RankLoader:
         sampler = EpochSampler(
@@ -251,7 +249,7 @@ def _run(job: Job) -> dict[str, Any]:
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
         state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
-    train_loader, valid_loader = loaders(config, dataset, dataset.sizes, device)
+    train_loader, valid_loader = loaders(config, dataset, device)
     engine = Engine(model, config, device)
     progress = Progress(fingerprint=dataset.fingerprint)
     if state is not None:
