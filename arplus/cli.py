@@ -17,7 +17,6 @@ from arplus import proxies, storage
 from arplus.config import (
     PRESETS,
     TrainConfig,
-    checked,
     dotted_names,
     flag,
     flat,
@@ -26,9 +25,10 @@ from arplus.config import (
     tiny,
     to_dict,
     unknown_key,
+    validate,
 )
 from arplus.config.checks import FREE_TEXT
-from arplus.errors import RunError, UserError, masked
+from arplus.errors import ArplusError, UsageError, mask
 
 T = TypeVar("T")
 C = TypeVar("C", bound=TrainConfig)
@@ -42,16 +42,16 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
     ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
     unsets a setting that may be None, such as an address; what is free text (:data:`FREE_TEXT`) takes it as text, and
     so does every setting that is never None, such as a name. Raises
-    :class:`UserError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
+    :class:`UsageError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
     with tyro's message for a value that is not of the flag's type.
     """
     valid = [flag(name) for name in dotted_names(type(default))]
     for argument in arguments:
         if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
-            raise UserError(f"command line: {masked(storage.shown(argument))} is not UTF-8; rename what it names")
+            raise UsageError(f"command line: {mask(storage.printable(argument))} is not UTF-8; rename what it names")
         name = flag(argument.partition("=")[0].removeprefix("--"))
         if argument.startswith("--") and name not in [*valid, "help"]:
-            raise UserError(f"command line: {unknown_key(name, valid)}")
+            raise UsageError(f"command line: {unknown_key(name, valid)}")
     texts = {f.name for f in fields(cast(Any, default)) if f.metadata == FREE_TEXT}
     arguments = _with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)})
     config = tyro.cli(
@@ -63,7 +63,7 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
         config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
     )
     quoted = {name: "None" for name in texts if getattr(config, name) == _QUOTED_NONE}
-    return checked(replace(cast(Any, config), **quoted))
+    return validate(replace(cast(Any, config), **quoted))
 
 
 def _with_quoted_none(arguments: Sequence[str], texts: set[str]) -> list[str]:
@@ -113,25 +113,25 @@ def preset_command(
 
     ``widen`` makes the job's settings, with its own defaults, of the preset's. Later ones win: the preset, ``--tiny``,
     the file, the settings. A file that a run wrote (``config.json``) names its preset, so PRESET can then be left out.
-    A job that has ``only`` one preset takes no PRESET. Raises :class:`UserError` as :func:`parse` does.
+    A job that has ``only`` one preset takes no PRESET. Raises :class:`UsageError` as :func:`parse` does.
     """
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if only is not None:
         if name is not None:
-            raise UserError(f"{prog} takes no preset; leave {name!r} out")
+            raise UsageError(f"{prog} takes no preset; leave {name!r} out")
         name = only
     shrink, dry_run = _take_switch(rest, "--tiny"), _take_switch(rest, "--dry-run")
     file = _take_value(rest, "--config")
     values: Any = storage.read_json(file) if file else {}
     if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
-        raise UserError(f"{file}: must hold a JSON object of settings, with a preset's name if it names one")
+        raise UsageError(f"{file}: must hold a JSON object of settings, with a preset's name if it names one")
     if name is not None and values.get("preset", name) != name:
         advice = f"{prog} takes no other" if only else "leave PRESET out or make them agree"
-        raise UserError(f"{file}: is of preset {values['preset']!r}, not {name!r}; {advice}")
+        raise UsageError(f"{file}: is of preset {values['preset']!r}, not {name!r}; {advice}")
     name = name or values.get("preset")
     if name is None and not {"-h", "--help"} & set(rest):
-        raise UserError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
+        raise UsageError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
     row = preset(name or "arplus")
     default = widen(tiny(row) if shrink else row)
     if values:
@@ -145,9 +145,9 @@ def preset_command(
     config = parse(default, rest, prog=prog if only else f"{prog} PRESET", description=description)
     if config.preset != default.preset:
         advice = "leave it out" if only else f"write {prog} {config.preset} …"
-        raise UserError(f"--preset: only names what the defaults are; {advice}")
+        raise UsageError(f"--preset: only names what the defaults are; {advice}")
     for field, problem in config.name_problems():
-        raise UserError(f"command line: --{flag(field)}: {problem}")
+        raise UsageError(f"command line: --{flag(field)}: {problem}")
     return Command(config, dry_run)
 
 
@@ -159,7 +159,7 @@ def _take_switch(arguments: list[str], name: str) -> bool:
         follows = not equals and arguments[i + 1 : i + 2] in (["True"], ["False"])
         value = arguments[i + 1] if follows else value if equals else "True"
         if value not in ("True", "False"):
-            raise UserError(f"{name}: must be True or False (got {value!r})")
+            raise UsageError(f"{name}: must be True or False (got {value!r})")
         del arguments[i : i + 1 + follows]
         return value == "True"
     return False
@@ -176,7 +176,7 @@ def _take_value(arguments: list[str], name: str) -> str | None:
         else:
             continue
         if not value:
-            raise UserError(f"{name}: needs a value")
+            raise UsageError(f"{name}: needs a value")
         return value
     return None
 
@@ -197,7 +197,7 @@ def run(main: Callable[[], Any]) -> None:
     proxies.bypass()
     try:
         main()
-    except (UserError, RunError) as error:
+    except ArplusError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

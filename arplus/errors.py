@@ -10,26 +10,30 @@ NO_CREDENTIALS = (
 """What is wrong with a URI that holds credentials."""
 
 
-class UserError(ValueError):
+class ArplusError(Exception):
+    """An error that the user is told in one message, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(ArplusError, ValueError):
     """The user's input, flag or file is wrong; the message names it and says what to do. Exit code 2."""
 
     exit_code = 2
 
 
-class ResourceError(UserError):
+class ResourceError(ArplusError):
     """The machine or cluster lacks what the job asks for (CPUs, GPUs, disk, a server). Exit code 3."""
 
     exit_code = 3
 
 
-class RefusedError(UserError):
+class RefusedError(UsageError):
     """A server refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
 
 
-class RunError(RuntimeError):
+class RunError(ArplusError):
     """A job ended before it was done, through nobody's input; the message says what to do. Exit code 1."""
-
-    exit_code = 1
 
 
 _SCHEME = re.compile(r"\s*(?:[^:/=@]*=)?([A-Za-z][A-Za-z0-9+.-]*):(/{1,2})")
@@ -50,7 +54,7 @@ _NO_PORT = re.compile(r"[^/?#\[:]+:(?!\d*(?:[/?#]|\Z))")
 _NO_PORT_IN_TEXT = re.compile(r"[^\s/?#\[:'\"]+:(?!\d*(?:[\s/?#:.,;()\[\]{}'\"|`<>…]|\Z))")
 
 
-def masked(address: str) -> str:
+def mask(address: str) -> str:
     """``address``, which is not a local path, without what is a credential or could be meant to be one.
 
     It is the same where there is none. On a server or database all before the last ``@`` counts, for a password may
@@ -75,13 +79,13 @@ def server_problem(url: str) -> str | None:
     return None if good and not re.search(r"\s", url) else "must be http://HOST:PORT or https://HOST"
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """``text`` with the credentials of its addresses masked: they belong in no message and no log.
 
     Where an address in it ends is a guess, and rather too much is masked than too little.
     """
 
-    def mask(match: re.Match[str]) -> str:
+    def without(match: re.Match[str]) -> str:
         scheme, slashes, rest = match.groups()
         end = len(rest)
         if _is_path(scheme.lower()) or "@" not in rest:
@@ -90,7 +94,7 @@ def redacted(text: str) -> str:
         # A password without its host may hold spaces: nothing says where it ends.
         return f"{scheme}:{slashes}{found}{'' if found == '***' else rest[end:]}"
 
-    return _WITHOUT_SCHEME.sub("***@", _IN_TEXT.sub(mask, text))
+    return _WITHOUT_SCHEME.sub("***@", _IN_TEXT.sub(without, text))
 
 
 def _masked(scheme: str, slashes: str, rest: str, no_port: re.Pattern[str]) -> str:

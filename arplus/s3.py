@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from arplus.errors import RefusedError, UserError, masked, redacted, server_problem
+from arplus.errors import RefusedError, UsageError, mask, redact, server_problem
 
 SETTINGS = (
     "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile that "
@@ -45,7 +45,7 @@ class Connection:
 
 
 def find_connection() -> Connection:
-    """Reads the settings. Raises :class:`UserError` for one that cannot be: it names it, and shows no password."""
+    """Reads the settings. Raises :class:`UsageError` for one that cannot be: it names it, and shows no password."""
     return _find_connection(_settings(), os.getpid())
 
 
@@ -109,19 +109,19 @@ def _find_connection(settings: _Settings, process: int) -> Connection:
         region = os.environ.get("AWS_REGION") or session.get_config_variable("region")  # botocore does not read it
         ca_bundle = session.get_config_variable("ca_bundle")
     except BotoCoreError as error:  # no such profile, a broken file
-        raise UserError(
+        raise UsageError(
             f"AWS's settings: {error}; check AWS_PROFILE, AWS_CONFIG_FILE and the files they name"
         ) from None
     if endpoint is not None:
         _check_url("AWS_ENDPOINT_URL", endpoint)
     if region is not None and not re.fullmatch("[A-Za-z0-9-]{1,63}", region):
-        raise UserError(f"AWS_REGION={region}: is no name of a region; write one such as us-east-1")
+        raise UsageError(f"AWS_REGION={region}: is no name of a region; write one such as us-east-1")
     if ca_bundle is not None and not Path(ca_bundle).is_file():
-        raise UserError(f"AWS_CA_BUNDLE={ca_bundle}: no such file")
+        raise UsageError(f"AWS_CA_BUNDLE={ca_bundle}: no such file")
     s3 = profile.get("s3")
     style = (s3.get("addressing_style") if isinstance(s3, dict) else None) or "auto"
     if style not in ("auto", "path", "virtual"):
-        raise UserError(f"AWS's settings: addressing_style = {style}: must be auto, path or virtual")
+        raise UsageError(f"AWS's settings: addressing_style = {style}: must be auto, path or virtual")
     url = endpoint or f"https://s3.{region or 'us-east-1'}.amazonaws.com"
     scheme = url.partition(":")[0].lower()
     proxy = get_environ_proxies(url).get(scheme)
@@ -133,12 +133,12 @@ def _find_connection(settings: _Settings, process: int) -> Connection:
 
 
 def _check_url(variable: str, url: str, *, may_hold_password: bool = False) -> None:
-    """Raises :class:`UserError` for what is no ``http(s)://HOST[:PORT]``, with the variable's name and no password."""
+    """Raises :class:`UsageError` for what is no ``http(s)://HOST[:PORT]``, with the variable's name and no password."""
     problem = server_problem(url)
-    if not problem and masked(url) != url and not may_hold_password:
+    if not problem and mask(url) != url and not may_hold_password:
         problem = "must not hold a user or password"
     if problem:
-        raise UserError(f"{variable}={masked(url)}: {problem}")
+        raise UsageError(f"{variable}={mask(url)}: {problem}")
 
 
 def _find_keys(settings: _Settings, process: int) -> _Keys | None:
@@ -154,7 +154,7 @@ def _find_keys(settings: _Settings, process: int) -> _Keys | None:
         keys = found.get_frozen_credentials()
     except (BotoCoreError, ClientError, OSError, ValueError) as error:  # a role, a process, a login that gives none
         raise RefusedError(
-            f"AWS's keys: {redacted(str(error))}; check {SETTINGS}, and log in again where it takes a login"
+            f"AWS's keys: {redact(str(error))}; check {SETTINGS}, and log in again where it takes a login"
         ) from None
     return keys.access_key, keys.secret_key, keys.token
 
@@ -178,7 +178,7 @@ def _file_system(settings: _Settings, process: int, keys: _Keys | None, backgrou
             connect_timeout=_CONNECT_S,
         )
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"AWS's settings: {redacted(str(error))}; check {SETTINGS}") from None
+        raise UsageError(f"AWS's settings: {redact(str(error))}; check {SETTINGS}") from None
 
 
 @functools.lru_cache(maxsize=8)

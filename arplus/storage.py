@@ -4,9 +4,9 @@ S3 takes endpoint, region, credentials and more from AWS's variables and profile
 whole or not at all: local files are written under a temporary name and renamed; an S3 object exists only once its
 upload is complete.
 
-A file system's error is a :class:`~arplus.errors.UserError` that names the URI: S3's refusal a
+A file system's error is a :class:`~arplus.errors.UsageError` that names the URI: S3's refusal a
 :class:`~arplus.errors.RefusedError`, a lack of space or of the server a :class:`~arplus.errors.ResourceError`. Both may
-pass by themselves, and whoever has much to lose waits for that with :func:`patiently`.
+pass by themselves, and whoever has much to lose waits for that with :func:`with_retries`.
 """
 
 import errno
@@ -26,7 +26,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from arplus import s3
-from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UserError, masked
+from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UsageError, mask
 
 T = TypeVar("T")
 
@@ -47,20 +47,20 @@ PATIENCE_WITH_REFUSALS_S = 60.0
 _LONGEST_PAUSE_S = 15.0
 
 
-class _MissingError(UserError):
+class _MissingError(UsageError):
     """There is no such file."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it.
 
-    Raises :class:`UserError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
+    Raises :class:`UsageError` for a scheme that is not supported, for S3 without a bucket, for a URI with keys, and for
     a name that is not UTF-8, which pyarrow cannot take.
     """
     if not uri or "\0" in uri:
-        raise UserError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
+        raise UsageError(f"{uri!r}: is empty or holds a NUL byte; give a local path or an s3:// URI")
     if not is_utf8(uri):
-        raise UserError(f"{masked(shown(uri))}: the name is not UTF-8; rename it")
+        raise UsageError(f"{mask(printable(uri))}: the name is not UTF-8; rename it")
     scheme = _scheme(uri)
     if scheme == "s3":
         path = _s3_path(uri)
@@ -71,8 +71,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         try:
             return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
         except RuntimeError as error:  # ~user, who does not exist
-            raise UserError(f"{uri}: {error}") from None
-    raise UserError(f"{masked(uri)}: only local paths and s3:// URIs are supported")
+            raise UsageError(f"{uri}: {error}") from None
+    raise UsageError(f"{mask(uri)}: only local paths and s3:// URIs are supported")
 
 
 def _file_path(uri: str) -> str:
@@ -83,15 +83,15 @@ def _file_path(uri: str) -> str:
     rest = uri[len("file:") :]
     host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", rest[:1], rest[1:])
     if slash != "/" or host.lower() not in ("", "localhost"):
-        raise UserError(f"{masked(uri)}: must be file:///PATH, an absolute path on this machine")
+        raise UsageError(f"{mask(uri)}: must be file:///PATH, an absolute path on this machine")
     if odd := re.search("[?#]|%(?![0-9A-Fa-f]{2})", path):
-        raise UserError(f"{masked(uri)}: write {quote(odd[0])} for {odd[0]} in a file: address, or give the plain path")
+        raise UsageError(f"{mask(uri)}: write {quote(odd[0])} for {odd[0]} in a file: address, or give the plain path")
     try:
         path = unquote(path, errors="strict")
     except UnicodeDecodeError:
         path = "\0"
     if "\0" in path:
-        raise UserError(f"{masked(uri)}: is not UTF-8 or holds a NUL byte; give the plain path of a file")
+        raise UsageError(f"{mask(uri)}: is not UTF-8 or holds a NUL byte; give the plain path of a file")
     return f"/{path}"
 
 
@@ -104,15 +104,15 @@ def resolve_lasting(uri: str) -> tuple[fs.FileSystem, str]:
 def _s3_path(uri: str) -> str:
     """Bucket and key."""
     path = uri.partition("://")[2].rstrip("/")
-    if masked(uri) != uri:
-        raise UserError(f"{masked(uri)}: {NO_CREDENTIALS}")
+    if mask(uri) != uri:
+        raise UsageError(f"{mask(uri)}: {NO_CREDENTIALS}")
     bucket = path.partition("/")[0]
     if not bucket:  # pyarrow takes "s3://" for a folder of all buckets
-        raise UserError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
+        raise UsageError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
     if not re.fullmatch("[A-Za-z0-9._-]{1,255}", bucket):
-        raise UserError(f"{uri}: {bucket!r} is no name of a bucket; write s3://BUCKET/PATH")
+        raise UsageError(f"{uri}: {bucket!r} is no name of a bucket; write s3://BUCKET/PATH")
     if has_empty_part(path):
-        raise UserError(f"{uri}: holds //, /./ or /../, which are names in S3, not folders; leave them out")
+        raise UsageError(f"{uri}: holds //, /./ or /../, which are names in S3, not folders; leave them out")
     return path
 
 
@@ -153,7 +153,7 @@ def within(uri: str, folder: str) -> bool:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = resolve(uri)
-    with named(uri):
+    with translate_errors(uri):
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
@@ -162,7 +162,7 @@ def is_utf8(uri: str) -> bool:
     return uri.isascii() or not re.search("[\ud800-\udfff]", uri)
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name for people: what is not UTF-8 and what cannot be printed is escaped."""
     name = os.fsencode(name).decode("utf-8", "backslashreplace")
     return name if name.isprintable() else ascii(name)[1:-1]
@@ -171,15 +171,15 @@ def shown(name: str) -> str:
 def list_files(uri: str) -> list[str]:
     """URIs of all files below a folder, or of the one file, in the order of their names.
 
-    Links are followed. Raises :class:`UserError` where there is nothing.
+    Links are followed. Raises :class:`UsageError` where there is nothing.
     """
     filesystem, path = resolve(uri)
-    with named(uri):
+    with translate_errors(uri):
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File:
             return [uri]
         if info.type == fs.FileType.NotFound:
-            raise UserError(f"{uri}: no such file or folder")
+            raise UsageError(f"{uri}: no such file or folder")
         if is_local(uri):
             files = _list_local(path, ())
         else:
@@ -197,50 +197,50 @@ def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:
     if real in above:
         return []
     found: list[str] = []
-    with named(shown(folder)), os.scandir(folder) as entries:
+    with translate_errors(printable(folder)), os.scandir(folder) as entries:
         for entry in entries:
             found += _list_local(entry.path, (*above, real)) if os.path.isdir(entry.path) else [entry.path]
     return found
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content of a file. Raises :class:`UserError` where there is none."""
+    """The content of a file. Raises :class:`UsageError` where there is none."""
     filesystem, path = resolve(uri)
-    with named(uri), filesystem.open_input_file(path) as file:
+    with translate_errors(uri), filesystem.open_input_file(path) as file:
         return bytes(file.read())
 
 
 def size(uri: str) -> int:
-    """Bytes of a file. Raises :class:`UserError` where there is none."""
+    """Bytes of a file. Raises :class:`UsageError` where there is none."""
     filesystem, path = resolve(uri)
-    with named(uri):
+    with translate_errors(uri):
         info = filesystem.get_file_info(path)
         if info.type != fs.FileType.File:
-            raise UserError(f"{uri}: no such file")
+            raise UsageError(f"{uri}: no such file")
         return int(info.size)
 
 
 def read_range(uri: str, start: int, size: int) -> bytes:
-    """``size`` bytes of a file from ``start`` on. Raises :class:`UserError` where there is none."""
+    """``size`` bytes of a file from ``start`` on. Raises :class:`UsageError` where there is none."""
     filesystem, path = resolve(uri)
-    with named(uri), filesystem.open_input_file(path) as file:
+    with translate_errors(uri), filesystem.open_input_file(path) as file:
         return bytes(file.read_at(size, start))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file whole or not at all, making its folder where needed."""
     filesystem, path = resolve(uri)
-    with named(uri):
+    with translate_errors(uri):
         _write(filesystem, path, data)
 
 
 def check_writable(uri: str) -> None:
-    """Raises :class:`UserError` or :class:`ResourceError` where :func:`write_bytes` would; what is there stays."""
+    """Raises :class:`UsageError` or :class:`ResourceError` where :func:`write_bytes` would; what is there stays."""
     filesystem, path = resolve(uri)
     probe = f"{path}.{uuid4().hex[:8]}.tmp"
-    with named(uri):
+    with translate_errors(uri):
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            raise UserError(f"{uri}: is a folder; name a file")
+            raise UsageError(f"{uri}: is a folder; name a file")
         _write(filesystem, probe, b"")
         filesystem.delete_file(probe)
 
@@ -267,12 +267,12 @@ def _write_local(target: Path, data: bytes) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """The parsed content of a JSON file. Raises :class:`UserError` where it is missing or broken."""
+    """The parsed content of a JSON file. Raises :class:`UsageError` where it is missing or broken."""
     data = read_bytes(uri)
     try:
         return json.loads(data)
     except ValueError as error:
-        raise UserError(f"{uri}: not valid JSON ({error})") from None
+        raise UsageError(f"{uri}: not valid JSON ({error})") from None
 
 
 def find_json(uri: str) -> Any | None:
@@ -296,7 +296,7 @@ def as_json(value: Any) -> str:
 def delete(uri: str) -> None:
     """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
     filesystem, path = resolve(uri)
-    with named(uri):
+    with translate_errors(uri):
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.Directory:
             filesystem.delete_dir(path)
@@ -304,7 +304,7 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
 
-def patiently(uri: str, work: Callable[[], T]) -> T:
+def with_retries(uri: str, work: Callable[[], T]) -> T:
     """The result of ``work``, which is tried again, with growing pauses, while the server of ``uri`` fails.
 
     :data:`PATIENCE_S` seconds long, and :data:`PATIENCE_WITH_REFUSALS_S` where it refuses. For work on what has
@@ -327,7 +327,7 @@ def patiently(uri: str, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def named(uri: str) -> Iterator[None]:
+def translate_errors(uri: str) -> Iterator[None]:
     """Turns a file system's errors into our own, which name ``uri`` and say what to look at; see the module."""
     try:
         yield
@@ -339,5 +339,5 @@ def named(uri: str) -> Iterator[None]:
             refused = isinstance(error, pa.ArrowInvalid) or _REFUSED.search(reason)
             away = RefusedError if refused else ResourceError
             raise away(f"{uri}: S3 refused or did not answer; check {s3.SETTINGS} ({reason})") from error
-        kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UserError
+        kind = ResourceError if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else UsageError
         raise kind(f"{uri}: {reason}") from error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from arplus import storage
 from arplus.config import SPECIAL_TOKENS, SpecialIds, VocabularySizes, special_ids
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 GENDER_KEY, LOCATION_KEY, TAGS_KEY = PERSONA_KEYS = ("性别", "地址", "兴趣")
 """The keys before gender, place and tags in a target persona."""
@@ -41,7 +41,7 @@ def clean(text: str) -> str:
 class Vocabulary:
     """Tokens and their ids; the special tokens are the last nine ids.
 
-    ``counts`` are how often each token was seen (0 where nobody counted). Raises :class:`UserError` for a token that
+    ``counts`` are how often each token was seen (0 where nobody counted). Raises :class:`UsageError` for a token that
     is there twice or is empty.
     """
 
@@ -53,7 +53,7 @@ class Vocabulary:
         if "" in self._ids or len(self._ids) < len(self.tokens):
             seen: set[str] = set()
             bad = next(t for t in self.tokens if not t or t in seen or seen.add(t))  # type: ignore[func-returns-value]
-            raise UserError(f"{source}: token {bad!r} is {'there twice' if bad else 'empty'}")
+            raise UsageError(f"{source}: token {bad!r} is {'there twice' if bad else 'empty'}")
 
     @property
     def size(self) -> int:
@@ -128,22 +128,22 @@ class Vocabulary:
     def from_bytes(cls, data: bytes, *, source: str) -> "Vocabulary":
         """Reads ``token<TAB>count``, ``token count`` or ``token`` lines, in order of ids, without the special tokens.
 
-        The last white space of a line separates the count, so a token may contain spaces. Raises :class:`UserError`
+        The last white space of a line separates the count, so a token may contain spaces. Raises :class:`UsageError`
         naming ``source``.
         """
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 text ({error})") from None
+            raise UsageError(f"{source}: not UTF-8 text ({error})") from None
         if not text.startswith("\ufeff\t"):  # there it is a token of ours; elsewhere an editor's byte order mark
             text = text.removeprefix("\ufeff")
         lines = text.split("\n")
         pairs = [_token_and_count(line.rstrip("\r")) for line in lines if line.rstrip("\r")]
         if not pairs:
-            raise UserError(f"{source}: an empty vocabulary; expected one token (and its count) a line")
+            raise UsageError(f"{source}: an empty vocabulary; expected one token (and its count) a line")
         special = next((token for token, _ in pairs if token in SPECIAL_TOKENS), None)
         if special:
-            raise UserError(f"{source}: contains {special}; leave the nine special tokens out, they come last")
+            raise UsageError(f"{source}: contains {special}; leave the nine special tokens out, they come last")
         return cls([token for token, _ in pairs], [count for _, count in pairs], source=source)
 
     def save(self, uri: str) -> None:

@@ -3,7 +3,8 @@
 import sys
 from dataclasses import replace
 
-from arplus import cli, cluster, tracking
+from arplus import cli, tracking
+from arplus.cluster import connection
 from arplus.config import PRESETS, AblateConfig, TrainConfig, study_settings
 
 PROG = "jobs/ablate.py"
@@ -19,14 +20,14 @@ def main() -> None:
         only="arplus",
     )
     from arplus.study import ablate  # seconds of imports that --help does without
-    from arplus.study.record import named
+    from arplus.study.record import resolve_study
 
     if command.dry_run:
         print(ablate.plan(command.config))
         return
-    cluster.connect()
+    connection.connect()
     print(ablate.shown(ablate.ablate(command.config)))
-    if serve := tracking.open_command(named(command.config, "ablate").mlflow or ""):
+    if serve := tracking.open_command(resolve_study(command.config, "ablate").mlflow or ""):
         print(f"see the runs with: {serve}")
 
 

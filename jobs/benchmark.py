@@ -3,9 +3,10 @@
 import sys
 from typing import Any
 
-from arplus import cli, cluster
+from arplus import cli
 from arplus.benchmark import data, faults, generate, machine, prepare, report, scale, train
-from arplus.errors import UserError
+from arplus.cluster import connection
+from arplus.errors import UsageError
 
 PROG = "jobs/benchmark.py"
 SUBJECTS: dict[str, tuple[Any, Any]] = {
@@ -26,11 +27,11 @@ def main() -> None:
         print(f"{PROG} SUBJECT [settings]; {PROG} SUBJECT --help\nSUBJECT is one of {', '.join(SUBJECTS)}")
         return
     if subject not in SUBJECTS:
-        raise UserError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
+        raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
     default, measure = SUBJECTS[subject]
     settings = cli.parse(default, arguments, prog=f"{PROG} {subject}", description=type(default).__doc__)
     described = machine.describe()
-    cluster.connect()
+    connection.connect()
     result = measure(settings)
     print(report.text(described, result))
     report.write(subject, settings, described, result)

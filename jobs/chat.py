@@ -2,9 +2,10 @@
 
 import sys
 
-from arplus import checkpoint, cli
+from arplus import cli
 from arplus.config import ChatConfig
 from arplus.evaluation.replies import Responder, raw_profile
+from arplus.runs import checkpoint
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import sys
 
-from arplus import cli, cluster
+from arplus import cli
+from arplus.cluster import connection
 from arplus.config import EvaluateConfig
 from arplus.evaluation.delivery import deliver, destination
 from arplus.evaluation.evaluate import evaluate, table
@@ -12,7 +13,7 @@ def main() -> None:
     """Reads the command line, evaluates, and gives the metrics as table, JSON and in the training run's MLflow run."""
     config = cli.parse(EvaluateConfig(), sys.argv[1:], prog="jobs/evaluate.py", description=EvaluateConfig.__doc__)
     to = destination(config)
-    cluster.connect()
+    connection.connect()
     result = evaluate(config)
     print(table(result))
     deliver(result, config, to)

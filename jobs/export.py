@@ -4,7 +4,7 @@ import sys
 
 from arplus import cli
 from arplus.config import ExportConfig
-from arplus.export import export
+from arplus.runs.export import export
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 import json
 import sys
 
-from arplus import cli, cluster
+from arplus import cli
+from arplus.cluster import connection
 from arplus.config import LrFindConfig, study_settings, to_dict
 
 PROG = "jobs/lr_find.py"
@@ -20,10 +21,10 @@ def main() -> None:
     if command.dry_run:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
         return
-    from arplus.study import lr_range  # seconds of imports that --dry-run does without
+    from arplus.study import lr_find  # seconds of imports that --dry-run does without
 
-    cluster.connect()
-    result = lr_range.find(command.config)
+    connection.connect()
+    result = lr_find.find(command.config)
     lr = result["lr"]
     print(f"learning rate: {lr['suggestion']:.2e}, where the loss falls steepest after {len(result['points'])} steps")
     print(f"bounds for a sweep: {lr['low']:.2e} … {lr['high']:.2e}")

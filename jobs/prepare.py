@@ -2,16 +2,17 @@
 
 import sys
 
-from arplus import cli, cluster
+from arplus import cli
+from arplus.cluster import connection
 from arplus.config import PrepareConfig
-from arplus.data.card import report
-from arplus.data.prepare import prepare
+from arplus.prepare.card import report
+from arplus.prepare.pipeline import prepare
 
 
 def main() -> None:
     """Reads the command line, prepares the data set, prints its counts and what to do next."""
     config = cli.parse(PrepareConfig(), sys.argv[1:], prog="jobs/prepare.py", description=PrepareConfig.__doc__ or "")
-    cluster.connect()
+    connection.connect()
     manifest = prepare(config)
     print(report(manifest))
     print(f"\nNext: python jobs/train.py arplus --data {config.output}")

@@ -6,7 +6,7 @@ import sys
 
 from arplus import cli
 from arplus.config import SynthesizeConfig
-from arplus.data.synthesize import synthesize
+from arplus.synthetic.write import synthesize
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 import json
 import sys
 
-from arplus import cli, cluster
-from arplus.training import dry_run
+from arplus import cli
+from arplus.cluster import connection
+from arplus.training import estimate
 
 PROG = "jobs/train.py"
 
@@ -13,11 +14,11 @@ def main() -> None:
     """Reads the command line and trains; with ``--dry-run`` prints what would be trained and starts nothing."""
     command = cli.train_command(sys.argv[1:], prog=PROG)
     if command.dry_run:
-        print(dry_run.report(command.config))
+        print(estimate.report(command.config))
         return
     from arplus.training.trainer import train  # seconds of imports that --dry-run does without
 
-    cluster.connect()
+    connection.connect()
     final = train(command.config)
     print(json.dumps(final))
 

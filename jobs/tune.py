@@ -2,7 +2,8 @@
 
 import sys
 
-from arplus import cli, cluster
+from arplus import cli
+from arplus.cluster import connection
 from arplus.config import TuneConfig, study_settings
 
 PROG = "jobs/tune.py"
@@ -21,7 +22,7 @@ def main() -> None:
     if command.dry_run:
         print(tune.plan(command.config))
         return
-    cluster.connect()
+    connection.connect()
     result = tune.sweep(command.config)
     print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")
     print("\n".join(f"  --{name} {value}" for name, value in result["values"].items()))

@@ -48,9 +48,9 @@ def ray_cluster() -> Iterator[None]:
     """A real Ray cluster of two CPUs on this machine, shared by all tests that need one."""
     import ray
 
-    from arplus import cluster
+    from arplus.cluster import connection
 
-    cluster.connect(cpus=2)
+    connection.connect(cpus=2)
     yield
     ray.shutdown()
 

@@ -23,7 +23,7 @@ from arplus.config import (
     tiny,
     to_dict,
 )
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def parse(default: Any, *arguments: str) -> Any:
 
 
 def message_of(*arguments: str) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         train(*arguments)
     return str(caught.value)
 
@@ -95,16 +95,16 @@ def test_a_bools_flag_takes_no_other_value(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_unknown_flag_lists_the_valid_ones() -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         parse(SynthesizeConfig(output="o"), "--record", "3")
     assert "unknown key 'record' (did you mean 'records'?)" in str(caught.value)
     assert ", ".join(map(flag, dotted_names(SynthesizeConfig))) in str(caught.value)
 
 
 def test_a_value_that_fails_a_check_names_the_flag() -> None:
-    with pytest.raises(UserError, match=r"^command line: --records: input should be greater than 0 \(got 0\)$"):
+    with pytest.raises(UsageError, match=r"^command line: --records: input should be greater than 0 \(got 0\)$"):
         parse(SynthesizeConfig(output="o"), "--records", "0")
-    with pytest.raises(UserError, match=r"^command line: --output: is required"):
+    with pytest.raises(UsageError, match=r"^command line: --output: is required"):
         parse(PrepareConfig(), "--input", "somewhere")
 
 
@@ -172,20 +172,20 @@ def test_a_switch_takes_its_value_too() -> None:
     for arguments in (["--tiny"], ["--tiny", "True"], ["--tiny=True"]):
         assert command(*arguments).config.model == small
     assert command("--tiny", "False", "--dry-run=False") == command()
-    with pytest.raises(UserError, match="--tiny: must be True or False"):
+    with pytest.raises(UsageError, match="--tiny: must be True or False"):
         command("--tiny=yes")
 
 
 def test_later_ones_win_preset_tiny_file_flags(file: Any) -> None:
-    settings = file({"batch_size": 16, "epochs": 7, "optimizer": {"lr": 0.5, "clip": 3.0}})
+    settings = file({"batch_size": 16, "epochs": 7, "optimizer": {"lr": 0.5, "max_grad_norm": 3.0}})
     row, small = preset("ar"), tiny(preset("ar"))
     assert row.batch_size != small.batch_size != 16
-    config = train("ar", "--tiny", "--epochs", "9", "--config", settings, "--optimizer.clip", "4")
+    config = train("ar", "--tiny", "--epochs", "9", "--config", settings, "--optimizer.max-grad-norm", "4")
     assert config.seed == row.seed  # the preset's, said nowhere else
     assert config.optimizer.eps == row.optimizer.eps != OptimizerConfig().eps  # not that of a section's own default
     assert config.model == small.model  # from --tiny
     assert (config.batch_size, config.optimizer.lr) == (16, 0.5)  # the file against --tiny
-    assert (config.epochs, config.optimizer.clip) == (9, 4.0)  # the flag against the file
+    assert (config.epochs, config.optimizer.max_grad_norm) == (9, 4.0)  # the flag against the file
     assert train("ar", "--tiny", f"--config={settings}") == train("ar", "--config", settings, "--tiny")
 
 
@@ -225,7 +225,7 @@ def test_a_job_of_one_preset_takes_none(file: Any, capsys: pytest.CaptureFixture
         ("--config", file({"preset": "ar"})): "is of preset 'ar', not 'arplus'; job takes no other",
         ("--preset", "ar"): "--preset: only names what the defaults are; leave it out",
     }.items():
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UsageError) as caught:
             only(*arguments)
         assert message in str(caught.value)
     with pytest.raises(SystemExit):
@@ -288,7 +288,7 @@ def test_an_unknown_flag_of_train_lists_the_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (UserError("--data: is wrong"), 2, "error: --data: is wrong\n"),
+        (UsageError("--data: is wrong"), 2, "error: --data: is wrong\n"),
         (ResourceError("--workers: too many"), 3, "error: --workers: too many\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -26,7 +26,6 @@ from arplus.config import (
     SynthesizeConfig,
     TrainConfig,
     VocabularySizes,
-    checked,
     dotted_names,
     flag,
     flat,
@@ -36,8 +35,9 @@ from arplus.config import (
     study_settings,
     tiny,
     to_dict,
+    validate,
 )
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 ROWS = ["ar", "arplus", "no-rezero", "no-albert", "no-factor-ff", "no-memn2n", "no-bart-mlm"]
 
@@ -73,7 +73,7 @@ LEARNING_RATES = {
 
 
 def message_of(cls: type, values: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         from_dict(cls, values, source="settings.json")
     return str(caught.value)
 
@@ -120,7 +120,7 @@ def test_every_row_trains_as_the_papers_code_did(name: str) -> None:
         "lr": LEARNING_RATES[name],
         "eps": 1e-8 if name == "ar" else 1e-6,
         "weight_decay": 0.05,
-        "clip": 1.0,
+        "max_grad_norm": 1.0,
         "plateau_factor": 0.5,
         "plateau_patience": 60,
         "min_lr": 1.5e-4,
@@ -140,8 +140,8 @@ def test_sampling_is_the_papers() -> None:
 
 
 def test_the_shortest_reply_is_no_longer_than_the_longest() -> None:
-    with pytest.raises(UserError, match=r"--sampling.min-characters: must be at most max_characters = 5 \(got 6\)"):
-        checked(ChatConfig(checkpoint="c", sampling=Sampling(min_characters=6, max_characters=5)))
+    with pytest.raises(UsageError, match=r"--sampling.min-characters: must be at most max_characters = 5 \(got 6\)"):
+        validate(ChatConfig(checkpoint="c", sampling=Sampling(min_characters=6, max_characters=5)))
 
 
 def test_the_largest_vocabularies_prepared_are_the_papers() -> None:
@@ -159,9 +159,9 @@ def test_special_tokens_take_the_last_nine_ids() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: str) -> None:
     row = preset(name)
-    assert checked(row) == row
+    assert validate(row) == row
     small = tiny(row)
-    assert checked(small) == small
+    assert validate(small) == small
     assert small.preset == name
     # What makes the row the row stays, in the terms of the small network.
     kept = ("rezero", "auxiliary", "tied_head", "decoder_norm", "dropout", "fixed_attention")
@@ -175,7 +175,7 @@ def test_every_preset_passes_its_own_checks_and_shrinks_to_the_same_row(name: st
 
 
 def test_an_unknown_preset_lists_the_presets() -> None:
-    with pytest.raises(UserError, match=r"unknown preset 'gpt'.*ar, arplus, no-rezero"):
+    with pytest.raises(UsageError, match=r"unknown preset 'gpt'.*ar, arplus, no-rezero"):
         preset("gpt")
 
 
@@ -188,13 +188,13 @@ train_configs = st.builds(
         model=ModelConfig(layers=shape[0] * shape[1], repeats=shape[1], d_model=8 * shape[2], heads=shape[3], **model),
         optimizer=optimizer,
         objective=ObjectiveConfig(lambda1=whole["lambda1"]),
-        workers=shares[0] if whole["zero"] else f"1:{shares[0]}",
-        accumulation=shares[1],
+        workers=shares[0] if whole["zero_stage"] else f"1:{shares[0]}",
+        gradient_accumulation_steps=shares[1],
         batch_size=shares[0] * shares[1] * shares[2],
         max_steps=whole["max_steps"],
         seed=whole["seed"],
-        worker_cpus=whole["worker_cpus"],
-        zero=whole["zero"],
+        cpus_per_worker=whole["cpus_per_worker"],
+        zero_stage=whole["zero_stage"],
         precision=whole["precision"],
         **texts,
     ),
@@ -209,8 +209,8 @@ train_configs = st.builds(
             "lambda1": st.just(0.0) | positive,
             "max_steps": st.none() | st.integers(1),
             "seed": st.integers(0, 2**63 - 1),
-            "worker_cpus": st.none() | st.floats(0.2, 1e3),
-            "zero": st.integers(0, 3),
+            "cpus_per_worker": st.none() | st.floats(0.2, 1e3),
+            "zero_stage": st.integers(0, 3),
             "precision": st.sampled_from(["auto", "fp32", "bf16"]),
         }
     ),
@@ -272,13 +272,13 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
         ({"optimizer": {"lr": math.inf}}, "--optimizer.lr: must be finite"),
         ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: input should be less than 1"),
         ({"precision": "fp16"}, "--precision: "),
-        ({"zero": 4}, "--zero: input should be 'auto', 0, 1, 2 or 3"),
+        ({"zero_stage": 4}, "--zero-stage: input should be 'auto', 0, 1, 2 or 3"),
         ({"seed": -1}, "--seed: "),
         ({"seed": 2**63}, "--seed: "),
         ({"max_steps": 0}, "--max-steps: "),  # a union with None, whose error pydantic places below the field
         ({"max_steps": "many"}, "--max-steps: "),
-        ({"worker_cpus": math.inf}, "--worker-cpus: must be finite"),
-        ({"worker_cpus": 0.1}, "--worker-cpus: input should be greater than or equal to 0.2"),
+        ({"cpus_per_worker": math.inf}, "--cpus-per-worker: must be finite"),
+        ({"cpus_per_worker": 0.1}, "--cpus-per-worker: input should be greater than or equal to 0.2"),
         ({"device": "cuda"}, "--device: input should be 'auto', 'gpu' or 'cpu'"),
         ({"epochs": 1.5}, "--epochs: "),
         ({"epochs": None}, "--epochs: "),
@@ -303,21 +303,22 @@ def test_all_bad_values_are_named_at_once() -> None:
 
 @pytest.mark.parametrize(("workers", "accumulation", "least"), [(4, 1, 4), ("1:4", 1, 4), (2, 3, 6), ("2:3", 2, 6)])
 def test_a_batch_has_an_example_for_every_micro_batch(workers: int | str, accumulation: int, least: int) -> None:
-    values = {"batch_size": least - 1, "workers": workers, "accumulation": accumulation}
-    problem = f"--batch-size: must be at least workers × accumulation = {least // accumulation} × {accumulation} = "
-    assert message_of(TrainConfig, values).startswith(f"settings.json: {problem}{least}")
+    values = {"batch_size": least - 1, "workers": workers, "gradient_accumulation_steps": accumulation}
+    product = f"{least // accumulation} × {accumulation} = {least}"
+    problem = f"--batch-size: must be at least workers × gradient_accumulation_steps = {product}"
+    assert message_of(TrainConfig, values).startswith(f"settings.json: {problem}")
     config = from_dict(TrainConfig, values | {"batch_size": least}, source="file")
     assert config.micro_batch_size(least // accumulation) == 1
 
 
 def test_micro_batches_are_filled_up_to_equal_size() -> None:
     assert [TrainConfig(batch_size=64).micro_batch_size(workers) for workers in (1, 2, 3, 5)] == [64, 32, 22, 13]
-    assert TrainConfig(batch_size=64, accumulation=3).micro_batch_size(2) == 11
+    assert TrainConfig(batch_size=64, gradient_accumulation_steps=3).micro_batch_size(2) == 11
 
 
 def test_a_range_test_has_one_number_of_workers() -> None:
-    with pytest.raises(UserError, match="--workers: must be one number for a range test"):
-        checked(study_settings(LrFindConfig, replace(preset("ar"), workers="1:2")))
+    with pytest.raises(UsageError, match="--workers: must be one number for a range test"):
+        validate(study_settings(LrFindConfig, replace(preset("ar"), workers="1:2")))
 
 
 @pytest.mark.parametrize(("workers", "sizes"), [(3, [3]), ("1:4", [1, 2, 3, 4]), ("2:2", [2])])
@@ -337,7 +338,7 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"layers": 6, "repeats": 4}}, "--model.repeats: must divide layers = 6 (got 4)"),
         (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
         (TrainConfig, {"model": {"tied_head": True}}, "--model.embedding-size: must equal d_model = 512"),
-        (TrainConfig, {"compile": "on", "zero": 3}, "--compile: on needs --zero 0, 1 or 2"),
+        (TrainConfig, {"compile": "on", "zero_stage": 3}, "--compile: on needs --zero-stage 0, 1 or 2"),
         (TrainConfig, {"compile": "on", "device": "cpu"}, "--compile: on needs GPUs, and --device cpu takes none"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
@@ -356,19 +357,19 @@ def test_settings_that_are_wrong_together_name_the_flag(cls: type, values: dict[
 
 def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:
     for number in (0, 0.25, 1, 20_000.0):
-        checked(PrepareConfig(input="i", output="o", valid=number, test=number))
+        validate(PrepareConfig(input="i", output="o", valid=number, test=number))
 
 
 def test_rules_are_bounded() -> None:
     for name in ("max_utterance_characters", "max_context_utterances"):
         for value in (0, 10**6 + 1, 10**19):  # no array can count the last
-            with pytest.raises(UserError, match=flag(name)):
+            with pytest.raises(UsageError, match=flag(name)):
                 from_dict(PrepareConfig, {"input": "a", "output": "b", name: value}, source="x")
 
 
 def test_a_changed_preset_is_checked_too() -> None:
-    with pytest.raises(UserError, match=r"^command line: --model\.repeats: "):
-        checked(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
+    with pytest.raises(UsageError, match=r"^command line: --model\.repeats: "):
+        validate(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
 
 
 # ------------------------------------------------------------------------------------------------------ documentation

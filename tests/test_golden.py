@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from arplus import kernels
 from arplus.config import ModelConfig, VocabularySizes
 from arplus.kernels import BACKENDS
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch, Packed
 from arplus.model.generate import Sampling, generate, top_probabilities
+from arplus.model.network import PersonaTransformer
 from arplus.model.reference import infer, load_reference, sources
 
 GOLDEN = Path(os.environ.get("ARPLUS_GOLDEN") or Path(__file__).parent / "golden")
@@ -65,7 +65,7 @@ class Golden:
         )
         self.ids = self.golden["char_special_ids"]
 
-    def model(self) -> ARPlus:
+    def model(self) -> PersonaTransformer:
         """The model with the file's weights; it computes with the plain operations or those of a backend."""
         model = load_reference(self.state, self.config, self.sizes).eval()
         if self.backend is not None:

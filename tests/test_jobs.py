@@ -111,7 +111,7 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
         assert results[-1].returncode == 0, (command, results[-1].stderr[-3000:])
         assert alarming(results[-1].stdout + results[-1].stderr) == [], command
     assert "L_D" in results[2].stderr
-    assert "honest" in results[3].stdout
+    assert "standard" in results[3].stdout
     assert "paper-compatible" in results[3].stdout
     reply = results[4].stdout.strip()
     assert 1 <= len(reply) <= 15

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared import random_state
+from helpers.prepared import random_state
 
-from arplus import checkpoint
-from arplus.checkpoint import TrainState
 from arplus.config import (
     AblateConfig,
     EvaluateConfig,
@@ -24,10 +22,12 @@ from arplus.config import (
     tiny,
 )
 from arplus.data.dataset import Dataset
-from arplus.data.prepare import prepare
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.evaluation.evaluate import evaluate
 from arplus.evaluation.replies import Responder, raw_profile
+from arplus.prepare.pipeline import prepare
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import TrainState
 from arplus.study import ablate, tune
 from arplus.training.trainer import train
 
@@ -109,9 +109,9 @@ def test_replies_and_metrics_are_as_long_as_the_rules_say(roads: dict[int, Road]
     assert max(lengths) > 15 or longest == 7
 
     asked = EvaluateConfig(checkpoint=road.run, data=road.data.uri, sampling=Sampling(min_characters=longest))
-    honest = evaluate(asked)["splits"]["test"]["honest"]
-    assert honest["mean_length"] == longest
-    with pytest.raises(UserError, match=rf"--sampling.min-characters: .* max_characters = {longest} \(got 99\)"):
+    standard = evaluate(asked)["splits"]["test"]["standard"]
+    assert standard["mean_length"] == longest
+    with pytest.raises(UsageError, match=rf"--sampling.min-characters: .* max_characters = {longest} \(got 99\)"):
         evaluate(replace(asked, sampling=Sampling(min_characters=99)))
 
 
@@ -119,7 +119,7 @@ def test_data_of_other_rules_is_refused(roads: dict[int, Road], tmp_path: Path) 
     state = replace(roads[30].state, rules=ExampleRules(max_context_utterances=3, incomplete_personas="keep"))
     other = checkpoint.write(str(tmp_path / "other"), state)
     named = r"max_utterance_characters 15, not 30; incomplete_personas keep, not drop"
-    with pytest.raises(UserError, match=rf"--data .*: was prepared by other rules than the checkpoint .*{named}"):
+    with pytest.raises(UsageError, match=rf"--data .*: was prepared by other rules than the checkpoint .*{named}"):
         evaluate(EvaluateConfig(checkpoint=other, data=roads[30].data.uri))
 
 
@@ -154,5 +154,5 @@ def test_a_study_needs_validation(roads: dict[int, Road]) -> None:
     run = roads[7].config
     for config, begin in ((TuneConfig, tune.sweep), (TuneConfig, tune.plan), (AblateConfig, ablate.ablate)):
         settings: Any = replace(study_settings(config, replace(run, max_steps=None)), run_name="study")
-        with pytest.raises(UserError, match=r"has no example in the split valid, and .*; prepare .* --valid"):
+        with pytest.raises(UsageError, match=r"has no example in the split valid, and .*; prepare .* --valid"):
             begin(settings)

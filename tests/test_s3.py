@@ -18,9 +18,9 @@ from uuid import uuid4
 import pytest
 
 from arplus import s3, storage
-from arplus.data.lease import Lease
-from arplus.data.sources import find_files
-from arplus.errors import UserError
+from arplus.errors import UsageError
+from arplus.prepare.lease import Lease
+from arplus.prepare.sources import find_files
 
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
@@ -88,7 +88,7 @@ def test_the_environment_and_the_profile_are_read_as_aws_says(settings: Any, tmp
 def test_a_setting_that_cannot_be_is_named(settings: Any, variables: dict[str, str], said: str) -> None:
     settings(**variables)
     for use in (storage.exists, Lease.take):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UsageError, match=said):
             use("s3://bucket/key")
 
 
@@ -185,9 +185,9 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(settings: Any, tmp_pa
         threading.Thread(target=server.serve_forever, daemon=True).start()
         sts = f"http://127.0.0.1:{server.server_port}"
         settings(profile, AWS_PROFILE="p", AWS_ENDPOINT_URL=endpoint, AWS_ENDPOINT_URL_STS=sts)
-        with pytest.raises(UserError, match="no such file"):
+        with pytest.raises(UsageError, match="no such file"):
             storage.read_bytes("s3://bucket/key")
-        with pytest.raises(UserError, match="ignores the conditions"):
+        with pytest.raises(UsageError, match="ignores the conditions"):
             Lease.take("s3://bucket/out")
         kept = pickle.dumps(storage.resolve_lasting("s3://bucket/key")[0])
         before = len(given)
@@ -213,7 +213,7 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(settings: Any, tmp_pa
 def test_a_profile_that_gives_no_keys_is_named(settings: Any, profile: str, said: str) -> None:
     settings(f"[default]\n{profile}\n")
     for use in (storage.exists, Lease.take):
-        with pytest.raises(UserError, match=f"(?s){said}"):
+        with pytest.raises(UsageError, match=f"(?s){said}"):
             use("s3://bucket/key")
 
 
@@ -223,9 +223,9 @@ def test_keys_of_a_process_and_those_that_a_file_changes_to(settings: Any, tmp_p
 
     def all_keys() -> set[str]:
         del asked[:]
-        with pytest.raises(UserError, match="no such file"):
+        with pytest.raises(UsageError, match="no such file"):
             storage.read_bytes("s3://bucket/key")
-        with pytest.raises(UserError, match="ignores the conditions"):
+        with pytest.raises(UsageError, match="ignores the conditions"):
             Lease.take("s3://bucket/out")
         return {key for *_, key in asked}
 
@@ -292,9 +292,9 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings
     with store() as (proxy, asked):
         profile = "[default]\ns3 =\n  addressing_style = virtual\n"
         settings(profile, AWS_ENDPOINT_URL="http://store.example", http_proxy=proxy, **KEYS)
-        with pytest.raises(UserError, match="NO_SUCH_KEY"):  # this one cannot even list
+        with pytest.raises(UsageError, match="NO_SUCH_KEY"):  # this one cannot even list
             storage.exists("s3://bucket/some/key")
-        with pytest.raises(UserError, match="ignores the conditions"):
+        with pytest.raises(UsageError, match="ignores the conditions"):
             Lease.take("s3://bucket/out")
     hosts = {host for _, _, host, _ in asked}
     assert hosts == {"bucket.store.example"}
@@ -315,7 +315,7 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings
 def test_a_store_without_conditional_writes_is_named(settings: Any, status: int, code: str, said: str) -> None:
     with store(status, code) as (endpoint, asked):
         settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
-        with pytest.raises(UserError, match=f"s3://bucket/out: {said}"):
+        with pytest.raises(UsageError, match=f"s3://bucket/out: {said}"):
             Lease.take("s3://bucket/out")
     assert ("DELETE" in {command for command, *_ in asked}) == (status == 200), "no lease is left behind"
 
@@ -345,9 +345,9 @@ def test_both_clients_take_the_same_key(settings: Any) -> None:
         for key in SAME_IN_BOTH:
             del asked[:]
             output = storage.absolute(f"s3://bucket/{key}")
-            with pytest.raises(UserError, match="no such file"):
+            with pytest.raises(UsageError, match="no such file"):
                 storage.read_bytes(f"{output}/_lease.json")
-            with pytest.raises(UserError, match="ignores the conditions"):
+            with pytest.raises(UsageError, match="ignores the conditions"):
                 Lease.take(output)
             paths = {path.partition("?")[0] for _, path, _, _ in asked}
             assert paths == {f"/bucket/{quote(key.rstrip('/'), safe='/~')}/_lease.json"}
@@ -369,7 +369,7 @@ def test_a_key_that_the_clients_take_differently_is_refused(settings: Any, uri: 
     with store() as (endpoint, asked):
         settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
         for use in (storage.absolute, storage.exists, storage.read_bytes, storage.delete, Lease.take):
-            with pytest.raises(UserError, match=f"^{re.escape(uri)}: .*{re.escape(said)}"):
+            with pytest.raises(UsageError, match=f"^{re.escape(uri)}: .*{re.escape(said)}"):
                 use(uri)
     assert asked == []
 

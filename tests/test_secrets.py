@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from arplus import cli, storage
 from arplus.config import ChatConfig, EvaluateConfig, ExportConfig, PrepareConfig, SynthesizeConfig, preset
-from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
+from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact
 
 ROOT = Path(__file__).parent.parent
 SECRET = "hunter2"
@@ -61,7 +61,7 @@ print("exit codes", codes)
     ],
 )
 def test_an_address_with_credentials_is_refused(default: Any, flag: str, value: str) -> None:
-    with pytest.raises(UserError, match=rf"{flag}: must not hold a user or password.*AWS_SECRET_ACCESS_KEY") as caught:
+    with pytest.raises(UsageError, match=rf"{flag}: must not hold a user or password.*AWS_SECRET_ACCESS_KEY") as caught:
         cli.parse(default, [flag, value], prog="job", description="")
     assert SECRET not in str(caught.value)
 
@@ -79,20 +79,20 @@ PASSWORDS = st.text(
 @given(PASSWORDS, st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
 def test_no_part_of_a_password_is_told(password: str, scheme: str) -> None:
     """Whatever characters it holds: the address's own among them."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         cli.parse(preset("arplus"), ["--mlflow", f"{scheme}://0:{password}@0"], prog="job", description="")
     assert str(caught.value) == f"command line: --mlflow: {NO_CREDENTIALS}"
 
 
 @pytest.mark.parametrize("uri", [f"s3://KEY:{SECRET}@bucket/x", f"https://me:{SECRET}@example.org/x"])
 def test_storage_names_no_credentials(uri: str) -> None:
-    with pytest.raises(UserError, match=r"://\*\*\*@") as caught:
+    with pytest.raises(UsageError, match=r"://\*\*\*@") as caught:
         storage.read_bytes(uri)
     assert SECRET not in str(caught.value)
 
 
 def test_what_is_shown_of_an_address() -> None:
-    assert redacted(f"a sqlite:///x and http://me:{SECRET}@host/p@q") == "a sqlite:///x and http://***@q"
+    assert redact(f"a sqlite:///x and http://me:{SECRET}@host/p@q") == "a sqlite:///x and http://***@q"
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_what_is_shown_of_an_address() -> None:
 def test_no_part_of_a_password_is_shown(start: str, password: str) -> None:
     address = f"{start}someone:{password}@host:5000/x"
     shown = f"{start}***@host:5000/x"
-    assert masked(address) == shown
-    with pytest.raises(UserError, match="--mlflow: must not hold a user or password") as caught:
+    assert mask(address) == shown
+    with pytest.raises(UsageError, match="--mlflow: must not hold a user or password") as caught:
         cli.parse(preset("arplus"), ["--mlflow", address], prog="job", description="")
     assert password not in str(caught.value)
     if "://" in start:
-        assert redacted(f"{{'uri': '{address}'}}") == f"{{'uri': '{shown}'}}"
+        assert redact(f"{{'uri': '{address}'}}") == f"{{'uri': '{shown}'}}"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_no_part_of_a_password_is_shown(start: str, password: str) -> None:
     ],
 )
 def test_what_could_be_a_credential_is_masked(address: str, shown: str) -> None:
-    assert masked(address) == shown
+    assert mask(address) == shown
 
 
 # ------------------------------------------------------------------------------------------------------- environment
@@ -200,6 +200,6 @@ def test_trials_are_handed_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "p1anted")
     execute._set_environment()
-    handed = _ActorClassCache().get(trial.Run)._default_options["runtime_env"]["env_vars"]
+    handed = _ActorClassCache().get(trial.TrialProcess)._default_options["runtime_env"]["env_vars"]
     assert "PL_DISABLE_FORK" in handed
     assert "p1anted" not in handed.values()

@@ -16,8 +16,8 @@ from pyarrow import fs
 
 from arplus import storage
 from arplus.data.dataset import Dataset
-from arplus.errors import RefusedError, ResourceError, UserError
-from arplus.training.attempt import SupersededError
+from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.runs.attempt import SupersededError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -48,7 +48,7 @@ def test_asking_whether_a_file_can_be_written_writes_nothing(folder: str) -> Non
     storage.check_writable(storage.join(folder, "new"))
     assert storage.list_files(folder) == [storage.join(folder, "old")]
     assert storage.read_bytes(storage.join(folder, "old")) == b"old"
-    with pytest.raises(UserError, match=f"^{folder}: is a folder; name a file$"):
+    with pytest.raises(UsageError, match=f"^{folder}: is a folder; name a file$"):
         storage.check_writable(folder)
 
 
@@ -91,20 +91,20 @@ def test_delete_takes_a_file_a_folder_or_nothing(folder: str) -> None:
 def test_errors_name_the_uri(folder: str) -> None:
     missing, broken = storage.join(folder, "missing"), storage.join(folder, "broken.json")
     storage.write_bytes(broken, b'{"a": ')
-    with pytest.raises(UserError, match=f"^{missing}: no such file$"):
+    with pytest.raises(UsageError, match=f"^{missing}: no such file$"):
         storage.read_bytes(missing)
-    with pytest.raises(UserError, match=f"^{missing}: no such file or folder$"):
+    with pytest.raises(UsageError, match=f"^{missing}: no such file or folder$"):
         storage.list_files(missing)
-    with pytest.raises(UserError, match=f"^{missing}: no such file$"):
+    with pytest.raises(UsageError, match=f"^{missing}: no such file$"):
         storage.read_json(missing)
     for read in (storage.read_json, storage.find_json):
-        with pytest.raises(UserError, match=f"^{broken}: not valid JSON"):
+        with pytest.raises(UsageError, match=f"^{broken}: not valid JSON"):
             read(broken)
 
 
 def test_a_folder_is_not_read_as_a_file(folder: str) -> None:
     storage.write_bytes(storage.join(folder, "file"), b"")
-    with pytest.raises(UserError, match=f"^{folder}: "):
+    with pytest.raises(UsageError, match=f"^{folder}: "):
         storage.read_bytes(folder)
 
 
@@ -158,9 +158,9 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_a_folder_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     uri = str(tmp_path / "file" / "below")
-    with pytest.raises(UserError, match=f"^{uri}: "):
+    with pytest.raises(UsageError, match=f"^{uri}: "):
         storage.write_bytes(uri, b"")
-    with pytest.raises(UserError, match=f"^{uri}: "):
+    with pytest.raises(UsageError, match=f"^{uri}: "):
         storage.read_bytes(uri)
 
 
@@ -183,13 +183,13 @@ def test_join_makes_one_slash() -> None:
 def test_other_schemes_are_refused(uri: str) -> None:
     assert not storage.is_local(uri)
     for function in (storage.resolve, storage.exists, storage.read_bytes, storage.list_files, storage.delete):
-        with pytest.raises(UserError, match=f"^{uri}: only local paths and s3:// URIs are supported$"):
+        with pytest.raises(UsageError, match=f"^{uri}: only local paths and s3:// URIs are supported$"):
             function(uri)
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///key", "s3:key"])
 def test_s3_needs_a_bucket(uri: str) -> None:
-    with pytest.raises(UserError, match=f"^{uri}: names no bucket"):
+    with pytest.raises(UsageError, match=f"^{uri}: names no bucket"):
         storage.resolve(uri)
 
 
@@ -204,10 +204,10 @@ def test_a_file_address_is_absolute(tmp_path: Path) -> None:
         storage.write_bytes(f"{tmp_path}/{odd}/100%", b"a plain path is no URL")
         assert storage.read_bytes(f"{uri}/100%25") == b"a plain path is no URL"
     for uri in ("file:///a?b", "file:///a#b", "file:///100%", "file:///%zz", "file:///%B6", "file:///%00"):
-        with pytest.raises(UserError, match=f"^{re.escape(uri)}: .* the plain path"):
+        with pytest.raises(UsageError, match=f"^{re.escape(uri)}: .* the plain path"):
             storage.resolve(uri)
     for uri in ("file:x", "file://host/x", "file://", "file:", "C:/x", "~nobody-here/x", "", "a\0b"):
-        with pytest.raises(UserError):
+        with pytest.raises(UsageError):
             storage.resolve(uri)
 
 
@@ -246,10 +246,10 @@ def every_call(uri: str) -> Iterator[Any]:
     yield lambda: storage.delete(uri)
 
 
-def check_refused(uri: str, expected: type[UserError]) -> None:
+def check_refused(uri: str, expected: type[UsageError]) -> None:
     for call in every_call(uri):
         start = time.monotonic()
-        with pytest.raises(UserError, match=f"^{uri}: ") as caught:
+        with pytest.raises(UsageError, match=f"^{uri}: ") as caught:
             call()
         assert time.monotonic() - start < 15
         assert type(caught.value) is expected
@@ -265,7 +265,7 @@ def test_wrong_credentials_are_the_users_error(s3_server: Any, monkeypatch: pyte
     with monkeypatch.context() as wrong:
         wrong.setenv(name, f"wrong-{name.lower()}")
         check_refused(uri, RefusedError)
-        with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
+        with pytest.raises(UsageError, match="AWS_SECRET_ACCESS_KEY"):
             Dataset.open(s3_server.uri("some-data-set"))
     assert storage.read_bytes(uri) == b"old"
 
@@ -286,7 +286,7 @@ def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, mo
     ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, RefusedError), (400, RefusedError)]
 )
 def test_a_server_in_trouble_is_told_from_one_that_refuses(
-    monkeypatch: pytest.MonkeyPatch, status: int, expected: type[UserError]
+    monkeypatch: pytest.MonkeyPatch, status: int, expected: type[UsageError]
 ) -> None:
     class Answer(BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -350,7 +350,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 
 def test_s3_may_be_away_or_refuse_for_a_while(clock: Clock) -> None:
     work = failing(ResourceError("away"), RefusedError("too often"), ResourceError("away"))
-    assert storage.patiently("s3://bucket/run", work) == "done"
+    assert storage.with_retries("s3://bucket/run", work) == "done"
     assert clock.slept == [0.5, 1.0, 2.0]
 
 
@@ -358,9 +358,9 @@ def test_s3_may_be_away_or_refuse_for_a_while(clock: Clock) -> None:
     ("error", "patience"),
     [(ResourceError("x"), storage.PATIENCE_S), (RefusedError("x"), storage.PATIENCE_WITH_REFUSALS_S)],
 )
-def test_patience_ends(clock: Clock, error: UserError, patience: float) -> None:
+def test_patience_ends(clock: Clock, error: UsageError, patience: float) -> None:
     with pytest.raises(type(error)):
-        storage.patiently("s3://bucket/run", failing(*[error] * 1000))
+        storage.with_retries("s3://bucket/run", failing(*[error] * 1000))
     assert 0.7 * patience < clock.now <= patience
     assert max(clock.slept) == 15
 
@@ -368,14 +368,14 @@ def test_patience_ends(clock: Clock, error: UserError, patience: float) -> None:
 @pytest.mark.parametrize(
     ("uri", "error"),
     [
-        ("s3://bucket/run", UserError("s3://bucket/run: no such file")),
+        ("s3://bucket/run", UsageError("s3://bucket/run: no such file")),
         ("/a/disk", ResourceError("full")),
         ("s3://bucket/run", SupersededError("another job's now")),
     ],
 )
 def test_what_does_not_pass_is_not_waited_for(clock: Clock, uri: str, error: Exception) -> None:
     with pytest.raises(type(error)):
-        storage.patiently(uri, failing(error))
+        storage.with_retries(uri, failing(error))
     assert clock.slept == []
 
 

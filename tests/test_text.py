@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arplus.config import SPECIAL_TOKENS
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.text import ALWAYS_PERSONA_WORDS, Vocabulary, clean, sizes
 
 CHARACTERS = Vocabulary(["的", "我", "𠮷", "a"], [9, 7, 5, 1])
@@ -104,7 +104,7 @@ def test_reads_every_form_of_vocabulary_file(
 def test_refuses_a_broken_vocabulary_by_name(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "vocabulary.txt"
     file.write_text(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         Vocabulary.load(str(file))
     assert str(file) in str(caught.value)
 

@@ -39,7 +39,7 @@ class DataBenchmark(Output):
     """URI of a prepared data set; its training split is read."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples a batch."""
-    window_batches: Annotated[int, Gt(0)] = FeedConfig.window_batches
+    shuffle_window_batches: Annotated[int, Gt(0)] = FeedConfig.shuffle_window_batches
     """Batches a window; see jobs/train.py."""
     passes: Annotated[int, Gt(0)] = 5
     """Passes that the median is taken of, after one that is not counted."""
@@ -60,7 +60,7 @@ def measure(config: DataBenchmark) -> Result:
     sampler = EpochSampler(
         split=dataset.split("train"),
         batch_size=config.batch_size,
-        window_batches=config.window_batches,
+        window_batches=config.shuffle_window_batches,
         seed=0,
         shuffled=True,
     )
@@ -117,7 +117,7 @@ def bytes_read(sampler: EpochSampler, spec: BatchSpec, steps: int) -> int:
     wanted = set(spec.columns)
     sizes: dict[str, list[int]] = {}
     total = 0
-    for window in range(-(-steps // sampler.window_batches)):
+    for window in range(-(-steps // sampler.shuffle_window_batches)):
         for group, _, _ in sampler.pieces(0, window):
             if group.file not in sizes:
                 filesystem, path = storage.resolve(group.file)
@@ -166,7 +166,7 @@ def first_batches(sampler: EpochSampler, spec: BatchSpec, steps: int) -> tuple[l
     tables: list[pa.Table] = []
     batches: list[list[int]] = []
     first = 0
-    for window in range(-(-steps // sampler.window_batches)):
+    for window in range(-(-steps // sampler.shuffle_window_batches)):
         table = sampler.read(0, window, spec.columns)
         lengths = Window(table, spec).context.lengths
         batches += [(first + rows).tolist() for rows in sampler.batches(0, window, lengths)]

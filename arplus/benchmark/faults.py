@@ -24,12 +24,13 @@ from annotated_types import Ge, Gt
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
-from arplus import checkpoint, storage
+from arplus import storage
 from arplus.benchmark.report import Output, Result, size
 from arplus.config import PrepareConfig, SynthesizeConfig, TrainConfig, preset, tiny
-from arplus.data.prepare import prepare
-from arplus.data.synthesize import synthesize
 from arplus.errors import RunError
+from arplus.prepare.pipeline import prepare
+from arplus.runs import checkpoint
+from arplus.synthetic.write import synthesize
 from arplus.training.trainer import train
 
 log = logging.getLogger(__name__)

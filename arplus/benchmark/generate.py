@@ -22,9 +22,9 @@ from arplus.benchmark.train import timed
 from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.evaluation.evaluate import autocast
 from arplus.kernels.gpu import leave_cudnn_out
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
+from arplus.model.network import PersonaTransformer
 
 WINDOW = 64
 """Batches of the window that ours are taken from."""
@@ -55,7 +55,7 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
     theirs = [Padded.of(step.micro_batches[0], *pads).to(device) for step in pool.random(min(config.rounds, WINDOW))]
     torch.manual_seed(0)
-    model, paper = ARPlus(network, sizes).to(device), PaperARPlus(network, sizes).to(device)
+    model, paper = PersonaTransformer(network, sizes).to(device), PaperARPlus(network, sizes).to(device)
     kernels.use(model, device)
     bos = special_ids(sizes.characters).bos
 

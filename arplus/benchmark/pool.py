@@ -18,7 +18,7 @@ from arplus.data.examples import SCHEMA
 from arplus.data.loader import Step
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.model.batch import Batch, Sequences
 
 UTTERANCES = {1: 0.45, 3: 0.27, 5: 0.14, 7: 0.14}
@@ -66,10 +66,10 @@ def random_examples(n: int, sizes: VocabularySizes, seed: int = 0) -> pa.Table:
 
 
 def examples_of(uri: str, n: int) -> pa.Table:
-    """``n`` examples of a prepared data set's training split. Raises :class:`UserError` where it has fewer."""
+    """``n`` examples of a prepared data set's training split. Raises :class:`UsageError` where it has fewer."""
     split = Dataset.open(storage.absolute(uri)).split("train")
     if split.examples < n:
-        raise UserError(
+        raise UsageError(
             f"--data {uri}: has {split.examples} training examples, and this benchmark takes {n}; "
             "lower --batch-size, --batches or --rounds, or leave --data out"
         )

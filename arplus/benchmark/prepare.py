@@ -18,9 +18,9 @@ from arplus import storage
 from arplus.benchmark.machine import Usage
 from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
 from arplus.config import PrepareConfig, SynthesizeConfig
-from arplus.data.prepare import prepare
-from arplus.data.synthesize import synthesize
+from arplus.prepare.pipeline import prepare
 from arplus.process import peak_memory_bytes
+from arplus.synthetic.write import synthesize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from arplus.benchmark import sides
 from arplus.benchmark.pool import Pool, random_examples
 from arplus.benchmark.report import Output, Result, rate
 from arplus.config import TrainConfig, VocabularySizes
-from arplus.model.arplus import ARPlus
+from arplus.model.network import PersonaTransformer
 from arplus.training.group import process_group
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -45,7 +45,7 @@ bytes that they move, ±25 %. Nothing of it was measured."""
 class ScaleBenchmark(Output):
     """Measures one and two workers on this machine and predicts more of them, on GPUs."""
 
-    zero: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     batch_size: Annotated[int, Gt(1)] = 32
     """Examples per worker and step in what is measured."""
@@ -110,16 +110,16 @@ def step_seconds(costs: Costs, stage: int, workers: int, batch_size: int, parame
 
 def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in processes of their own; ``run`` replaces AR+ at its real size (tests do)."""
-    run = replace(run or sides.run_config("fp32", config.zero, config.batch_size), zero=config.zero)
+    run = replace(run or sides.run_config("fp32", config.zero_stage, config.batch_size), zero_stage=config.zero_stage)
     b = config.batch_size
     with torch.device("meta"):
-        n = sum(p.numel() for p in ARPlus(run.model, VocabularySizes()).parameters())
+        n = sum(p.numel() for p in PersonaTransformer(run.model, VocabularySizes()).parameters())
     half, one = (_workers(1, run, size, config.steps) for size in (b // 2, b))
     two = _workers(2, run, b, config.steps)
     example = max((one["step"] - half["step"]) / (b - b // 2), 0.0)
     here = Costs(one["step"] - b * example, example, _bandwidth(two["reduce"], n), two["latency"])
     predicted, seen = ({w: w * b / s for w, s in seconds.items()} for seconds in (
-        {w: step_seconds(here, config.zero, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
+        {w: step_seconds(here, config.zero_stage, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
     ))  # fmt: skip
     minutes = run.checkpoint_minutes or 10.0
     gpus = {w: predict(config, minutes, w, n) for w in WORKERS}
@@ -132,14 +132,14 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
             **{f"predicted_gpus_{w}": value for w, value in gpus.items()},
         },
         table=[
-            ("measured here", f"{run.precision}, ZeRO {config.zero}, {b} examples per worker, one thread each, gloo"),
+            ("measured here", f"{run.precision}, ZeRO {config.zero_stage}, {b} examples and a thread per worker, gloo"),
             ("1 worker", f"{seen[1]:.3g} examples/s"),
             ("2 workers", f"{seen[2]:.3g} examples/s, predicted {predicted[2]:.3g} ({predicted[2] / seen[2]:.0%})"),
             ("the model here", f"{here.fixed:.3g} s + {example:.3g} s per example, {here.bandwidth / 1e9:.2g} GB/s"),
             ("predicted for GPUs", "nothing of it is measured; it assumes"),
             ("  one GPU", f"{rate(gpu_rate(config))} examples/s at {config.gpu_batch_size} per step, "
                           + ("a guess for an H100" if config.gpu_examples_per_second is None else "as given")),
-            ("  sent", f"{bytes_sent(config.zero, 64, n) / 1e6:.0f} MB per step by each of 64, nothing overlapped"),
+            ("  sent", f"{bytes_sent(config.zero_stage, 64, n) / 1e6:.0f} MB per step by each of 64, no overlap"),
             ("  links", f"{config.node_bandwidth_gb:g} GB/s in a machine of {config.gpus_per_node}, "
                         f"{config.network_bandwidth_gb:g} GB/s per GPU beyond it, {config.latency_us:g} µs per call"),
             ("  feed", f"{config.feed_cores} cores per GPU, {rate(config.feed_examples_per_second)} examples/s each; "
@@ -174,7 +174,7 @@ def predict(config: ScaleBenchmark, checkpoint_minutes: float, workers: int, par
         checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
     )
     b = config.gpu_batch_size
-    return workers * b / step_seconds(costs, config.zero, workers, b, parameters)
+    return workers * b / step_seconds(costs, config.zero_stage, workers, b, parameters)
 
 
 def _bandwidth(seconds: float, parameters: int) -> float:
@@ -229,7 +229,7 @@ def _measured(workers: int, run: TrainConfig, batch_size: int, steps: int) -> di
     take = sides.engine_step(run, sizes)
     found = {"step": median(_seconds(lambda: take(next(waiting)), steps)), "reduce": 0.0, "latency": 0.0}
     if workers > 1:
-        n = sum(p.numel() for p in ARPlus(run.model, sizes).parameters())
+        n = sum(p.numel() for p in PersonaTransformer(run.model, sizes).parameters())
         gradients, one = torch.zeros(n), torch.zeros(1)
         found["reduce"] = median(_seconds(lambda: dist.all_reduce(gradients), steps))
         found["latency"] = median(_seconds(lambda: dist.all_reduce(one), 20))

@@ -14,7 +14,7 @@ from arplus.config import ExampleRules, OptimizerConfig, TrainConfig, Vocabulary
 from arplus.data.capacity import Filler
 from arplus.data.loader import Step
 from arplus.kernels.gpu import leave_cudnn_out
-from arplus.model.arplus import ARPlus
+from arplus.model.network import PersonaTransformer
 from arplus.training.engine import Engine, is_compiled
 from arplus.training.loop import seed_dropout
 
@@ -64,7 +64,7 @@ def train_step(side: Side, config: TrainConfig, sizes: VocabularySizes) -> Train
 
 def engine_step(config: TrainConfig, sizes: VocabularySizes) -> TrainStep:
     """Our step, through the engine that training uses, in a process group (:mod:`arplus.training.group`)."""
-    engine = Engine(ARPlus(config.model, sizes), config, device())
+    engine = Engine(PersonaTransformer(config.model, sizes), config, device())
     steps = 0
 
     def take(step: Step) -> None:
@@ -94,7 +94,7 @@ def _torch_step(model: nn.Module, loss: Callable[[Padded], torch.Tensor], config
 
 def run_config(
     precision: Literal["auto", "fp32", "bf16"],
-    zero: Literal["auto", 0, 1, 2, 3],
+    zero_stage: Literal["auto", 0, 1, 2, 3],
     batch_size: int,
     *,
     compiled: Literal["auto", "on", "off"] = TrainConfig.compile,
@@ -102,5 +102,10 @@ def run_config(
     """AR+ at its real size, one worker; a rate so low that random examples do not diverge."""
     optimizer = OptimizerConfig(lr=1e-5, min_lr=1e-5)
     return replace(
-        TrainConfig(), precision=precision, compile=compiled, zero=zero, batch_size=batch_size, optimizer=optimizer
+        TrainConfig(),
+        precision=precision,
+        compile=compiled,
+        zero_stage=zero_stage,
+        batch_size=batch_size,
+        optimizer=optimizer,
     )

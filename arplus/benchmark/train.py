@@ -24,11 +24,11 @@ from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
 from arplus.benchmark.pool import PoolBenchmark, mean_lengths, padding
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.sides import Side
+from arplus.cluster import node
 from arplus.config import TrainConfig, VocabularySizes
 from arplus.data.loader import Step
 from arplus.model.cost import forward_backward_flops
 from arplus.process import peak_memory_bytes
-from arplus.training import node
 from arplus.training.engine import is_compiled
 from arplus.training.group import process_group
 
@@ -48,7 +48,7 @@ class TrainBenchmark(PoolBenchmark):
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: Literal["auto", "on", "off"] = TrainConfig.compile
     """Our step compiled, on batches of one shape; auto does on GPUs."""
-    zero: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero
+    zero_stage: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero_stage
     """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
@@ -60,7 +60,7 @@ class TrainBenchmark(PoolBenchmark):
 
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
-    run = run or sides.run_config(config.precision, config.zero, config.batch_size, compiled=config.compile)
+    run = run or sides.run_config(config.precision, config.zero_stage, config.batch_size, compiled=config.compile)
     if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
         log.warning(node.SLOW_BF16)
     sizes = VocabularySizes()
@@ -85,7 +85,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     batches = [batch for step in steps for batch in step.micro_batches]
     lengths = mean_lengths(batches)
     flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
-    peak, zero = peak_bf16_flops(), run.zero_stage(1)
+    peak, zero = peak_bf16_flops(), run.zero_stage_of(1)
     figures: dict[str, float | None] = {
         "examples_per_second": examples_per_second,
         "examples_per_second_least": config.batch_size / max(times["ours"]),

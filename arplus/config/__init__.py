@@ -8,13 +8,13 @@ range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · 
 """
 
 from arplus.config.checks import (
-    checked,
     dotted_names,
     flag,
     flat,
     from_dict,
     to_dict,
     unknown_key,
+    validate,
 )
 from arplus.config.jobs import (
     RESERVED_SPLITS,
@@ -88,7 +88,6 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "VocabularySizes",
-    "checked",
     "dotted_names",
     "flag",
     "flat",
@@ -101,5 +100,6 @@ __all__ = [
     "tiny",
     "to_dict",
     "unknown_key",
+    "validate",
     "with_values",
 ]

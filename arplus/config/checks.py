@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted
+from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact
 
 T = TypeVar("T")
 
@@ -30,12 +30,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Builds and checks a configuration from plain values, as :func:`to_dict` gives them; missing keys take defaults.
 
-    Raises :class:`UserError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
+    Raises :class:`UsageError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
     """
     valid = list(dotted_names(cls))
     for key in _leaves(values):
         if key not in valid and not any(name.startswith(key + ".") for name in valid):
-            raise UserError(f"{source}: {unknown_key(key, valid)}")
+            raise UsageError(f"{source}: {unknown_key(key, valid)}")
     try:
         config = TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
@@ -44,11 +44,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
         problems = list(_check(config))
     if problems:
         lines = dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)
-        raise UserError(redacted("; ".join(lines)))
+        raise UsageError(redact("; ".join(lines)))
     return config
 
 
-def checked(config: T, *, source: str = "command line") -> T:
+def validate(config: T, *, source: str = "command line") -> T:
     """The same configuration, after every check of :func:`from_dict`."""
     return from_dict(type(config), to_dict(config), source=source)
 
@@ -106,7 +106,7 @@ def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _with_credentials(value: Any) -> bool:
-    return isinstance(value, str) and _ADDRESS.match(value) is not None and masked(value) != value
+    return isinstance(value, str) and _ADDRESS.match(value) is not None and mask(value) != value
 
 
 def _parts(value: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.checks import FREE_TEXT
 from arplus.config.training import Device
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
@@ -168,11 +168,11 @@ class Sampling:
     def of(self, rules: ExampleRules) -> "Sampling":
         """The same for a model of these rules: the longest reply is filled in.
 
-        Raises :class:`UserError` where the shortest reply would be longer.
+        Raises :class:`UsageError` where the shortest reply would be longer.
         """
         filled = replace(self, max_characters=self.max_characters or rules.max_utterance_characters)
         for name, problem in filled.check():
-            raise UserError(f"--sampling.{name.replace('_', '-')}: {problem}")
+            raise UsageError(f"--sampling.{name.replace('_', '-')}: {problem}")
         return filled
 
     def check(self) -> Iterator[tuple[str, str]]:

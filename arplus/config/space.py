@@ -25,7 +25,15 @@ FORMS = (
 _NOT_A_TRIALS = frozenset(
     {
         *("preset", "data", "storage", "run_name", "mlflow", "experiment", "resume"),  # where and what a trial is
-        *("workers", "device", "worker_cpus", "zero", "accumulation", "compile", "max_failures"),  # how it is computed
+        *(
+            "workers",
+            "device",
+            "cpus_per_worker",
+            "zero_stage",
+            "gradient_accumulation_steps",
+            "compile",
+            "max_failures",
+        ),  # how it is computed
         *("epochs", "max_steps", "validate_every"),  # the budget, which is equal for all
         *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "audit"),
     }

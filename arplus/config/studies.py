@@ -182,8 +182,8 @@ class AblateConfig(StudyConfig):
             yield "optimizer.lr", f"needs --lr common; with --lr {self.lr} every row has a rate of its own"
         if self.optimizer.eps != base.optimizer.eps:
             yield "optimizer.eps", "is each row's own; leave it out"
-        if self.feed.subset is not None:
-            yield "feed", "--feed.subset is what --sessions sets; leave it out"
+        if self.feed.max_examples is not None:
+            yield "feed", "--feed.max-examples is what --sessions sets; leave it out"
 
 
 def run_settings(config: TrainConfig) -> TrainConfig:
@@ -192,7 +192,7 @@ def run_settings(config: TrainConfig) -> TrainConfig:
 
 
 def with_values(run: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
-    """A run's settings with others by dotted name. Raises :class:`UserError` naming ``source`` for what cannot be."""
+    """A run's settings with others by dotted name. Raises :class:`UsageError` naming ``source`` for what cannot be."""
     plain = to_dict(run)
     for name, value in values.items():
         *path, last = name.split(".")

@@ -9,10 +9,10 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.model import ModelConfig
 from arplus.config.names import experiment_name_problem, run_name_problem
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
-"""What workers compute on; :func:`arplus.cluster.offer` makes resources of it."""
+"""What workers compute on; :func:`arplus.cluster.connection.offer` makes resources of it."""
 MIN_WORKER_CPUS = 0.2
 """The smallest share of a CPU that a worker is given."""
 
@@ -35,7 +35,7 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Ge(0)] = 0.05
     """Decoupled weight decay, on every parameter as in the paper's code."""
-    clip: Annotated[float, Gt(0)] = 1.0
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Largest global gradient norm."""
     plateau_factor: Annotated[float, Gt(0), Lt(1)] = 0.5
     """Factor on the learning rate when the training loss has not improved for plateau_patience steps."""
@@ -53,17 +53,17 @@ MOST_OF_WINDOW = 1 << 18
 class FeedConfig:
     """How Ray Data turns the encoded examples into batches."""
 
-    window_batches: Annotated[int, Gt(0)] = 256
+    shuffle_window_batches: Annotated[int, Gt(0)] = 256
     """Global batches per window: a window is read, shuffled and cut into batches. Fewer where they would be more than
     262,144 examples."""
     prefetch: Annotated[int, Gt(0)] = 2
     """Windows fetched ahead of the training step."""
-    subset: Annotated[int, Gt(0)] | None = None
+    max_examples: Annotated[int, Gt(0)] | None = None
     """Train on this many examples of the training split only: random ones, the same in every run."""
 
     def batches_of_window(self, batch_size: int) -> int:
         """Batches per window for a global batch of this size: one task makes a window."""
-        return max(min(self.window_batches, MOST_OF_WINDOW // batch_size), 1)
+        return max(min(self.shuffle_window_batches, MOST_OF_WINDOW // batch_size), 1)
 
 
 PEAK_TFLOPS = {"T4": 65, "A10G": 70, "L4": 121, "A100": 312, "H100": 989}
@@ -78,7 +78,7 @@ class EstimateConfig:
     """Examples a second of one worker, such as a first run's log line says; by default gpu and utilisation give it."""
     gpu: Literal["T4", "A10G", "L4", "A100", "H100"] = "L4"
     """A worker's GPU, for its peak rate."""
-    utilisation: Annotated[float, Gt(0), Le(1)] = 0.1
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of that peak that training reaches: an assumption, and a careful one for a small model."""
     price: Annotated[float, Gt(0)] | None = None
     """Price of a worker an hour, in any currency."""
@@ -102,9 +102,9 @@ class TrainConfig:
     device: Device = "auto"
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one a worker and waits until the cluster
     has started them; cpu takes none."""
-    worker_cpus: Annotated[float, Ge(MIN_WORKER_CPUS)] | None = None
+    cpus_per_worker: Annotated[float, Ge(MIN_WORKER_CPUS)] | None = None
     """CPUs a worker; by default what leaves one whole CPU to the data feed."""
-    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -114,7 +114,7 @@ class TrainConfig:
     have a C compiler. Needs GPUs and ZeRO stage 0 to 2."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per optimizer step, over all workers."""
-    accumulation: Annotated[int, Gt(0)] = 1
+    gradient_accumulation_steps: Annotated[int, Gt(0)] = 1
     """Micro-batches a worker an optimizer step."""
     epochs: Annotated[int, Gt(0)] = 3
     """Passes over the training set."""
@@ -166,11 +166,11 @@ class TrainConfig:
 
     def micro_batch_size(self, workers: int) -> int:
         """Most examples in one forward pass of one of ``workers`` workers."""
-        return -(-self.batch_size // (workers * self.accumulation))
+        return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
 
-    def zero_stage(self, workers: int) -> int:
+    def zero_stage_of(self, workers: int) -> int:
         """The ZeRO stage of so many workers."""
-        return min(workers - 1, 1) if self.zero == "auto" else self.zero
+        return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
     def run_name_problem(self) -> str | None:
         """What is wrong with the run's name."""
@@ -190,16 +190,20 @@ class TrainConfig:
         """Yields (field, problem) for settings that are wrong together."""
         if not self.world_sizes or self.world_sizes[0] < 1:
             yield "workers", f"must be a number N or a range MIN:MAX, at least 1 (got {self.workers!r})"
-        elif self.batch_size < (parts := self.world_sizes[-1] * self.accumulation):
+        elif self.batch_size < (parts := self.world_sizes[-1] * self.gradient_accumulation_steps):
             yield (
                 "batch_size",
-                f"must be at least workers × accumulation = {self.world_sizes[-1]} × {self.accumulation} = {parts}, "
+                f"must be at least workers × gradient_accumulation_steps = {self.world_sizes[-1]} × "
+                f"{self.gradient_accumulation_steps} = {parts}, "
                 f"an example for each (got {self.batch_size})",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"
-        if self.compile == "on" and self.zero == 3:
-            yield "compile", "on needs --zero 0, 1 or 2: stage 3 gathers each module's parameters between its kernels"
+        if self.compile == "on" and self.zero_stage == 3:
+            yield (
+                "compile",
+                "on needs --zero-stage 0, 1 or 2: stage 3 gathers each module's parameters between its kernels",
+            )
 
 
 AR = ModelConfig(
@@ -259,9 +263,9 @@ PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {LARGE.preset: LARGE}
 
 
 def preset(name: str) -> TrainConfig:
-    """The configuration of that name. Raises :class:`UserError` for an unknown one."""
+    """The configuration of that name. Raises :class:`UsageError` for an unknown one."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -288,5 +292,5 @@ def tiny(config: TrainConfig) -> TrainConfig:
         # Small batches are noisy: the paper's patience would halve the rate before a short run has learnt anything.
         optimizer=replace(config.optimizer, lr=2e-3, plateau_patience=1000),
         batch_size=32,
-        feed=replace(config.feed, window_batches=64),
+        feed=replace(config.feed, shuffle_window_batches=64),
     )

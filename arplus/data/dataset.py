@@ -1,4 +1,4 @@
-"""A prepared data set: what its manifest says of it. Written by :mod:`arplus.data.prepare`, read by the feed."""
+"""A prepared data set: what its manifest says of it. Written by :mod:`arplus.prepare.pipeline`, read by the feed."""
 
 import json
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from arplus import storage
 from arplus.config import ExampleRules, VocabularySizes, from_dict
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.text import Vocabulary, sizes
 
 FORMAT = 2
@@ -59,15 +59,15 @@ class Dataset:
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
-        """Reads manifest and vocabularies. Raises :class:`UserError` where ``uri`` is not a prepared data set."""
+        """Reads manifest and vocabularies. Raises :class:`UsageError` where ``uri`` is not a prepared data set."""
         path = storage.join(uri, MANIFEST)
         if not storage.exists(path):
-            raise UserError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
+            raise UsageError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
         manifest = storage.read_json(path)
         if not _is_ours(manifest):
-            raise UserError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
+            raise UsageError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
         if manifest["format"] != FORMAT:
-            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}: prepare it again")
+            raise UsageError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}: prepare it again")
         return cls(
             uri=uri,
             manifest=manifest,
@@ -87,22 +87,22 @@ class Dataset:
         return sizes(self.characters, self.persona_words)
 
     def check_splits(self, *names: str, why: str) -> None:
-        """Raises :class:`UserError`, which says ``why``, where one of these splits has no example."""
+        """Raises :class:`UsageError`, which says ``why``, where one of these splits has no example."""
         for name in names:
             if not self.split(name).examples:
-                raise UserError(
+                raise UsageError(
                     f"--data {self.uri}: has no example in the split {name}, and {why}; prepare it again "
                     f"with a larger --{name}"
                 )
 
     def split(self, name: str, first: int | None = None) -> Split:
-        """A split by name, or its ``first`` examples. Raises :class:`UserError` for an unknown one, or one too small.
+        """A split by name, or its ``first`` examples. Raises :class:`UsageError` for an unknown one, or one too small.
 
         Files are in order of example ids, which are hashes, so the first examples are random ones.
         """
         splits = self.manifest["splits"]
         if name not in splits:
-            raise UserError(f"{self.uri}: no split {name!r}; it has {', '.join(splits)}")
+            raise UsageError(f"{self.uri}: no split {name!r}; it has {', '.join(splits)}")
         facts = splits[name]
         groups = tuple(
             RowGroup(storage.join(self.uri, file["path"]), index, rows)
@@ -113,7 +113,7 @@ class Dataset:
         if first is None:
             return split
         if first > split.examples:
-            raise UserError(f"{self.uri}: the split {name} has {split.examples:,} examples, not {first:,}")
+            raise UsageError(f"{self.uri}: the split {name} has {split.examples:,} examples, not {first:,}")
         return _first(split, first)
 
 

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from arplus.config import ExampleRules
-from arplus.data.duplicates import example_ids
 from arplus.data.sessions import code_points, hash_words
+from arplus.prepare.duplicates import example_ids
 from arplus.text import PERSONA_KEYS, Vocabulary
 
 Ints = NDArray[np.int64]

@@ -49,7 +49,7 @@ class EpochSampler:
         """The rows of a window in the order of the epoch's row groups, before they are shuffled or sorted."""
         parts = []
         for group, begin, rows in self.pieces(epoch, window):
-            table = storage.patiently(group.file, functools.partial(_read, group, columns))
+            table = storage.with_retries(group.file, functools.partial(_read, group, columns))
             parts.append(table.slice(begin, rows))
         return pa.concat_tables(parts)
 
@@ -105,5 +105,5 @@ def deal(
 
 def _read(group: RowGroup, columns: list[str]) -> pa.Table:
     filesystem, path = storage.resolve(group.file)
-    with storage.named(group.file), pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+    with storage.translate_errors(group.file), pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
         return file.read_row_group(group.index, columns=columns, use_threads=False)

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from arplus import cluster
+from arplus.cluster import connection
 from arplus.config import FeedConfig
 from arplus.data.collate import BatchSpec, ExampleRng, MicroBatches, Window
 from arplus.data.sampler import EpochSampler, deal
-from arplus.errors import UserError
+from arplus.errors import ArplusError, UsageError
 
 TASK_CPUS = 1
 """Logical CPUs of one window task. With half of one there were more tasks at once than Ray keeps idle processes (one a
@@ -109,18 +109,18 @@ class WindowMaker:
 
 def _task(maker: WindowMaker, epoch: int, first_window: int, item: Any) -> pa.Table:
     (index,) = item["id"]
-    parts: Sequence[list[Chunk] | UserError]
+    parts: Sequence[list[Chunk] | UsageError]
     try:
         parts = maker.make(epoch, first_window + int(index))
-    except UserError as error:  # Ray Data would keep of it the text of a traceback
+    except ArplusError as error:  # Ray Data would keep of it the text of a traceback
         parts = [error] * maker.workers
     return pa.table({"part": [pickle.dumps(part, protocol=5) for part in parts]})
 
 
 def unpickle(part: pa.Buffer) -> list[Chunk]:
     """A worker's part of a window. Raises what went wrong where its data could not be read."""
-    found: list[Chunk] | UserError = pickle.loads(part)
-    if isinstance(found, UserError):
+    found: list[Chunk] | UsageError = pickle.loads(part)
+    if isinstance(found, UsageError):
         raise found
     return found
 
@@ -134,7 +134,7 @@ class WindowServer:
     """
 
     def __init__(self, maker: WindowMaker) -> None:
-        cluster.quiet()
+        connection.quiet()
         self.maker = maker
         self.number = -1
         """The newest pass; the following is about this one."""

@@ -1,1 +1,1 @@
-"""Metrics of replies, honest and paper-compatible, and the evaluation of a checkpoint."""
+"""Metrics of replies, standard and paper-compatible, and the evaluation of a checkpoint."""

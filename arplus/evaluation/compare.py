@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from sacrebleu.metrics import BLEU
 
 from arplus.config import SpecialIds
-from arplus.evaluation.metrics import MAX_ORDER, HonestMetrics
+from arplus.evaluation.metrics import MAX_ORDER, StandardMetrics
 
 RESAMPLES = 1000
 METRICS = ("response_ppl", "bleu", "f1")
-"""The honest metrics that are sums over examples; Dist-n is not."""
+"""The standard metrics that are sums over examples; Dist-n is not."""
 
 _F1 = 2
 _CORRECT = slice(3, 3 + MAX_ORDER)
@@ -43,10 +43,10 @@ class Sample:
         replies: Sequence[Sequence[int]],
         references: Sequence[Sequence[int]],
     ) -> "Sample":
-        """Of a batch: its ids, L_D of each example in nats and over how many targets, and rows for HonestMetrics."""
+        """Of a batch: its ids, L_D of each example in nats and over how many targets, and rows for StandardMetrics."""
         sums = np.zeros((len(example_id), COLUMNS))
         for row, loss, count, reply, reference in zip(sums, nats, targets, replies, references, strict=True):
-            one = HonestMetrics(special)
+            one = StandardMetrics(special)
             one.add([reply], [reference])
             m = one.matches
             row[:3] = loss, count, one.f1_sum

@@ -1,8 +1,8 @@
-"""Whether replies agree with their speaker's persona, or contradict it, by the rules of :mod:`arplus.data.personas`."""
+"""Whether replies agree with their speaker's persona or contradict it, by :mod:`arplus.synthetic.personas`."""
 
 from dataclasses import dataclass
 
-from arplus.data.personas import Persona, agrees, askable, contradicts, persona_question
+from arplus.synthetic.personas import Persona, agrees, askable, contradicts, persona_question
 
 
 @dataclass

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arplus import checkpoint, storage, tracking
+from arplus import storage, tracking
 from arplus.config import EvaluateConfig
 from arplus.errors import ResourceError
 from arplus.evaluation.evaluate import GROUPS
+from arplus.runs import checkpoint
 from arplus.tracking.run import absolute_uri
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Destination:
 def destination(config: EvaluateConfig) -> Destination:
     """Where the metrics will go.
 
-    Raises :class:`UserError` or :class:`ResourceError` where MLflow does not answer or --json cannot be written.
+    Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer or --json cannot be written.
     """
     state = checkpoint.load(config.checkpoint)
     mlflow = config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage)
@@ -63,7 +64,7 @@ def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> 
 
 
 def track(result: dict[str, Any], to: Destination) -> None:
-    """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/honest/bleu`` and so on.
+    """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/standard/bleu`` and so on.
 
     Where its server has gone away meanwhile, they stay in a record, and a warning says how to send them.
     """
@@ -81,7 +82,7 @@ def track(result: dict[str, Any], to: Destination) -> None:
         shutil.rmtree(record.parent)
 
 
-def _run(to: Destination) -> tracking.Run:
+def _run(to: Destination) -> tracking.RunRef:
     try:
         found = to.run_id and tracking.find_run(to.mlflow, to.run_id)
         return found or tracking.start_run(to.mlflow, to.experiment, to.run_name, tags={}, params={})
@@ -89,4 +90,4 @@ def _run(to: Destination) -> tracking.Run:
         if to.run_id is None:
             raise
         log.warning("%s", error)
-        return tracking.Run(absolute_uri(to.mlflow), "", to.run_id)
+        return tracking.RunRef(absolute_uri(to.mlflow), "", to.run_id)

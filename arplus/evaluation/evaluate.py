@@ -19,22 +19,24 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import checkpoint, cluster, kernels, nodes, storage
-from arplus.checkpoint import build_model
+from arplus import kernels, storage
+from arplus.cluster import connection, nodes
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset, Split
-from arplus.data.personas import Persona
 from arplus.data.sampler import EpochSampler
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
 from arplus.evaluation import compare
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
-from arplus.evaluation.metrics import HonestMetrics, PaperMetrics
+from arplus.evaluation.metrics import PaperMetrics, StandardMetrics
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
+from arplus.model.network import PersonaTransformer
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import build_model
+from arplus.synthetic.personas import Persona
 
 PAPER_BATCH = 64
 """Examples of a batch of the paper's code. Its metrics are means over batches, so these are of its size, whatever the
@@ -43,7 +45,7 @@ WINDOW_BATCHES = 64
 """Such batches that a task evaluates."""
 BATCH_SIZES = {"cpu": 64, "cuda": 512}
 """Examples taken at a time by default, by type of device. On a GPU most of the time of 64 is launching kernels."""
-GROUPS = ("honest", "paper_compatible", "persona")
+GROUPS = ("standard", "paper_compatible", "persona")
 """The groups of metrics of a split."""
 
 
@@ -51,7 +53,7 @@ GROUPS = ("honest", "paper_compatible", "persona")
 class Tally:
     """All metrics of some examples; the tallies of parts add up to that of the whole."""
 
-    honest: HonestMetrics
+    standard: StandardMetrics
     paper: PaperMetrics
     persona: PersonaMetrics = field(default_factory=PersonaMetrics)
     examples: int = 0
@@ -61,11 +63,11 @@ class Tally:
     @classmethod
     def empty(cls, special: SpecialIds, rules: ExampleRules) -> "Tally":
         """Metrics of no example."""
-        return cls(HonestMetrics(special), PaperMetrics(special, width=rules.max_utterance_characters + 1))
+        return cls(StandardMetrics(special), PaperMetrics(special, width=rules.max_utterance_characters + 1))
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
-            self.honest.merge(other.honest),
+            self.standard.merge(other.standard),
             self.paper.merge(other.paper),
             self.persona + other.persona,
             self.examples + other.examples,
@@ -76,7 +78,7 @@ class Tally:
         """The metrics by group and name."""
         return {
             "examples": self.examples,
-            "honest": self.honest.result(),
+            "standard": self.standard.result(),
             "paper_compatible": self.paper.result(),
             "persona": self.persona.result(),
         }
@@ -85,9 +87,9 @@ class Tally:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of a checkpoint on splits, each in three named groups; needs a connected Ray.
 
-    ``honest``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` those of
-    the other checkpoint as well, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UserError` where
-    the data set has other vocabularies than a checkpoint, or was prepared by other rules.
+    ``standard``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` also
+    those of the other checkpoint, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UsageError`
+    where the data set has other vocabularies than a checkpoint, or was prepared by other rules.
     """
     config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
@@ -116,10 +118,10 @@ def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
     splits = [dataset.split(name) for name in names]
     for split in splits:
         if not split.examples and config.split:
-            raise UserError(f"--split {split.name}: has no examples in {config.data}")
+            raise UsageError(f"--split {split.name}: has no examples in {config.data}")
     splits = [split for split in splits if split.examples]
     if not splits:
-        raise UserError(f"--data {config.data}: has no test examples; name another split with --split")
+        raise UsageError(f"--data {config.data}: has no test examples; name another split with --split")
     return splits
 
 
@@ -131,13 +133,13 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
         ("persona words", state.persona_words, dataset.persona_words),
     ):
         if mine.tokens != theirs.tokens:
-            raise UserError(
+            raise UsageError(
                 f"--data {config.data}: its {len(theirs.tokens)} {kind} are not the {len(mine.tokens)} of the "
                 f"checkpoint {uri}; prepare the data with the checkpoint's vocabularies "
                 "(jobs/prepare.py --character-vocabulary … --persona-vocabulary …)"
             )
     if different := state.rules.differences(dataset.rules):
-        raise UserError(
+        raise UsageError(
             f"--data {config.data}: was prepared by other rules than the checkpoint {uri} was trained on "
             f"({'; '.join(different)}); prepare the data with the checkpoint's rules (flags of jobs/prepare.py)"
         )
@@ -157,7 +159,7 @@ def windows_of(split: Split) -> EpochSampler:
 
 
 def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
-    cpus, gpus = cluster.offer(config.device, 1)
+    cpus, gpus = connection.offer(config.device, 1)
     if not gpus and cpus < 2:
         raise ResourceError(f"evaluation needs 2 CPUs (one for a model, one for Ray Data); the cluster has {cpus:g}")
     context = DataContext.get_current()
@@ -220,8 +222,8 @@ class Evaluator:
                 replies[row], references[row] = reply, reference.tolist()
         tally = Tally.empty(self.special, self.state.rules)
         tally.examples += len(window)
-        tally.honest.add_loss(nats_GR[0].sum(), int(window.targets.sum()))
-        tally.honest.add(replies, references)
+        tally.standard.add_loss(nats_GR[0].sum(), int(window.targets.sum()))
+        tally.standard.add(replies, references)
         # The paper's code takes random batches. Ours are of like lengths, and 4,096 perfect replies gave a BLEU of
         # 0.537 in such batches and of 0.552 in random ones.
         shuffled = np.random.default_rng([self.config.seed, index]).permutation(len(window))
@@ -281,7 +283,7 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
-def nll_per_example(model: ARPlus, batch: Batch) -> Tensor:
+def nll_per_example(model: PersonaTransformer, batch: Batch) -> Tensor:
     """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets."""
     target_N = batch.target_N.long()
     nats_NG = torch.stack(

@@ -1,6 +1,6 @@
-"""Two sets of metrics, never to be confused: honest ones, and those that the paper's code computed.
+"""Two sets of metrics, never to be confused: standard ones, and those that the paper's code computed.
 
-:class:`HonestMetrics` is what choices are made by. :class:`PaperMetrics` exists to compare with the paper's tables:
+:class:`StandardMetrics` is what choices are made by. :class:`PaperMetrics` exists to compare with the paper's tables:
 its "PPL" mixes two losses, its "BLEU" scores [EOS] and compares with padded references, its "F1" is a macro average
 over all ids of what stands at the same positions. Both take ids and give numbers; both are filled batch by batch and
 merged from several workers.
@@ -22,7 +22,7 @@ Rows = Iterable[Sequence[int]]
 MAX_ORDER = 4
 """BLEU-4."""
 HONEST_BLEU_SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:none|smooth:exp"
-"""sacrebleu's signature of the honest BLEU (its version aside), on characters: each id is a token."""
+"""sacrebleu's signature of the standard BLEU (its version aside), on characters: each id is a token."""
 
 
 @dataclass
@@ -56,11 +56,11 @@ class NgramMatches:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- honest
+# ------------------------------------------------------------------------------------------------------- standard
 
 
 @dataclass
-class HonestMetrics:
+class StandardMetrics:
     """Response perplexity, and replies against references on characters, without special tokens.
 
     A row ends at its first [EOS] or [PAD]; [BOS] is left out. [UNK] stands for some character, never for the same one:
@@ -108,10 +108,10 @@ class HonestMetrics:
             self.bigrams.update(pairwise(reply))
             self.bigram_count += max(len(reply) - 1, 0)
 
-    def merge(self, other: "HonestMetrics") -> "HonestMetrics":
+    def merge(self, other: "StandardMetrics") -> "StandardMetrics":
         """The metrics of both parts together; the order of parts does not matter."""
         assert self.special == other.special
-        return HonestMetrics(
+        return StandardMetrics(
             self.special,
             self.loss_sum + other.loss_sum,
             self.targets + other.targets,

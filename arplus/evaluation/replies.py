@@ -8,7 +8,6 @@ import orjson
 import torch
 
 from arplus import kernels
-from arplus.checkpoint import TrainState, build_model
 from arplus.config import Sampling
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
@@ -16,9 +15,10 @@ from arplus.data.examples import encode_sessions
 from arplus.data.records import Reject, parse_line
 from arplus.data.sampler import EpochSampler
 from arplus.data.sessions import to_table
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
+from arplus.runs.checkpoint import TrainState, build_model
 
 _GENDERS = {"男": "male", "女": "female"}
 
@@ -31,7 +31,7 @@ def raw_profile(gender: str, location: str, tags: str) -> dict[str, object]:
 class Responder:
     """Answers utterances under a chosen persona, in the form in which the model was trained.
 
-    Raises :class:`UserError` for a shortest reply that is longer than the model's longest.
+    Raises :class:`UsageError` for a shortest reply that is longer than the model's longest.
     """
 
     def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
@@ -45,7 +45,7 @@ class Responder:
     def reply(self, utterances: Sequence[str]) -> str:
         """The reply to a conversation whose last utterance is the other's; speakers alternate, the other begins.
 
-        Raises :class:`UserError` where there is nothing to answer or the persona is malformed.
+        Raises :class:`UsageError` where there is nothing to answer or the persona is malformed.
         """
         batch = self._batch(utterances)
         ids = generate(self.model, batch, self.sampling, self.rng)[0]
@@ -62,16 +62,16 @@ class Responder:
         try:
             line = orjson.dumps(record)
         except orjson.JSONEncodeError:  # a lone surrogate: Python's way of keeping a byte that is no text
-            raise UserError("--say, --gender, --location or --tags: is not UTF-8 text; type it in UTF-8") from None
+            raise UsageError("--say, --gender, --location or --tags: is not UTF-8 text; type it in UTF-8") from None
         session = parse_line(line)
         if isinstance(session, Reject):
-            raise UserError(f"this cannot be answered: {session.reason}")
+            raise UsageError(f"this cannot be answered: {session.reason}")
         sessions = to_table([session], np.zeros(1, np.int64), session.record_hash)
         # Whoever talks need not say who they are, whatever was done with such examples in training.
         rules = replace(self.state.rules, incomplete_personas="keep")
         examples = encode_sessions(sessions, self.state.characters, self.state.persona_words, rules).table
         if not len(examples):
-            raise UserError("--say: there is nothing to answer in it")
+            raise UsageError("--say: there is nothing to answer in it")
         window = Window(examples, BatchSpec.of(self.state.config.model, self.state.sizes))
         return window.batch(np.array([len(examples) - 1]), ExampleRng(0, 0))
 

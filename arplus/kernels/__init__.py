@@ -4,14 +4,14 @@ import torch
 
 from arplus.kernels.cpu import CpuOperations
 from arplus.kernels.gpu import GpuOperations
-from arplus.model.arplus import ARPlus
+from arplus.model.network import PersonaTransformer
 from arplus.model.ops import Module, Operations
 
 BACKENDS: dict[str, type[Operations]] = {"cpu": CpuOperations, "cuda": GpuOperations}
 """By type of device; any other computes with the plain operations."""
 
 
-def use(model: ARPlus, device: torch.device) -> None:
+def use(model: PersonaTransformer, device: torch.device) -> None:
     """Has a model that is, or will be, on this device compute with its operations."""
     operations = BACKENDS.get(device.type, Operations)()
     for module in model.modules():

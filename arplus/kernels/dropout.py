@@ -24,7 +24,8 @@ def draw_dropped(n: int, p: float) -> Tensor:
     """
     if n >= 1 << 30:
         raise ValueError(
-            f"dropout of {n:,} elements at once, of at most 2**30: lower --batch-size or raise --accumulation"
+            f"dropout of {n:,} elements at once, of at most 2**30: lower --batch-size or raise "
+            "--gradient-accumulation-steps"
         )
     if n == 0:
         return torch.empty(0, dtype=torch.int32)

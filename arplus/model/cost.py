@@ -3,7 +3,7 @@
 from collections import Counter
 
 from arplus.config import ModelConfig, VocabularySizes
-from arplus.model.arplus import ARPlus
+from arplus.model.network import PersonaTransformer
 
 _COMPONENTS = (
     ("characters.", "character table"),
@@ -19,7 +19,7 @@ _COMPONENTS = (
 """What a parameter's name contains, and the component that it then belongs to."""
 
 
-def live_parameters(model: ARPlus) -> dict[str, int]:
+def live_parameters(model: PersonaTransformer) -> dict[str, int]:
     """Parameters of each component; a shared tensor counts once, where it first appears. There are no dead ones.
 
     Under ZeRO-3 count before the engine partitions them; a model on the "meta" device does.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from arplus.config import Sampling, special_ids
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch, Packed, Sequences
+from arplus.model.network import PersonaTransformer
 
 _DRAWS = 4
 """Random numbers a character: for top_p = 0.9 three leave one row in a thousand to the fourth, which takes a sort."""
@@ -71,7 +71,7 @@ def _inverse(p_BV: Tensor, uniform_BR: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model: ARPlus, batch: Batch, settings: Sampling, rng: torch.Generator | None = None) -> Tensor:
+def generate(model: PersonaTransformer, batch: Batch, settings: Sampling, rng: torch.Generator | None = None) -> Tensor:
     """Replies as character ids (B, L) int64, padded with [PAD]; L is the longest reply's length.
 
     ``settings`` say how long a reply may be (:meth:`Sampling.of`). Any special token ends a reply and is not part of
@@ -86,7 +86,7 @@ def generate(model: ARPlus, batch: Batch, settings: Sampling, rng: torch.Generat
         model.train(training)
 
 
-def _generate(model: ARPlus, batch: Batch, settings: Sampling, rng: torch.Generator | None) -> Tensor:
+def _generate(model: PersonaTransformer, batch: Batch, settings: Sampling, rng: torch.Generator | None) -> Tensor:
     ids = special_ids(model.sizes.characters)
     first_special = min(ids)  # the special tokens are the last ids of the vocabulary
     contexts = batch.context.sequences

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from arplus.config import ModelConfig, VocabularySizes
-from arplus.errors import UserError
-from arplus.model.arplus import ARPlus
+from arplus.errors import UsageError
+from arplus.model.network import PersonaTransformer
 
 
 def parse_state(data: bytes, name: str) -> dict[str, Tensor]:
     """The tensors in a file's content: safetensors where ``name`` says so, else ``torch.save`` of a state_dict.
 
     Of a file with ``param.*`` names (this repository's golden files) only these are taken. Raises
-    :class:`UserError` for a file that is neither.
+    :class:`UsageError` for a file that is neither.
     """
     try:
         if name.endswith(".safetensors"):
@@ -33,7 +33,7 @@ def parse_state(data: bytes, name: str) -> dict[str, Tensor]:
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than tensors; save the model's state_dict alone")
     except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        raise UserError(f"{name}: cannot be read as weights ({error})") from None
+        raise UsageError(f"{name}: cannot be read as weights ({error})") from None
     parameters = {key.removeprefix("param."): value for key, value in state.items() if key.startswith("param.")}
     return parameters or dict(state)
 
@@ -104,7 +104,7 @@ def _layer_names(i: int, name: str) -> tuple[str, ...]:
 
 
 def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our ``state_dict`` from the paper code's. Raises :class:`UserError` for names missing, unknown or at odds."""
+    """Our ``state_dict`` from the paper code's. Raises :class:`UsageError` for names missing, unknown or at odds."""
     state = _plain(state)
     known, ours, missing = set[str](), {}, []
     for name, theirs in sources(config).items():
@@ -116,13 +116,15 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
         value = state[present[0]]
         for other in present[1:]:
             if not torch.equal(state[other], value):
-                raise UserError(f"reference weights: {present[0]} and {other} differ, but the paper's code shares them")
+                raise UsageError(
+                    f"reference weights: {present[0]} and {other} differ, but the paper's code shares them"
+                )
         ours[name] = value.detach().float().clone()
     if missing:
-        raise UserError(f"reference weights: this preset needs {_some(missing)}, which the file lacks; try another")
+        raise UsageError(f"reference weights: this preset needs {_some(missing)}, which the file lacks; try another")
     unknown = [name for name in state if name not in known and not _UNUSED.fullmatch(name)]
     if unknown:
-        raise UserError(f"reference weights: this preset has no place for {_some(unknown)}; try another")
+        raise UsageError(f"reference weights: this preset has no place for {_some(unknown)}; try another")
     if config.tied_head:
         ours["head.weight"] = ours["characters.weight"]
     return ours
@@ -132,7 +134,7 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
     """The configuration of reference weights: sizes from their shapes, the rest (row, heads, layers) from ``base``.
 
     Where ``base`` shares layers, its total number of layers stands; where not, the file's number of layers does.
-    Raises :class:`UserError` where the file cannot be of this row.
+    Raises :class:`UsageError` where the file cannot be of this row.
     """
     state = _plain(state)
 
@@ -140,7 +142,7 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
         for name in names:
             if name in state:
                 return state[name].shape
-        raise UserError(f"reference weights: no {names[0]} in the file; is it a state_dict of the paper's code?")
+        raise UsageError(f"reference weights: no {names[0]} in the file; is it a state_dict of the paper's code?")
 
     characters, embedding_size = shape("context_emb.emb.weight", "output_emb.emb.weight", "seq_emb.emb.weight")
     d_model = shape(*_layer_names(0, "{attention}.out_proj.weight"))[0]
@@ -155,12 +157,12 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
     ):
         if in_file != in_base:
             has, lacks = ("file", "preset") if in_file else ("preset", "file")
-            raise UserError(f"reference weights: the {has} has {name} and the {lacks} has not; choose another preset")
+            raise UsageError(f"reference weights: the {has} has {name} and the {lacks} has not; choose another preset")
     layers = unique if base.repeats == 1 else base.layers
     if layers % unique:
-        raise UserError(f"reference weights: {unique} layers in the file do not divide the preset's {layers} layers")
+        raise UsageError(f"reference weights: {unique} layers in the file do not divide the preset's {layers} layers")
     if d_model % base.heads:
-        raise UserError(f"reference weights: {base.heads} heads do not divide the file's d_model = {d_model}")
+        raise UsageError(f"reference weights: {base.heads} heads do not divide the file's d_model = {d_model}")
     config = dataclasses.replace(
         base,
         layers=layers,
@@ -177,14 +179,14 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
     return config, VocabularySizes(characters=characters, persona_words=words)
 
 
-def load_reference(state: Mapping[str, Tensor], config: ModelConfig, sizes: VocabularySizes) -> ARPlus:
-    """A model with the paper code's weights. Raises :class:`UserError` where names or shapes do not fit."""
-    model = ARPlus(config, sizes)
+def load_reference(state: Mapping[str, Tensor], config: ModelConfig, sizes: VocabularySizes) -> PersonaTransformer:
+    """A model with the paper code's weights. Raises :class:`UsageError` where names or shapes do not fit."""
+    model = PersonaTransformer(config, sizes)
     ours, expected = from_reference(state, config), model.state_dict()
     shapes = [(name, tuple(ours[name].shape), tuple(value.shape)) for name, value in expected.items()]
     wrong = [f"{name} {theirs} instead of {wanted}" for name, theirs, wanted in shapes if theirs != wanted]
     if wrong:
-        raise UserError(f"reference weights: wrong shapes for this preset and vocabulary: {_some(wrong)}")
+        raise UsageError(f"reference weights: wrong shapes for this preset and vocabulary: {_some(wrong)}")
     model.load_state_dict(ours)
     return model
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from arplus import storage, tracking
+from arplus.cluster import preflight
 from arplus.config import (
     PRESETS,
     AblateConfig,
@@ -27,18 +28,17 @@ from arplus.config import (
     to_dict,
 )
 from arplus.data.dataset import Dataset, Split
-from arplus.errors import UserError
+from arplus.errors import ArplusError
 from arplus.evaluation.delivery import destination, track
 from arplus.evaluation.evaluate import evaluate
-from arplus.model.arplus import ARPlus
 from arplus.model.cost import live_parameters
+from arplus.model.network import PersonaTransformer
 from arplus.study import execute, report, results
 from arplus.study.publish import publish_best
-from arplus.study.record import Study, Trial, named
-from arplus.study.room import Room, find_room
-from arplus.study.tune import budgeted
-from arplus.training import preflight
-from arplus.training.memory import checkpoint_bytes
+from arplus.study.record import Study, Trial, resolve_study
+from arplus.study.slots import Slots, find_slots
+from arplus.study.tune import with_budget
+from arplus.training.footprint import checkpoint_bytes
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ TABLE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Row:
+class RunSpec:
     """One row at one size with one seed and, with tuned rates, at one of them."""
 
     preset: str
@@ -68,7 +68,7 @@ class Row:
         """What sets the run apart."""
         return {
             "preset": self.preset,
-            "feed.subset": self.examples,
+            "feed.max_examples": self.examples,
             "seed": self.seed,
             "optimizer.lr": self.lr,
         }
@@ -77,16 +77,16 @@ class Row:
 def ablate(config: AblateConfig) -> dict[str, Any]:
     """Runs an ablation on the connected Ray cluster, or what is left of it, and returns what ``result.json`` holds.
 
-    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
+    Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
     :class:`RunError` for a study that was stopped or of which no run came to a result.
     """
-    config = named(config, "ablate")
+    config = resolve_study(config, "ablate")
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
-    room = find_room(config, len(config.rows) * len(sizes) * config.seeds)
+    room = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
     preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
-    with execute.conducted(study) as tracker:
+    with execute.study_session(study) as tracker:
         if config.lr == "tuned":
             _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
         # Once: the tables are of these rows, whichever rates an earlier command chose.
@@ -116,7 +116,7 @@ def _dataset(config: AblateConfig) -> Dataset:
 
 
 def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
-    """The training sets, smallest first. Raises :class:`UserError` for more sessions than there are."""
+    """The training sets, smallest first. Raises :class:`UsageError` for more sessions than there are."""
     whole = dataset.split("train")
     found = []
     for sessions in config.sizes:
@@ -126,14 +126,14 @@ def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
     return sorted(found, key=lambda split: split.examples)
 
 
-def _rate_rows(config: AblateConfig, size: Split) -> list[Row]:
+def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
     """The first seed's runs of every row at all rates."""
     step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
     rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
-    return [Row(preset, size.sessions, size.examples, config.seed, lr) for preset in config.rows for lr in rates]
+    return [RunSpec(preset, size.sessions, size.examples, config.seed, lr) for preset in config.rows for lr in rates]
 
 
-def _rows(config: AblateConfig, size: Split, study: Study) -> list[Row]:
+def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
     """The runs of every row with all seeds, at the rate that the row is to have."""
     found = []
     for preset in config.rows:
@@ -146,16 +146,16 @@ def _rows(config: AblateConfig, size: Split, study: Study) -> list[Row]:
             lr = min(scores, key=lambda rate: scores[rate])
         else:
             lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.optimizer.lr
-        found += [Row(preset, size.sessions, size.examples, config.seed + i, lr) for i in range(config.seeds)]
+        found += [RunSpec(preset, size.sessions, size.examples, config.seed + i, lr) for i in range(config.seeds)]
     return found
 
 
-def _score(study: Study, row: Row) -> float | None:
+def _score(study: Study, row: RunSpec) -> float | None:
     trial = study.trials.get(row.name)
     return trial.score if trial is not None and trial.outcome == "finished" else None
 
 
-def settings(config: AblateConfig, row: Row) -> TrainConfig:
+def settings(config: AblateConfig, row: RunSpec) -> TrainConfig:
     """The settings of a run."""
     own = tiny(PRESETS[row.preset]) if config.tiny else PRESETS[row.preset]
     run = replace(
@@ -164,15 +164,15 @@ def settings(config: AblateConfig, row: Row) -> TrainConfig:
         model=own.model,
         optimizer=replace(config.optimizer, lr=row.lr, eps=own.optimizer.eps),
         seed=row.seed,
-        feed=replace(config.feed, subset=row.examples),
+        feed=replace(config.feed, max_examples=row.examples),
     )
-    return budgeted(run, config.examples or config.epochs * row.examples, config.validations, row.examples)
+    return with_budget(run, config.examples or config.epochs * row.examples, config.validations, row.examples)
 
 
 class _Rows(execute.Source):
     """Rows that have no run yet, in order."""
 
-    def __init__(self, config: AblateConfig, study: Study, rows: list[Row]) -> None:
+    def __init__(self, config: AblateConfig, study: Study, rows: list[RunSpec]) -> None:
         self.config = config
         self.study = study
         self.left = [row for row in rows if row.name not in study.trials]
@@ -205,7 +205,7 @@ def _progress(trial: Trial) -> str:
     return f"PPL {trial.results[-1]['response_ppl']:.2f}" if trial.results else "begins"
 
 
-def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row], tracker: tracking.Tracker) -> None:
+def _run(config: AblateConfig, study: Study, room: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
     source = _Rows(config, study, rows)
     again = [study.trials[row.name] for row in rows if row.name in study.trials and not study.trials[row.name].ended]
     log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), room.side_by_side)
@@ -221,33 +221,33 @@ def _run(config: AblateConfig, study: Study, room: Room, rows: list[Row], tracke
         )
 
 
-def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[Row]) -> None:
+def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[RunSpec]) -> None:
     """Evaluates what has not been evaluated yet: the best checkpoint of every run that the tables have."""
     wanted = {row.name: row for row in rows}
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
         asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
-        found = storage.patiently(study.uri, functools.partial(evaluate, asked))
+        found = storage.with_retries(study.uri, functools.partial(evaluate, asked))
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions
         trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
         study.save(trial)
         try:
             track(found, destination(asked))
-        except UserError as error:  # the tables have what they need
+        except ArplusError as error:  # the tables have what they need
             again = f"jobs/evaluate.py --checkpoint {asked.checkpoint} --data {asked.data}"
             log.warning("%s: MLflow lacks its evaluation, which %s logs: %s", trial.name, again, error)
-        log.info("%s: test response PPL %.3f", trial.name, found["splits"]["test"]["honest"]["response_ppl"])
+        log.info("%s: test response PPL %.3f", trial.name, found["splits"]["test"]["standard"]["response_ppl"])
 
 
 def _parameters(run: TrainConfig, sizes: VocabularySizes) -> int:
     with torch.device("meta"):
-        return sum(live_parameters(ARPlus(run.model, sizes)).values())
+        return sum(live_parameters(PersonaTransformer(run.model, sizes)).values())
 
 
 def _conclude(
-    study: Study, config: AblateConfig, tracker: tracking.Tracker, dataset: Dataset, wanted: list[Row]
+    study: Study, config: AblateConfig, tracker: tracking.Tracker, dataset: Dataset, wanted: list[RunSpec]
 ) -> dict[str, Any]:
     """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
     rows = results.rows(study.trials[row.name] for row in wanted if row.name in study.trials)
@@ -277,7 +277,7 @@ def _conclude(
     return result | {"report": storage.join(study.uri, "report.html"), "text": text}
 
 
-def _tracked(study: Study) -> Iterator[tracking.Run]:
+def _tracked(study: Study) -> Iterator[tracking.RunRef]:
     for trial in study.trials.values():
         if "evaluation" in trial.final and (run := study.tracked_run(trial)) is not None:
             yield run

@@ -18,12 +18,12 @@ from ray.tune.search import Searcher
 
 from arplus import storage, tracking
 from arplus.config import to_dict
-from arplus.errors import RunError, UserError
+from arplus.errors import ArplusError, RunError
+from arplus.runs import attempt
+from arplus.runs.attempt import StoppedError, SupersededError
 from arplus.study.record import OBJECTIVE, Study, Trial
-from arplus.study.room import Room
-from arplus.study.trial import RESOURCES, Run
-from arplus.training import attempt
-from arplus.training.attempt import StoppedError, SupersededError
+from arplus.study.slots import Slots
+from arplus.study.trial import RESOURCES, TrialProcess
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 def execute(
     study: Study,
     source: Source,
-    room: Room,
+    room: Slots,
     *,
     again: list[Trial],
     scheduler: TrialScheduler | None = None,
@@ -65,7 +65,7 @@ def execute(
     _set_environment()
     filesystem, path = storage.resolve_lasting(storage.join(study.uri, "ray"))
     tuner = tune.Tuner(
-        tune.with_resources(Run, RESOURCES),
+        tune.with_resources(TrialProcess, RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=adapter,
             scheduler=scheduler,
@@ -90,7 +90,7 @@ def execute(
 
     with attempt.on_stop_signal(stop), _quiet():
         tuner.fit()
-    storage.patiently(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
+    storage.with_retries(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
     if len(adapter.failures) >= IN_A_ROW:
         raise RunError(
             f"study {study.name}: {IN_A_ROW} runs in a row failed, the last one so: {adapter.failures[-1]}; "
@@ -138,7 +138,7 @@ class _Adapter(Searcher):
         self,
         study: Study,
         source: Source,
-        room: Room,
+        room: Slots,
         again: list[Trial],
         scheduler: TrialScheduler | None,
         show: Callable[[], None],
@@ -223,7 +223,7 @@ class _Adapter(Searcher):
                     self.study.check_owner()
                     if (owner := attempt.read(run)) is not None and not owner.stop:
                         attempt.request_stop(run, owner)
-                except (UserError, RunError, OSError) as error:  # another job's now, or the storage is away
+                except (ArplusError, OSError) as error:  # another job's now, or the storage is away
                     log.debug("%s", error)
             time.sleep(0.5)
 
@@ -245,7 +245,7 @@ class _Adapter(Searcher):
 
 
 @contextmanager
-def conducted(study: Study) -> Iterator[tracking.Tracker]:
+def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
     tracker = tracking.Tracker(study.tracked, record=study.record, keep=study.records)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
@@ -274,7 +274,7 @@ def end_runs(study: Study) -> None:
             if run is not None and trial.outcome in ("diverged", "failed"):
                 tracking.end_run(run, "FAILED", {"outcome": f"{trial.outcome}: {trial.problem}"})
         tracking.end_children(study.tracked)
-    except UserError as error:  # whatever brought the study to its end is to be heard, not this
+    except ArplusError as error:  # whatever brought the study to its end is to be heard, not this
         log.warning("runs may be left RUNNING, until the same command is given again: %s", error)
 
 

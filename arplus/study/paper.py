@@ -40,7 +40,7 @@ COLUMNS = (
     Column("train_minutes", "time, min", True),
 )
 """The paper's columns, as its code computed them."""
-HONEST_COLUMNS = (
+STANDARD_COLUMNS = (
     Column("response_ppl", "response PPL", True),
     Column("bleu", "sacreBLEU", False),
     Column("f1", "F1 (unigrams)", False),

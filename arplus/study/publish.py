@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arplus import storage, tracking
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ArplusError, ResourceError
 from arplus.study.record import Study
 from arplus.training.trainer import log_best
 
@@ -31,12 +31,12 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     folder = Path(tempfile.mkdtemp(prefix="arplus-best-"))  # of the record, and of the files that it names
     kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=study.records)
     try:
-        storage.patiently(uri, lambda: log_best(kept, uri, dataset))
+        storage.with_retries(uri, lambda: log_best(kept, uri, dataset))
         if kept.close():
             raise ResourceError("its files did not reach MLflow")
         shutil.rmtree(folder)
         tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
-    except UserError as error:
+    except ArplusError as error:
         kept.close()
         log.warning(
             "the best model, of run %s, is not registered in MLflow: %s; the same command again registers it",

@@ -4,7 +4,7 @@ A study's folder holds::
 
     study.json              its kind, settings, data fingerprint, MLflow run, and the job that it belongs to
     trials/NAME.json        one record a run, written before the run starts
-    runs/NAME/              the run's own folder (:mod:`arplus.checkpoint`)
+    runs/NAME/              the run's own folder (:mod:`arplus.runs.checkpoint`)
 
 Nothing of Ray Tune's own state is read again: it is pickled code, up to ten seconds old, and knows nothing of runs that
 were begun since.
@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from arplus import storage, tracking
+from arplus.cluster import node
 from arplus.config import StudyConfig, TrainConfig, flat, from_dict, run_settings, to_dict, with_values
-from arplus.errors import UserError
-from arplus.training import attempt, node, resume
-from arplus.training.attempt import SupersededError
-from arplus.training.trainer import resolved
+from arplus.errors import UsageError
+from arplus.runs import attempt, resume
+from arplus.runs.attempt import SupersededError
+from arplus.training.trainer import resolve
 
 C = TypeVar("C", bound=StudyConfig)
 Outcome = Literal["running", "finished", "stopped", "diverged", "failed"]
@@ -78,7 +79,7 @@ class Study:
     config: StudyConfig
     fingerprint: str
     """Of the data."""
-    tracked: tracking.Run
+    tracked: tracking.RunRef
     """The study's own MLflow run, parent of its runs'."""
     trials: dict[str, Trial]
     """All records, by name, in the order in which they were made."""
@@ -89,14 +90,14 @@ class Study:
     def begin(cls, config: StudyConfig, *, kind: str, fingerprint: str) -> "Study":
         """Begins the study of ``config``, whose names are filled in, or goes on with it.
 
-        Raises :class:`UserError` where the name is taken: by a run, by a study of other settings (which are listed) or
+        Raises :class:`UsageError` where the name is taken: by a run, by a study of other settings (which are listed) or
         other data, or by any study where --resume is never.
         """
         uri = storage.join(config.storage, config.run_name)
         file = storage.join(uri, "study.json")
-        before = storage.patiently(file, lambda: _compatible(file, config, kind, fingerprint))
-        if before is None and storage.patiently(uri, lambda: storage.exists(storage.join(uri, "config.json"))):
-            raise UserError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
+        before = storage.with_retries(file, lambda: _compatible(file, config, kind, fingerprint))
+        if before is None and storage.with_retries(uri, lambda: storage.exists(storage.join(uri, "config.json"))):
+            raise UsageError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
         tracked = tracking.start_run(
             config.mlflow or tracking.default_uri(config.storage),
             config.experiment,
@@ -115,8 +116,8 @@ class Study:
             owner=uuid4().hex,
         )
         facts = {"kind": kind, "fingerprint": fingerprint, "mlflow_run_id": tracked.run_id, "owner": study.owner}
-        storage.patiently(file, lambda: storage.write_json(file, facts | {"config": to_dict(config)}))
-        study.trials = {trial.name: trial for trial in storage.patiently(uri, lambda: _records(uri))}
+        storage.with_retries(file, lambda: storage.write_json(file, facts | {"config": to_dict(config)}))
+        study.trials = {trial.name: trial for trial in storage.with_retries(uri, lambda: _records(uri))}
         return study
 
     @property
@@ -157,17 +158,17 @@ class Study:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
         self.check_owner()
         uri = self.record_uri(trial.name)
-        storage.patiently(uri, lambda: storage.write_json(uri, asdict(trial)))
+        storage.with_retries(uri, lambda: storage.write_json(uri, asdict(trial)))
 
     def write(self, name: str, text: str) -> None:
         """Writes a file into the study's folder."""
         uri = storage.join(self.uri, name)
-        storage.patiently(uri, lambda: storage.write_bytes(uri, text.encode()))
+        storage.with_retries(uri, lambda: storage.write_bytes(uri, text.encode()))
 
     def check_owner(self) -> None:
         """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
         file = storage.join(self.uri, "study.json")
-        if storage.patiently(file, lambda: storage.read_json(file))["owner"] != self.owner:
+        if storage.with_retries(file, lambda: storage.read_json(file))["owner"] != self.owner:
             raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
 
     def record_uri(self, name: str) -> str:
@@ -183,11 +184,11 @@ class Study:
         """A run's folder."""
         return storage.join(self.runs_uri, name)
 
-    def tracked_run(self, trial: Trial) -> tracking.Run | None:
+    def tracked_run(self, trial: Trial) -> tracking.RunRef | None:
         """A run's MLflow run; None where it has not got as far."""
         if trial.mlflow_run_id is None:
             uri = self.run_uri(trial.name)
-            if (owner := storage.patiently(uri, lambda: attempt.read(uri))) is not None:
+            if (owner := storage.with_retries(uri, lambda: attempt.read(uri))) is not None:
                 trial.mlflow_run_id = owner.mlflow_run_id
         return self.tracked._replace(run_id=trial.mlflow_run_id) if trial.mlflow_run_id else None
 
@@ -207,22 +208,22 @@ def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> 
         return None
     other = "take another --run-name"
     if config.resume == "never":
-        raise UserError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
+        raise UsageError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
     if before["kind"] != kind:
-        raise UserError(f"--run-name {config.run_name}: {file} is of a study of kind {before['kind']}; {other}")
+        raise UsageError(f"--run-name {config.run_name}: {file} is of a study of kind {before['kind']}; {other}")
     if before["fingerprint"] != fingerprint:
-        raise UserError(
+        raise UsageError(
             f"{file}: this study is on data of fingerprint {before['fingerprint']}, and {config.data} has "
             f"{fingerprint}; {other}"
         )
     theirs = from_dict(type(config), before["config"], source=file)
     if different := resume.differences(theirs, config, MAY_DIFFER):
-        raise UserError(f"{file}: this study has other settings ({'; '.join(different)}); {other}")
+        raise UsageError(f"{file}: this study has other settings ({'; '.join(different)}); {other}")
     return before
 
 
-def named(config: C, kind: str) -> C:
+def resolve_study(config: C, kind: str) -> C:
     """The settings of a study of this kind with every name and path filled in."""
     name = config.run_name or f"{kind}-{config.preset}"
-    config = resolved(replace(config, run_name=name, experiment=config.experiment or name))
+    config = resolve(replace(config, run_name=name, experiment=config.experiment or name))
     return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))

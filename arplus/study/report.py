@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from arplus.config import AblateConfig
-from arplus.study.paper import COLUMNS, COMPARES, FIGURES, HONEST_COLUMNS, LABELS, TABLES, Column
+from arplus.study.paper import COLUMNS, COMPARES, FIGURES, LABELS, STANDARD_COLUMNS, TABLES, Column
 from arplus.study.results import BASE, Cell, Key, effect, within_noise
 
 Rows = Mapping[Key, Mapping[str, Cell]]
@@ -56,7 +56,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
     for sessions in reversed(sizes):
         parts.append(f"<h2>{sessions:,} sessions</h2>")
         here = {key.preset: cells for key, cells in rows.items() if key.sessions == sessions}
-        parts += ["<h3>Honest metrics</h3>", _table(_order(here), here, HONEST_COLUMNS)]
+        parts += ["<h3>Standard metrics</h3>", _table(_order(here), here, STANDARD_COLUMNS)]
         for name, presets in TABLES.items():
             listed = [preset for preset in presets if preset in here]
             if listed:
@@ -69,14 +69,14 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
 
 
 def text(rows: Rows) -> str:
-    """The honest tables, largest training set first."""
+    """The standard tables, largest training set first."""
     lines: list[str] = []
     for sessions in sorted({key.sessions for key in rows}, reverse=True):
         here = {key.preset: cells for key, cells in rows.items() if key.sessions == sessions}
-        table = [[f"{sessions:,} sessions", *(c.title for c in HONEST_COLUMNS), "train (min)"]]
+        table = [[f"{sessions:,} sessions", *(c.title for c in STANDARD_COLUMNS), "train (min)"]]
         for preset in _order(here):
             cells = here[preset]
-            found = [_plain(cells.get(c.name), _noise(here, preset, c)) for c in HONEST_COLUMNS]
+            found = [_plain(cells.get(c.name), _noise(here, preset, c)) for c in STANDARD_COLUMNS]
             table.append([LABELS.get(preset, preset), *found, _plain(cells.get("train_minutes"), "")])
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines += ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]

@@ -43,7 +43,7 @@ def figures(trial: Trial) -> dict[str, float]:
         "train_minutes": final["train_seconds"] / 60,
         "examples": final["examples"],
     }
-    for group in ("paper_compatible", "honest", "persona"):
+    for group in ("paper_compatible", "standard", "persona"):
         found |= final["evaluation"]["test"][group]
     return found
 

@@ -21,12 +21,12 @@ from ray import tune
 from ray.util.queue import Empty, Queue
 
 from arplus import storage, tracking
-from arplus.errors import RunError, UserError
+from arplus.errors import ArplusError, RunError, UsageError
+from arplus.runs import attempt
+from arplus.runs.attempt import Attempt, StoppedError
 from arplus.study.record import OBJECTIVE, Trial
-from arplus.training import attempt
-from arplus.training.attempt import Attempt, StoppedError
 from arplus.training.engine import NonFiniteLossError
-from arplus.training.hooks import Part
+from arplus.training.hooks import StudyContext
 from arplus.training.trainer import train
 
 log = logging.getLogger(__name__)
@@ -50,30 +50,30 @@ class Validations(ray.train.UserCallback):
         self.queue.put(metrics[0])
 
 
-class Run(tune.Trainable):
+class TrialProcess(tune.Trainable):
     """The trial.
 
     Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id`` and what a
-    :class:`arplus.study.room.Room` says.
+    :class:`arplus.study.slots.Slots` says.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts the run; it goes on from its newest checkpoint where it has one."""
         self.record_uri: str = config["record"]
         trial = self._record()
-        self.run = replace(trial.settings, worker_cpus=config["worker_cpus"], device=config["device"])
+        self.run = replace(trial.settings, cpus_per_worker=config["cpus_per_worker"], device=config["device"])
         self.run_uri = storage.join(self.run.storage, self.run.run_name)
         self.best = trial.score
         self.final: dict[str, Any] | None = None
         self.error: BaseException | None = None
         self.examples = 0
         self.queue = Queue(actor_options={"num_cpus": 0})
-        self.part = Part(
+        self.part = StudyContext(
             parent_run_id=config["parent_run_id"],
             tags={"study": config["study"], "trial": trial.name},
             side_by_side=config["side_by_side"],
         )
-        before = storage.patiently(self.run_uri, lambda: attempt.read(self.run_uri))
+        before = storage.with_retries(self.run_uri, lambda: attempt.read(self.run_uri))
         self.before = before and before.owner
         self.owner: str | None = None
         self.thread = threading.Thread(target=self._train, name=trial.name, daemon=True)
@@ -100,17 +100,17 @@ class Run(tune.Trainable):
         if self.thread.is_alive():
             log.warning("%s: did not end within %.0f s", self.run_uri, STOP_S)
         self.queue.shutdown(force=True)
-        own = storage.patiently(self.run_uri, self._own)
+        own = storage.with_retries(self.run_uri, self._own)
         if self._record().outcome == "stopped" and own is not None:
             # The study has decided so; for the run itself it was the end of a process.
             assert self.run.mlflow is not None
-            run = tracking.Run(self.run.mlflow, "", own.mlflow_run_id)
+            run = tracking.RunRef(self.run.mlflow, "", own.mlflow_run_id)
             with _patience():
                 tracking.end_run(run, "FINISHED", {"outcome": f"stopped early after {self.examples:,} examples"})
 
     def _record(self) -> Trial:
         """What the study has written down of the trial."""
-        return Trial(**storage.patiently(self.record_uri, lambda: storage.read_json(self.record_uri)))
+        return Trial(**storage.with_retries(self.record_uri, lambda: storage.read_json(self.record_uri)))
 
     def _own(self) -> Attempt | None:
         """The run's attempt, if it is one of this trial's; another job may have taken the run over."""
@@ -144,7 +144,7 @@ class Run(tune.Trainable):
             return end | {"outcome": "diverged", "problem": str(self.error), OBJECTIVE: DIVERGED}
         if isinstance(self.error, StoppedError):
             return end | {"outcome": "running"}
-        if isinstance(self.error, UserError | RunError):
+        if isinstance(self.error, UsageError | RunError):
             return end | {"outcome": "failed", "problem": str(self.error)}
         assert self.error is not None
         raise self.error
@@ -155,5 +155,5 @@ def _patience() -> Iterator[None]:
     """Lets storage or MLflow be away for a moment, and a run be another job's."""
     try:
         yield
-    except (UserError, RunError, OSError) as error:
+    except (ArplusError, OSError) as error:
         log.warning("%s", error)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from arplus import storage, tracking
+from arplus.cluster import preflight
 from arplus.config import (
     Dimension,
     TrainConfig,
@@ -21,13 +22,12 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
-from arplus.study import execute, lr_range
+from arplus.study import execute, lr_find
 from arplus.study.publish import publish_best
-from arplus.study.record import OBJECTIVE, Study, Trial, named
-from arplus.study.room import find_room
+from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import make_search
-from arplus.training import preflight
-from arplus.training.memory import checkpoint_bytes
+from arplus.study.slots import find_slots
+from arplus.training.footprint import checkpoint_bytes
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +38,20 @@ TABLE_S = 20.0
 def sweep(config: TuneConfig) -> dict[str, Any]:
     """Runs a sweep on the connected Ray cluster, or what is left of it, and returns what ``result.json`` holds.
 
-    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
+    Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
     :class:`RunError` for a sweep that was stopped or in which no trial came to a result.
     """
-    config = named(config, "tune")
+    config = resolve_study(config, "tune")
     dataset = _dataset(config)
     dimensions = space(config, dataset)
-    examples = dataset.split("train", config.feed.subset).examples
+    examples = dataset.split("train", config.feed.max_examples).examples
     budget = config.examples or config.epochs * examples
-    room = find_room(config, config.trials)
+    room = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config, precision="bf16") if varied else config
     preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
-    with execute.conducted(study) as tracker:
+    with execute.study_session(study) as tracker:
         source = _Trials(config, study, dimensions, budget, examples, tracker)
         log.info(
             "sweep %s: %d trials of %s examples, %d side by side; %s",
@@ -80,11 +80,11 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
 def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]:
     """The dimensions of a sweep, each end of which is possible for the run; the rate's from ``--lr-bounds`` if given.
 
-    Raises :class:`UserError` naming the flag.
+    Raises :class:`UsageError` naming the flag.
     """
     dimensions = parse_space(config.space)
     if config.lr_bounds is not None:
-        bounds = lr_range.read_bounds(config.lr_bounds, config.preset, dataset.fingerprint if dataset else None)
+        bounds = lr_find.read_bounds(config.lr_bounds, config.preset, dataset.fingerprint if dataset else None)
         rate = Dimension("optimizer.lr", "loguniform", bounds)
         dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
     for dimension in dimensions:
@@ -109,14 +109,14 @@ def plan(config: TuneConfig) -> str:
     lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
     if dataset is None:
         return "\n".join([*lines, "examples a trial: unknown without --data"])
-    examples = dataset.split("train", config.feed.subset).examples
+    examples = dataset.split("train", config.feed.max_examples).examples
     budget = config.examples or config.epochs * examples
-    run = budgeted(run_settings(config), budget, config.validations, examples)
+    run = with_budget(run_settings(config), budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
     return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
 
 
-def budgeted(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
+def with_budget(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
     """A run of at least ``budget`` examples out of ``examples`` an epoch, with evenly spread validations."""
     epochs, rest = divmod(budget, examples)
     steps = epochs * math.ceil(examples / run.batch_size) + math.ceil(rest / run.batch_size)
@@ -160,7 +160,7 @@ class _Trials(execute.Source):
         name = f"trial-{number:04d}"
         self.numbers[name] = number
         run = with_values(run_settings(self.config), values, source=f"--space: {name} ({_shown(values)})")
-        run = budgeted(run, self.budget, self.config.validations, self.examples)
+        run = with_budget(run, self.budget, self.config.validations, self.examples)
         return self.study.add(name, values, run)
 
     def tell(self, trial: Trial) -> None:

@@ -1,6 +1,6 @@
 """MLflow, through its client alone: one run, fed in the background, that a dead server cannot hold up.
 
-The driver makes (or takes up) the run once with :func:`start_run` and hands the plain :class:`Run` to rank 0, which
+The driver makes (or takes up) the run once with :func:`start_run` and hands the plain :class:`RunRef` to rank 0, which
 logs through a :class:`Tracker`. Whatever is logged goes to a JSONL record on the local disk first and to the server
 from a background thread; what a server missed can be filled in afterwards::
 
@@ -13,7 +13,7 @@ Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only mod
 from arplus.tracking.client import check_reachable, end_children, end_run, find_run, register_model, start_run
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
-    Run,
+    RunRef,
     compare_url,
     default_uri,
     keep_of,
@@ -25,7 +25,7 @@ from arplus.tracking.run import (
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
-    "Run",
+    "RunRef",
     "Status",
     "Tracker",
     "check_reachable",

@@ -8,7 +8,7 @@ import os
 import sys
 
 from arplus import cli
-from arplus.errors import UserError, redacted
+from arplus.errors import UsageError, redact
 from arplus.tracking.replay import UnsentError, replay
 
 
@@ -23,12 +23,12 @@ def main() -> None:
     arguments = parser.parse_args()
     uri = arguments.mlflow or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        raise UserError("--mlflow: is required where MLFLOW_TRACKING_URI is not set")
+        raise UsageError("--mlflow: is required where MLFLOW_TRACKING_URI is not set")
     try:
         sent, unsent = replay(arguments.record, uri), None
     except UnsentError as error:
         sent, unsent = error.sent, error
-    sys.stdout.write(f"{sent} values sent to MLflow at {redacted(uri)}\n")
+    sys.stdout.write(f"{sent} values sent to MLflow at {redact(uri)}\n")
     sys.stdout.flush()
     if unsent is not None:
         raise unsent

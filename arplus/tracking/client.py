@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arplus.errors import RefusedError, ResourceError, UserError, redacted
+from arplus.errors import ArplusError, RefusedError, ResourceError, UsageError, redact
 from arplus.tracking.refusal import Event, advice, brief, is_final, status_of
-from arplus.tracking.run import Run, absolute_uri
+from arplus.tracking.run import RunRef, absolute_uri
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def connect(uri: str) -> Any:
         return client
 
     _load()
-    with explained(uri):
+    with explain(uri):
         return _within(_SQLITE_S if uri.startswith("sqlite:") else _REACH_S, ask)
 
 
@@ -70,14 +70,14 @@ def check_reachable(uri: str) -> None:
 
 
 @contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
+def explain(uri: str) -> Iterator[None]:
     """Turns what MLflow raises into a :class:`ResourceError` that names the address and the flag.
 
     Where it is a :class:`RefusedError` too, waiting is of little use.
     """
     try:
         yield
-    except UserError:
+    except ArplusError:
         raise
     except Exception as error:
         final = is_final(error)
@@ -85,7 +85,7 @@ def explained(uri: str) -> Iterator[None]:
         if status_of(error) == 404:
             what_to_do = "check the address, and what was deleted there"
         raise (_RefusingError if final else ResourceError)(
-            f"MLflow at {redacted(uri)} cannot be used ({brief(error)}); {what_to_do}, or choose another with --mlflow"
+            f"MLflow at {redact(uri)} cannot be used ({brief(error)}); {what_to_do}, or choose another with --mlflow"
         ) from None
 
 
@@ -136,36 +136,36 @@ def start_run(
     params: Mapping[str, Any],
     parent_run_id: str | None = None,
     resume_run_id: str | None = None,
-) -> Run:
+) -> RunRef:
     """Makes a run, or takes up ``resume_run_id`` again: it is then RUNNING, with new tags and its first params.
 
     Safe to call from several processes at once. A run to resume that the server no longer has is replaced by a new
-    one, with a warning. Raises :class:`ResourceError` for a server that does not answer and :class:`UserError` for an
+    one, with a warning. Raises :class:`ResourceError` for a server that does not answer and :class:`UsageError` for an
     experiment that was deleted.
     """
     uri = absolute_uri(uri)
     client = connect(uri)
-    with explained(uri):
+    with explain(uri):
         if resume_run_id is not None and (experiment_id := _reopened(client, resume_run_id)) is not None:
-            run = Run(uri, experiment_id, resume_run_id)
+            run = RunRef(uri, experiment_id, resume_run_id)
         else:
             experiment_id = _experiment_id(client, uri, experiment)
             family = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
             created = client.create_run(experiment_id, tags=family, run_name=run_name)
-            run = Run(uri, experiment_id, created.info.run_id)
+            run = RunRef(uri, experiment_id, created.info.run_id)
         _describe(client, run.run_id, tags, params)
     return run
 
 
-def find_run(uri: str, run_id: str) -> Run | None:
+def find_run(uri: str, run_id: str) -> RunRef | None:
     """A run, as it is; None, with a warning, where the server no longer has it.
 
     Raises :class:`ResourceError` for a server that does not answer.
     """
     uri = absolute_uri(uri)
-    with explained(uri):
+    with explain(uri):
         experiment_id = _experiment_of(connect(uri), run_id)
-    return None if experiment_id is None else Run(uri, experiment_id, run_id)
+    return None if experiment_id is None else RunRef(uri, experiment_id, run_id)
 
 
 def _reopened(client: Any, run_id: str) -> str | None:
@@ -204,7 +204,7 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
                 raise
             found = client.get_experiment_by_name(name)  # another process was faster
     if found.lifecycle_stage != "active":
-        raise UserError(f"--experiment {name}: was deleted in MLflow; restore it there or choose another name")
+        raise UsageError(f"--experiment {name}: was deleted in MLflow; restore it there or choose another name")
     return str(found.experiment_id)
 
 
@@ -223,7 +223,7 @@ def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping
 # ---------------------------------------------------------------------------------------------------------- studies
 
 
-def end_run(run: Run, status: str, tags: Mapping[str, str]) -> None:
+def end_run(run: RunRef, status: str, tags: Mapping[str, str]) -> None:
     """Sets the status and tags of a run that another process has logged to; what is refused is left, with a warning.
 
     Raises :class:`ResourceError` for a server that does not answer.
@@ -232,18 +232,18 @@ def end_run(run: Run, status: str, tags: Mapping[str, str]) -> None:
 
     client = connect(run.uri)
     ended = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()]
-    with explained(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
+    with explain(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
         client.set_terminated(run.run_id, status)
         client.log_batch(run.run_id, tags=ended)
 
 
-def end_children(parent: Run, status: str = "KILLED") -> int:
+def end_children(parent: RunRef, status: str = "KILLED") -> int:
     """Ends the runs of a study that are still RUNNING, and gives their number; one that is refused stops no other.
 
     A process that was killed between making a run and noting its id leaves one that nobody knows.
     """
     ended, tried = 0, set[str]()
-    with explained(parent.uri):
+    with explain(parent.uri):
         client = connect(parent.uri)
         family = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
         while new := [
@@ -270,14 +270,14 @@ def _unless_refused(what: str) -> Iterator[None]:
         logger.warning("%s: %s", what, brief(error))
 
 
-def register_model(run: Run, artifact: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
+def register_model(run: RunRef, artifact: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
     """Registers the artifact folder of a run as a version of the model ``name``, and points ``alias`` to it.
 
     Gives the version. A run that has one already keeps it.
     """
     from mlflow.exceptions import MlflowException
 
-    with explained(run.uri):
+    with explain(run.uri):
         client = connect(run.uri)
         try:
             client.create_registered_model(name)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from arplus.errors import redacted
+from arplus.errors import redact
 
 Event = dict[str, Any]
 """One thing that was logged; a line of the record. It holds ``run_id``, ``timestamp`` (milliseconds) and one of:
@@ -127,7 +127,7 @@ def advice(error: BaseException) -> str:
 
 def brief(error: BaseException) -> str:
     """The start of an error's message, on one line, without a password, and of a proxy's page the words alone."""
-    text = redacted(str(error))
+    text = redact(str(error))
     if _PAGE.search(text):
         text = _TAG.sub(" ", text)
     text = " ".join(text.split()) or type(error).__name__

@@ -31,7 +31,7 @@ T = TypeVar("T")
 def read_record(path: str | Path) -> Iterator[Event]:
     """The events of a record, or of all records in a folder; ``path`` may be a URI.
 
-    Lines that are none (a process was killed while writing) are counted in a warning. Raises :class:`UserError` where
+    Lines that are none (a process was killed while writing) are counted in a warning. Raises :class:`UsageError` where
     there is nothing.
     """
     broken = 0

@@ -14,10 +14,10 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from arplus import storage
-from arplus.errors import NO_CREDENTIALS, UserError, masked, redacted, server_problem
+from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact, server_problem
 
 
-class Run(NamedTuple):
+class RunRef(NamedTuple):
     """One MLflow run, as plain values that travel to the workers and into checkpoints."""
 
     uri: str
@@ -28,15 +28,15 @@ class Run(NamedTuple):
 def default_uri(storage_uri: str) -> str:
     """``MLFLOW_TRACKING_URI`` where it is set, else a sqlite file ``mlflow.db`` under the storage folder.
 
-    Raises :class:`UserError` for storage that is not a local folder, as a sqlite file cannot live in a bucket, and for
+    Raises :class:`UsageError` for storage that is not a local folder, as a sqlite file cannot live in a bucket, and for
     an address with a password in it, since it will be written down.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        if masked(uri) != uri:
-            raise UserError(f"MLFLOW_TRACKING_URI={masked(uri)}: {NO_CREDENTIALS}")
+        if mask(uri) != uri:
+            raise UsageError(f"MLFLOW_TRACKING_URI={mask(uri)}: {NO_CREDENTIALS}")
         return uri
     if not storage.is_local(storage_uri):
-        raise UserError(
+        raise UsageError(
             f"--storage {storage_uri}: MLflow's sqlite file needs a local folder; pass --mlflow with the address of "
             "an MLflow server (http://…) or of a local file (sqlite:///…), or set MLFLOW_TRACKING_URI"
         )
@@ -46,43 +46,43 @@ def default_uri(storage_uri: str) -> str:
 def absolute_uri(uri: str) -> str:
     """``uri`` as processes with another working folder understand it.
 
-    Raises :class:`UserError` for what is neither a server nor a sqlite file. (MLflow's plain folders are deprecated;
+    Raises :class:`UsageError` for what is neither a server nor a sqlite file. (MLflow's plain folders are deprecated;
     other databases belong behind a server, which knows where artifacts go.)
     """
     if uri.startswith(("http://", "https://")):
         if problem := server_problem(uri):
-            raise UserError(f"--mlflow {masked(uri)}: {problem}")
+            raise UsageError(f"--mlflow {mask(uri)}: {problem}")
         return uri.rstrip("/")
     if uri.startswith("sqlite:///"):
         return _checked(f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}")
-    raise UserError(f"--mlflow {masked(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
+    raise UsageError(f"--mlflow {mask(uri)}: must be an MLflow server (http://… or https://…) or sqlite:///FILE")
 
 
 def _checked(uri: str) -> str:
     """``uri`` of a sqlite file. MLflow takes ``%``, ``?`` and ``#`` in it for parts of a URL, and tries for minutes."""
     if re.search("[%?#]", uri):
-        raise UserError(
+        raise UsageError(
             f"{uri}: MLflow cannot keep a sqlite file in a path with %, ? or #; choose another --storage, or pass "
             "--mlflow with a server (http://…) or another file (sqlite:///FILE)"
         )
     if Path(uri.removeprefix("sqlite:///")).is_dir():
-        raise UserError(f"{uri}: is a folder; name MLflow's file in it, as in sqlite:///FOLDER/mlflow.db")
+        raise UsageError(f"{uri}: is a folder; name MLflow's file in it, as in sqlite:///FOLDER/mlflow.db")
     return uri
 
 
-def run_url(run: Run) -> str:
+def run_url(run: RunRef) -> str:
     """The run's page: on its server, or for sqlite on the server that :func:`open_command` starts."""
-    server = redacted(run.uri) if run.uri.startswith("http") else "http://127.0.0.1:5000"
+    server = redact(run.uri) if run.uri.startswith("http") else "http://127.0.0.1:5000"
     # MLflow 3 opens on a page about agents; only this address shows the run itself.
     return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
-def study_url(run: Run) -> str:
+def study_url(run: RunRef) -> str:
     """The page that lists the runs of a run's experiment."""
     return run_url(run).rpartition("/")[0]
 
 
-def compare_url(runs: Sequence[Run]) -> str:
+def compare_url(runs: Sequence[RunRef]) -> str:
     """The page on which runs of one experiment are compared."""
     server = run_url(runs[0]).partition("/#/")[0]
     ids, experiments = json.dumps([run.run_id for run in runs]), json.dumps([runs[0].experiment_id])
@@ -99,7 +99,7 @@ def open_command(uri: str) -> str | None:
     return f"{shlex.quote(str(program))} ui --workers 1 --backend-store-uri {shlex.quote(absolute_uri(uri))}"
 
 
-def record_of(run: Run, uri: str) -> Path:
+def record_of(run: RunRef, uri: str) -> Path:
     """The local record of what is tracked: in the folder ``uri`` of the run, a temporary one where that is remote."""
     if storage.is_local(uri):
         return Path(storage.resolve(uri)[1]) / "tracking.jsonl"
@@ -107,7 +107,7 @@ def record_of(run: Run, uri: str) -> Path:
 
 
 def _own_folder() -> Path:
-    """A folder for temporary files that is this user's alone. Raises :class:`UserError` where there can be none."""
+    """A folder for temporary files that is this user's alone. Raises :class:`UsageError` where there can be none."""
     folder = Path(tempfile.gettempdir(), f"arplus-{os.getuid()}")
     try:
         with contextlib.suppress(FileExistsError):
@@ -117,8 +117,8 @@ def _own_folder() -> Path:
             folder.chmod(0o700)
             return folder
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
-    raise UserError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
+        raise UsageError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
+    raise UsageError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
 
 
 def keep_of(uri: str) -> str | None:

@@ -16,10 +16,10 @@ from typing import Literal, Self
 from uuid import uuid4
 
 from arplus import storage
-from arplus.errors import UserError, redacted
+from arplus.errors import ArplusError, redact
 from arplus.tracking.client import METRICS_A_REQUEST, TAG_LENGTH, make_client, send, without_repeats
 from arplus.tracking.refusal import Event, Refused, advice, brief, is_final, kind_of, send_each, title, titles
-from arplus.tracking.run import Run
+from arplus.tracking.run import RunRef
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Tracker:
 
     def __init__(
         self,
-        run: Run,
+        run: RunRef,
         *,
         record: str | Path,
         keep: str | None = None,
@@ -156,11 +156,11 @@ class Tracker:
             logger.warning(
                 "MLflow (%s) misses %d logged values%s; send them with: "
                 "python -m arplus.tracking replay %s --mlflow %s",
-                redacted(self.run.uri),
+                redact(self.run.uri),
                 self.dropped,
                 missing and f" ({missing})",
                 shlex.quote(self._kept()),
-                shlex.quote(redacted(self.run.uri)),
+                shlex.quote(redact(self.run.uri)),
             )
         return self.dropped
 
@@ -179,7 +179,7 @@ class Tracker:
             try:
                 storage.write_bytes(storage.join(self._keep, f"{uuid4().hex[:8]}.jsonl"), self.record.read_bytes())
                 return self._keep
-            except (UserError, OSError) as error:
+            except (ArplusError, OSError) as error:
                 logger.warning("the record of logged values is on this machine alone: %s", error)
         return str(self.record)
 

@@ -37,11 +37,11 @@ from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
+from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
-from arplus.training.memory import BUCKET
+from arplus.training.footprint import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCHEDULE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -90,17 +90,19 @@ class Engine:
     is handed in; they must be equal on all workers.
     """
 
-    def __init__(self, model: ARPlus, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, model: PersonaTransformer, config: TrainConfig, device: torch.device) -> None:
         assert dist.is_initialized(), "Ray Train (or the test) sets the process group up first"
         self.config = config
         self.device = device
-        self.stage = config.zero_stage(dist.get_world_size())
+        self.stage = config.zero_stage_of(dist.get_world_size())
         model = model.to(device)
         kernels.use(model, device)
         if is_compiled(config, device):
             # One shape of batches, one graph, in place, so that names stay. Recorded kernels are launched at once; but
             # the gradients lie in the recording's memory, which a second micro-batch would overwrite.
-            model.compile(dynamic=False, mode="reduce-overhead" if config.accumulation == 1 else "default")
+            model.compile(
+                dynamic=False, mode="reduce-overhead" if config.gradient_accumulation_steps == 1 else "default"
+            )
         if self.stage == 3:
             _tell_what_is_read(model)
         parameters = list(model.parameters())
@@ -258,7 +260,7 @@ class Engine:
         return losses
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip)
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
         # What GradScaler sets: the fused kernel then leaves the update out, without being waited for.
         self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
 
@@ -296,7 +298,7 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether the step is compiled, and batches have one shape for it."""
     if config.compile == "auto":
         has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-        return device.type == "cuda" and config.zero != 3 and has_compiler
+        return device.type == "cuda" and config.zero_stage != 3 and has_compiler
     return config.compile == "on"
 
 
@@ -308,11 +310,11 @@ def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16
     """
     micro_batch_size = config.micro_batch_size(workers)
     return {
-        "train_batch_size": micro_batch_size * workers * config.accumulation,
+        "train_batch_size": micro_batch_size * workers * config.gradient_accumulation_steps,
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optimizer.clip if config.zero_stage(workers) else 0.0,
-        "zero_optimization": zero_config(config.zero_stage(workers), parameters),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.max_grad_norm if config.zero_stage_of(workers) else 0.0,
+        "zero_optimization": zero_config(config.zero_stage_of(workers), parameters),
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,  # our own log line says more
         "wall_clock_breakdown": False,
@@ -332,8 +334,9 @@ def zero_config(stage: int, parameters: int) -> dict[str, Any]:
     Stage 3 keeps what it has gathered for as long as two buckets last, so that groups of shared layers are gathered
     once a pass where they fit, and not kept to the step's end. Updated weights are gathered in one call, in place.
 
-    No activation checkpointing: it would recompute a third of the step, while a smaller micro-batch (--accumulation)
-    gives the same gradient for nothing. One longest example of arplus-large keeps 0.6 GiB in fp32 (``--dry-run``).
+    No activation checkpointing: it would recompute a third of the step, while a smaller micro-batch
+    (--gradient-accumulation-steps) gives the same gradient for nothing. One longest example of arplus-large keeps
+    0.6 GiB in fp32 (``--dry-run``).
     """
     bucket = min(BUCKET, parameters)
     return {
@@ -346,7 +349,7 @@ def zero_config(stage: int, parameters: int) -> dict[str, Any]:
     }
 
 
-def _tell_what_is_read(model: ARPlus) -> None:
+def _tell_what_is_read(model: PersonaTransformer) -> None:
     """Has ZeRO-3 gather for a factored feed-forward the weights of its two layers that it multiplies with itself.
 
     Not by ``set_z3_leaf_modules``, which reduces a module's gradients once, and these are applied again and again.

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from ray.experimental import tqdm_ray
 
 from arplus import storage, tracking
-from arplus.checkpoint import Progress, TrainState
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.data.loader import Step
-from arplus.training import attempt
-from arplus.training.attempt import Attempt, StoppedError, Watch
-from arplus.training.audit import Audit
+from arplus.runs import attempt
+from arplus.runs.attempt import Attempt, StoppedError, Watch
+from arplus.runs.audit import Audit
+from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.training.engine import Engine
-from arplus.training.loop import Ask, Hooks, describe, memory_bytes
+from arplus.training.loop import Control, Hooks, describe, memory_bytes
 from arplus.training.saver import Saver
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ LOOK_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StudyContext:
     """What a run that is a part of a study has from it. Such a run says nothing but warnings, and keeps its model."""
 
     parent_run_id: str
@@ -41,20 +41,20 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class RunContext:
     """What every worker of a run is given."""
 
     config: TrainConfig
     run_uri: str
-    tracked: tracking.Run
+    tracked: tracking.RunRef
     attempt: Attempt
     """The job's ownership of the run, before its workers' first start."""
     start: str | None
     """Checkpoint from which the job starts; None for the beginning."""
     progress_bar: bool
     versions: dict[str, str]
-    """Those of the job's own node, which every worker's must equal (:func:`arplus.training.node.versions`)."""
-    part: Part | None = None
+    """Those of the job's own node, which every worker's must equal (:func:`arplus.cluster.node.versions`)."""
+    part: StudyContext | None = None
     """Of which study the run is a part, if it is of one."""
 
     @property
@@ -68,7 +68,7 @@ class Job:
         return tracking.keep_of(self.run_uri)
 
 
-class EndedError(Exception):
+class RunEndedError(Exception):
     """Raised on all workers at the same place: the run ends here, and starting the workers again would not help.
 
     ``args[0]`` is the reason on rank 0, an error of ours; other workers may have None.
@@ -79,7 +79,7 @@ class RunHooks(Hooks):
     """The hooks of a run. Files and tracking are rank 0's, but for the audit; saving needs all workers."""
 
     def __init__(
-        self, job: Job, mine: Attempt, engine: Engine, dataset: Dataset, steps: int, started_from: str | None
+        self, job: RunContext, mine: Attempt, engine: Engine, dataset: Dataset, steps: int, started_from: str | None
     ) -> None:
         self.job = job
         self.engine = engine
@@ -112,23 +112,23 @@ class RunHooks(Hooks):
         self.saver.wait()
         return self.saver.newest
 
-    def ask(self) -> Ask:
+    def ask(self) -> Control:
         """What rank 0 asks for: an end, a checkpoint because of the time, a look at the nodes."""
         if self.saver is None or self.watch is None:
-            return Ask.NOTHING
+            return Control.NOTHING
         if self.saver.error or self.watch.error or self.watch.stop:
-            return Ask.END
-        asked, now, minutes = Ask.NOTHING, time.monotonic(), self.job.config.checkpoint_minutes
+            return Control.END
+        asked, now, minutes = Control.NOTHING, time.monotonic(), self.job.config.checkpoint_minutes
         if minutes is not None and now - self.saved_at >= 60 * minutes:
-            asked |= Ask.SAVE
+            asked |= Control.SAVE
         if now - self.looked_at >= LOOK_S:
             self.looked_at = now
-            asked |= Ask.LOOK
+            asked |= Control.LOOK
         return asked
 
-    def wants_checkpoint(self, asked: Ask) -> bool:
+    def wants_checkpoint(self, asked: Control) -> bool:
         """Whether rank 0 asks for a checkpoint, or a node is to be taken away (once a node)."""
-        if Ask.LOOK in asked and (info := ray.train.get_preemption_info()) is not None:
+        if Control.LOOK in asked and (info := ray.train.get_preemption_info()) is not None:
             lost, self.lost_nodes = self.lost_nodes, info.preempted_node_ids
             if lost != self.lost_nodes:
                 if self.saver is not None:
@@ -136,12 +136,12 @@ class RunHooks(Hooks):
                 return True
         return super().wants_checkpoint(asked)
 
-    def on_step(self, progress: Progress, step: Step) -> None:
+    def on_step(self, progress: TrainProgress, step: Step) -> None:
         """Notes the step's examples for the audit."""
         if self.audit is not None:
             self.audit.add(progress.epoch, progress.epoch_step, step)
 
-    def on_log(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def on_log(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         """Writes the log line and tracks the metrics."""
         if self.tracker is None:
             return
@@ -151,7 +151,7 @@ class RunHooks(Hooks):
         if self.bar is not None:
             self.bar.update(progress.step - self.bar.n)
 
-    def on_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def on_validation(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         """Notes the metrics and whether they are the best, and reports them to Ray Train."""
         progress.validation = metrics
         best = progress.best_response_ppl
@@ -171,11 +171,11 @@ class RunHooks(Hooks):
             self.tracker.log({f"valid/{k}": v for k, v in metrics.items()}, step=progress.examples)
         ray.train.report({**metrics, "step": progress.step, "examples": progress.examples})
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: TrainProgress) -> None:
         """Writes the audit and gathers the train state on all workers; rank 0's saver does the rest."""
         began = time.monotonic()
         if self.audit is not None:
-            storage.patiently(self.job.run_uri, self.audit.flush)
+            storage.with_retries(self.job.run_uri, self.audit.flush)
         weights, moments = self.engine.weights(), self.engine.moments()
         dist.barrier()  # every worker's rows are durable before the checkpoint that covers them
         if self.saver is not None:
@@ -197,17 +197,17 @@ class RunHooks(Hooks):
             stood_still = self.saved_at - began
             self.tracker.log({"perf/checkpoint_seconds": stood_still}, step=progress.examples)
 
-    def finish(self, progress: Progress) -> dict[str, Any]:
+    def finish(self, progress: TrainProgress) -> dict[str, Any]:
         """Waits for the last checkpoint; what a finished run leaves in ``final_metrics.json``.
 
-        Raises :class:`EndedError` where a checkpoint could not be written, and where the run is not at its end.
+        Raises :class:`RunEndedError` where a checkpoint could not be written, and where the run is not at its end.
         """
         if self.saver is not None and self.watch is not None:
             self.saver.wait()
             if error := self.watch.error or self.saver.error:
-                raise EndedError(error)
+                raise RunEndedError(error)
         if progress.step < self.steps or progress.unvalidated:
-            raise EndedError(StoppedError(f"stopped at step {progress.step}; the same command goes on from there"))
+            raise RunEndedError(StoppedError(f"stopped at step {progress.step}; the same command goes on from there"))
         return {
             "run_name": self.job.config.run_name,
             "preset": self.job.config.preset,

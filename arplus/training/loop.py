@@ -13,21 +13,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
 from arplus.data.loader import RankLoader, Step
 from arplus.process import peak_memory_bytes
+from arplus.runs.checkpoint import TrainProgress
 from arplus.training.engine import Engine, NonFiniteLossError, StepResult
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ASK_EVERY = 16
+POLL_EVERY_BATCHES = 16
 """Batches of a validation between two questions what rank 0 asks for."""
 
 
-class Ask(IntFlag):
+class Control(IntFlag):
     """What rank 0 asks all workers for at the end of a step. Only one worker may look at a clock or at storage."""
 
     NOTHING = 0
@@ -42,24 +42,24 @@ class Ask(IntFlag):
 class Hooks:
     """What happens around the loop; the run's owner overrides what it needs. Every method is called on all workers."""
 
-    def ask(self) -> Ask:
+    def ask(self) -> Control:
         """Before a step, and in a validation: what this worker asks for. Only rank 0 may ask for anything."""
-        return Ask.NOTHING
+        return Control.NOTHING
 
-    def on_step(self, progress: Progress, step: Step) -> None:
+    def on_step(self, progress: TrainProgress, step: Step) -> None:
         """After a step's update; ``progress`` is where the step began."""
 
-    def wants_checkpoint(self, asked: Ask) -> bool:
+    def wants_checkpoint(self, asked: Control) -> bool:
         """Whether what rank 0 asked for needs a checkpoint after this step."""
-        return bool(asked & (Ask.SAVE | Ask.END))
+        return bool(asked & (Control.SAVE | Control.END))
 
-    def on_log(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def on_log(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         """Every ``log_every`` steps, with the means since the last time."""
 
-    def on_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def on_validation(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         """After a validation over exactly all validation examples."""
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: TrainProgress) -> None:
         """Where the train state is to be saved."""
 
     @property
@@ -78,7 +78,7 @@ class Trained(NamedTuple):
 
 
 def fit(
-    engine: Engine, train: RankLoader, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks
+    engine: Engine, train: RankLoader, valid: RankLoader, progress: TrainProgress, config: TrainConfig, hooks: Hooks
 ) -> None:
     """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
@@ -113,7 +113,7 @@ def fit(
             except NonFiniteLossError as error:
                 raise _explained(error, unread[error.index], hooks) from None
             unread.clear()
-            asked = Ask(ask)
+            asked = Control(ask)
             progress.train_seconds += meter.add(results)
             if logs:
                 hooks.on_log(progress, meter.take(progress))
@@ -122,13 +122,13 @@ def fit(
                 progress.epoch_step = 0
             if validates and (at_end or _due(config.validate_every, progress.step)):
                 progress.unvalidated = True
-                if Ask.END in asked or not _validated(engine, valid, progress, config, hooks):
-                    asked |= Ask.END
+                if Control.END in asked or not _validated(engine, valid, progress, config, hooks):
+                    asked |= Control.END
                 meter.restart()
             if at_end or due or hooks.wants_checkpoint(asked):
                 hooks.checkpoint(progress)
                 meter.restart()
-            if Ask.END in asked:
+            if Control.END in asked:
                 return
 
 
@@ -138,7 +138,7 @@ def total_steps(config: TrainConfig, train: RankLoader) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _validated(engine: Engine, valid: RankLoader, progress: Progress, config: TrainConfig, hooks: Hooks) -> bool:
+def _validated(engine: Engine, valid: RankLoader, progress: TrainProgress, config: TrainConfig, hooks: Hooks) -> bool:
     """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
 
     Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take itself:
@@ -148,9 +148,9 @@ def _validated(engine: Engine, valid: RankLoader, progress: Progress, config: Tr
 
     def ended() -> bool:
         asked = _asked(engine, hooks)
-        if Ask.END not in asked and hooks.wants_checkpoint(asked):
+        if Control.END not in asked and hooks.wants_checkpoint(asked):
             hooks.checkpoint(progress)
-        return Ask.END in asked
+        return Control.END in asked
 
     metrics = validate(engine, valid, config, ended)
     if metrics is None:
@@ -165,13 +165,13 @@ def validate(
 ) -> dict[str, float] | None:
     """Losses over exactly all examples of a split, summed over the workers: means are over targets, not batches.
 
-    None once ``ended``, which is asked every :data:`ASK_EVERY` batches on all workers.
+    None once ``ended``, which is asked every :data:`POLL_EVERY_BATCHES` batches on all workers.
     """
     nats = torch.zeros(2, dtype=torch.float64, device=engine.device)
     targets = examples = 0
     with closing(loader.batches(epoch=0)) as steps:
         for number, step in enumerate(steps):
-            if number % ASK_EVERY == 0 and ended():
+            if number % POLL_EVERY_BATCHES == 0 and ended():
                 return None
             for batch in step.micro_batches:
                 nats += torch.stack(engine.evaluate(batch))
@@ -190,11 +190,11 @@ def validate(
     }
 
 
-def _asked(engine: Engine, hooks: Hooks) -> Ask:
+def _asked(engine: Engine, hooks: Hooks) -> Control:
     """What rank 0 asks for; all workers ask at the same batch, so that they do it, or leave, at the same one."""
     asked = torch.tensor(int(hooks.ask()), device=engine.device)
     dist.all_reduce(asked)
-    return Ask(int(asked))
+    return Control(int(asked))
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -236,7 +236,7 @@ class Meter:
         self.waited = 0.0
         self.started = self.added = time.monotonic()
 
-    def take(self, progress: Progress) -> dict[str, float]:
+    def take(self, progress: TrainProgress) -> dict[str, float]:
         """Means and rates since the last call, as MLflow names them, and starts anew."""
         elapsed = time.monotonic() - self.started
         n = len(self.results)
@@ -267,7 +267,7 @@ def memory_bytes() -> int:
     return peak_memory_bytes()
 
 
-def describe(progress: Progress, metrics: dict[str, float], total_steps: int) -> str:
+def describe(progress: TrainProgress, metrics: dict[str, float], total_steps: int) -> str:
     """One log line of a training step."""
     m = metrics
     eta = _clock(m["perf/eta_seconds"])
@@ -279,7 +279,7 @@ def describe(progress: Progress, metrics: dict[str, float], total_steps: int) ->
     )
 
 
-def _examples_seen(progress: Progress, loader: RankLoader) -> int:
+def _examples_seen(progress: TrainProgress, loader: RankLoader) -> int:
     in_epoch = min(progress.epoch_step * loader.sampler.batch_size, loader.sampler.split.examples)
     return progress.epoch * loader.sampler.split.examples + in_epoch
 

@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Callable
 
-from arplus import checkpoint, storage
-from arplus.checkpoint import TrainState
+from arplus import storage
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import TrainState
 
 
 class Saver:
@@ -39,8 +40,8 @@ class Saver:
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
             # Two parts: what fails after the manifest must not have the checkpoint written again.
-            self.newest = storage.patiently(self.run_uri, lambda: self._write(state))
-            storage.patiently(self.run_uri, lambda: self._tidy(best))
+            self.newest = storage.with_retries(self.run_uri, lambda: self._write(state))
+            storage.with_retries(self.run_uri, lambda: self._tidy(best))
         except Exception as error:
             self.error = error
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError
 
-from arplus import checkpoint, storage, tracking
-from arplus.checkpoint import Progress, TrainState
+from arplus import storage, tracking
+from arplus.cluster import elastic, node, preflight
 from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
@@ -26,17 +26,19 @@ from arplus.data.dataset import Dataset
 from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker, serve
-from arplus.errors import ResourceError, RunError, UserError
+from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
-from arplus.model.arplus import ARPlus
+from arplus.model.network import PersonaTransformer
+from arplus.runs import attempt, checkpoint
+from arplus.runs.attempt import Attempt, StoppedError, SupersededError
+from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
-from arplus.training import attempt, elastic, node, preflight, workers
-from arplus.training.attempt import Attempt, StoppedError, SupersededError
+from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
-from arplus.training.hooks import EndedError, Job, Part, RunHooks
+from arplus.training.footprint import checkpoint_bytes
+from arplus.training.hooks import RunContext, RunEndedError, RunHooks, StudyContext
 from arplus.training.loop import fit, total_steps
-from arplus.training.memory import checkpoint_bytes
-from arplus.training.resume import Start, find_start
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +47,20 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def train(
-    config: TrainConfig, part: Part | None = None, callbacks: Sequence[ray.train.UserCallback] = ()
+    config: TrainConfig, part: StudyContext | None = None, callbacks: Sequence[ray.train.UserCallback] = ()
 ) -> dict[str, Any]:
     """Runs a training job on the connected Ray cluster and returns what ``final_metrics.json`` holds.
 
     A study says what ``part`` of it the run is, and follows it through Ray Train's ``callbacks``.
 
-    Raises :class:`UserError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
+    Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
     :class:`RunError` for a run that diverged, failed too often, was stopped, or was taken over by another job.
     """
-    config = resolved(config)
+    config = resolve(config)
     # A study has read the data before; anyone else is to hear at once where it cannot be.
-    dataset = storage.patiently(config.data, lambda: Dataset.open(config.data)) if part else Dataset.open(config.data)
+    dataset = (
+        storage.with_retries(config.data, lambda: Dataset.open(config.data)) if part else Dataset.open(config.data)
+    )
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
@@ -67,16 +71,16 @@ def train(
             config.data,
         )
     run_uri = storage.join(config.storage, config.run_name)
-    start = storage.patiently(run_uri, lambda: find_start(config, run_uri, dataset))
+    start = storage.with_retries(run_uri, lambda: find_resume_point(config, run_uri, dataset))
     tracked = _tracked(config, dataset, start, part)
-    storage.patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "config.json"), to_dict(config)))
+    storage.with_retries(run_uri, lambda: storage.write_json(storage.join(run_uri, "config.json"), to_dict(config)))
     if start.checkpoint is None:  # the audit of attempts that came to nothing
-        storage.patiently(run_uri, lambda: storage.delete(storage.join(run_uri, "audit")))
-    job = Job(
+        storage.with_retries(run_uri, lambda: storage.delete(storage.join(run_uri, "audit")))
+    job = RunContext(
         config=config,
         run_uri=run_uri,
         tracked=tracked,
-        attempt=storage.patiently(run_uri, lambda: attempt.take_over(run_uri, tracked.run_id)),
+        attempt=storage.with_retries(run_uri, lambda: attempt.take_over(run_uri, tracked.run_id)),
         start=start.checkpoint,
         progress_bar=part is None and sys.stderr.isatty(),
         versions=node.versions(),
@@ -86,8 +90,8 @@ def train(
     tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     card = storage.join(config.data, "data_card.html")
-    if storage.patiently(card, lambda: storage.exists(card)):
-        tracker.log_text("data_card.html", storage.patiently(card, lambda: storage.read_bytes(card)).decode())
+    if storage.with_retries(card, lambda: storage.exists(card)):
+        tracker.log_text("data_card.html", storage.with_retries(card, lambda: storage.read_bytes(card)).decode())
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
@@ -95,13 +99,13 @@ def train(
         tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
 
     try:
-        kept = elastic.room_kept() if len(config.world_sizes) > 1 else contextlib.nullcontext()
+        kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_stop_signal(stop), kept:
             outcome = _run_workers(job, scaling, callbacks)
-        storage.patiently(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
+        storage.with_retries(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
         tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
         if part is None:
-            storage.patiently(run_uri, lambda: log_best(tracker, run_uri, dataset))
+            storage.with_retries(run_uri, lambda: log_best(tracker, run_uri, dataset))
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -115,14 +119,14 @@ def train(
     return outcome
 
 
-def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | None) -> tracking.Run:
+def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: StudyContext | None) -> tracking.RunRef:
     """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer; a study's waits for it.
 
     A run that goes on, perhaps by night and by itself, does not wait for its server: what is not sent is recorded.
     """
     uri = config.mlflow or tracking.default_uri(config.storage)
 
-    def begin() -> tracking.Run:
+    def begin() -> tracking.RunRef:
         return tracking.start_run(
             uri,
             config.experiment,
@@ -137,15 +141,17 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: Start, part: Part | N
 
     try:
         # A study's server has answered before, and its next run would find it no better.
-        return storage.patiently(uri, begin) if part and start.mlflow_run_id is None else begin()
+        return storage.with_retries(uri, begin) if part and start.mlflow_run_id is None else begin()
     except ResourceError as error:
         if start.mlflow_run_id is None:
             raise
         log.warning("going on without MLflow until it answers: %s", error)
-        return tracking.Run(absolute_uri(uri), "", start.mlflow_run_id)
+        return tracking.RunRef(absolute_uri(uri), "", start.mlflow_run_id)
 
 
-def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> dict[str, Any]:
+def _run_workers(
+    job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]
+) -> dict[str, Any]:
     """Runs the workers to the end of the run, starting them again where one dies; rank 0's final metrics."""
     config = job.config
     try:
@@ -163,12 +169,12 @@ def _run_workers(job: Job, scaling: ScalingConfig, callbacks: Sequence[ray.train
     return cast(dict[str, Any], outcome)
 
 
-def resolved(config: C) -> C:
+def resolve(config: C) -> C:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
-        raise UserError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+        raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
     for field, problem in config.name_problems():
-        raise UserError(f"--{flag(field)}: {problem}")
+        raise UsageError(f"--{flag(field)}: {problem}")
     return replace(
         config,
         data=storage.absolute(config.data),
@@ -185,7 +191,7 @@ def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tupl
 
     def loader(split: str, shuffled: bool) -> RankLoader:
         sampler = EpochSampler(
-            split=dataset.split(split, config.feed.subset if split == "train" else None),
+            split=dataset.split(split, config.feed.max_examples if split == "train" else None),
             batch_size=config.batch_size,
             window_batches=config.feed.batches_of_window(config.batch_size),
             seed=config.seed,
@@ -195,10 +201,10 @@ def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tupl
             sampler=sampler,
             spec=spec,
             workers=dist.get_world_size(),
-            accumulation=config.accumulation,
+            accumulation=config.gradient_accumulation_steps,
             prefetch=config.feed.prefetch,
         )
-        server = agreed(lambda: serve(maker), only_rank_0=True) if maker.workers > 1 else None
+        server = on_all_ranks(lambda: serve(maker), only_rank_0=True) if maker.workers > 1 else None
         largest = config.micro_batch_size(maker.workers)
         filler = Filler(dataset.rules, largest) if is_compiled(config, device) else None
         return RankLoader(maker, dist.get_rank(), server, filler)
@@ -230,28 +236,30 @@ def _local(uri: str, folder: Path) -> str:
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
-    job: Job = arguments["job"]
+    job: RunContext = arguments["job"]
     try:
         return _run(job)
     except NonFiniteLossError as error:
         # Every worker is here. Returned, not raised: a retry would come to the same step and the same loss.
         return {"error": error}
-    except EndedError as ended:
+    except RunEndedError as ended:
         return {"error": ended.args[0]}
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: RunContext) -> dict[str, Any]:
     config = job.config
     device = workers.set_up(job.part.side_by_side if job.part else 1)
-    agreed(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    mine, start = agreed(lambda: storage.patiently(job.run_uri, lambda: _begin(job)), only_rank_0=True)
-    dataset, model, state = agreed(lambda: storage.patiently(job.run_uri, lambda: load(config, start)))
+    on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
+    mine, start = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: _begin(job)), only_rank_0=True)
+    dataset, model, state = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
         best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        state.progress.best_response_ppl = agreed(lambda: storage.patiently(job.run_uri, best), only_rank_0=True)
+        state.progress.best_response_ppl = on_all_ranks(
+            lambda: storage.with_retries(job.run_uri, best), only_rank_0=True
+        )
     train_loader, valid_loader = loaders(config, dataset, device)
     engine = Engine(model, config, device)
-    progress = Progress(fingerprint=dataset.fingerprint)
+    progress = TrainProgress(fingerprint=dataset.fingerprint)
     if state is not None:
         progress = state.progress
         engine.load_moments(state.moments, progress.step)
@@ -264,7 +272,7 @@ def _run(job: Job) -> dict[str, Any]:
         hooks.close()
 
 
-def _begin(job: Job) -> tuple[Attempt, str | None]:
+def _begin(job: RunContext) -> tuple[Attempt, str | None]:
     """The attempt of this start, and the checkpoint to go on from: the job's newest, else the one it started from."""
     mine = attempt.start(job.run_uri, job.attempt)
     found = checkpoint.newest(job.run_uri, after=job.attempt.number)
@@ -276,11 +284,11 @@ def _begin(job: Job) -> tuple[Attempt, str | None]:
     return mine, start
 
 
-def load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, TrainState | None]:
+def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransformer, TrainState | None]:
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
     dataset = Dataset.open(config.data)
     torch.manual_seed(config.seed)
-    model = ARPlus(config.model, dataset.sizes)
+    model = PersonaTransformer(config.model, dataset.sizes)
     state = checkpoint.load(start, moments=True) if start else None
     if state is not None:
         model.load_weights(state.weights)
@@ -289,27 +297,27 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, ARPlus, Train
     return dataset, model, state
 
 
-def agreed(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
-    """What ``work`` gives on this worker, or on rank 0; :class:`EndedError` on all workers where one has our errors."""
+def on_all_ranks(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
+    """What ``work`` gives on this worker, or on rank 0; :class:`RunEndedError` on all where one has our errors."""
     mine: tuple[Any, Exception | None] = (None, None)
     if dist.get_rank() == 0 or not only_rank_0:
         try:
             mine = (work(), None)
-        except (UserError, RunError) as problem:
+        except ArplusError as problem:
             mine = (None, problem)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine if only_rank_0 else (None, mine[1]))
     for _, error in found:
         if error is not None:
-            raise EndedError(error)
+            raise RunEndedError(error)
     return found[0][0] if only_rank_0 else mine[0]
 
 
-def _initialise(model: ARPlus, uri: str, sizes: VocabularySizes) -> None:
+def _initialise(model: PersonaTransformer, uri: str, sizes: VocabularySizes) -> None:
     state = checkpoint.load(uri)
     if state.sizes != sizes:
-        raise UserError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
+        raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
     try:
         model.load_weights(state.weights)
-    except UserError as error:
-        raise UserError(f"--init-from {uri}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"--init-from {uri}: {error}") from None

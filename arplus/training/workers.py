@@ -16,7 +16,8 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from arplus import cluster, storage
+from arplus import storage
+from arplus.cluster import connection
 from arplus.kernels.gpu import leave_cudnn_out
 
 
@@ -67,7 +68,7 @@ def run(
 def set_up(side_by_side: int = 1) -> torch.device:
     """Sets logging, threads and kernels up in a worker; its device. ``side_by_side`` runs share the machine."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    cluster.quiet()
+    connection.quiet()
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     leave_cudnn_out()

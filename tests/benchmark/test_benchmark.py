@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from prepared import random_examples, write_dataset
+from helpers.prepared import random_examples, write_dataset
 
 from arplus.benchmark import data, machine, prepare, report
 from arplus.benchmark.plain import Collate
@@ -92,7 +92,7 @@ def test_bytes_read_are_those_of_the_columns(dataset: Dataset, sampler: EpochSam
 
 @pytest.mark.usefixtures("ray_cluster", "without_datasets")
 def test_data_without_the_extras(dataset: Dataset) -> None:
-    settings = data.DataBenchmark(data=dataset.uri, batch_size=8, window_batches=10, passes=2)
+    settings = data.DataBenchmark(data=dataset.uri, batch_size=8, shuffle_window_batches=10, passes=2)
     result = data.measure(settings)
     found = result.figures
     assert found["ratio_datasets"] is None

@@ -1,14 +1,14 @@
 """The other side of the train benchmark computes what our model computes, from the same batches padded."""
 
 import pytest
-from small_models import SIZES, make_batch, make_model, small
+from helpers.small_models import SIZES, make_batch, make_model, small
 
 from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, mean_losses, paper_replies
 from arplus.config import Sampling, special_ids
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
+from arplus.model.network import PersonaTransformer
 
 IDS = special_ids(SIZES.characters)
 PERSONA_PAD = special_ids(SIZES.persona_words).pad
@@ -31,7 +31,7 @@ def their_name(name: str) -> str:
     return f"projections.{name}" if name.split(".")[0] in ("context", "auxiliary", "response") else name
 
 
-def same_weights(ours: ARPlus) -> PaperARPlus:
+def same_weights(ours: PersonaTransformer) -> PaperARPlus:
     """The plain model with our model's weights."""
     theirs = PaperARPlus(ours.config, SIZES).eval()
     theirs.load_state_dict({their_name(name): value for name, value in ours.state_dict().items()})

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared import write_dataset
+from helpers.prepared import write_dataset
 
 from arplus.benchmark import generate, sides, train
 from arplus.benchmark.padded import Padded
 from arplus.benchmark.pool import Pool, examples_of, mean_lengths, padding, random_examples
 from arplus.config import ModelConfig, VocabularySizes, special_ids
 from arplus.data.examples import SCHEMA
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 TINY = ModelConfig(layers=2, repeats=2, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=8)
 RUN = sides.run_config("fp32", 0, 64)
@@ -82,7 +82,7 @@ def test_batches_by_length_stand_for_all(pool: Pool) -> None:
 def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, {"train": [[30]]})
     assert len(examples_of(dataset.uri, 20)) == 20
-    with pytest.raises(UserError, match=r"has 30 training examples, and this benchmark takes 31; lower --batch-size"):
+    with pytest.raises(UsageError, match=r"has 30 training examples, and this benchmark takes 31; lower --batch-size"):
         examples_of(dataset.uri, 31)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import make_batch, make_model, small
+from helpers.small_models import make_batch, make_model, small
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from arplus import kernels

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from helpers.prepared import random_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared import random_examples
 
 from arplus.config import AR, PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Ragged, Window, frame, infill

@@ -6,7 +6,7 @@ import pytest
 
 from arplus.config import ExampleRules, to_dict
 from arplus.data.dataset import FORMAT, Dataset, RowGroup
-from arplus.errors import UserError
+from arplus.errors import UsageError
 
 MANIFEST: dict[str, Any] = {
     "format": FORMAT,
@@ -47,18 +47,18 @@ def test_a_data_set_is_what_its_manifest_says(folder: Path) -> None:
 
 
 def test_an_unknown_split_is_an_error_that_lists_the_splits(folder: Path) -> None:
-    with pytest.raises(UserError, match="no split 'dev'; it has train, valid"):
+    with pytest.raises(UsageError, match="no split 'dev'; it has train, valid"):
         Dataset.open(str(folder)).split("dev")
 
 
 def test_a_folder_without_manifest_or_of_another_format_is_refused(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match=rf"format {FORMAT + 1}; this version reads {FORMAT}"):
+    with pytest.raises(UsageError, match=rf"format {FORMAT + 1}; this version reads {FORMAT}"):
         Dataset.open(str(folder))
     for foreign in ({"entries": []}, [1]):
         (folder / "manifest.json").write_text(json.dumps(foreign))
-        with pytest.raises(UserError, match=r"not a prepared data set \(manifest.json is not ours\)"):
+        with pytest.raises(UsageError, match=r"not a prepared data set \(manifest.json is not ours\)"):
             Dataset.open(str(folder))
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"no manifest.json.*jobs/prepare.py"):
+    with pytest.raises(UsageError, match=r"no manifest.json.*jobs/prepare.py"):
         Dataset.open(str(folder))

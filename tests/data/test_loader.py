@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pytest
 import torch
-from prepared import write_dataset
+from helpers.prepared import write_dataset
 from ray import cloudpickle
 from ray.data import DataContext
 
@@ -24,7 +24,7 @@ from arplus.data.dataset import RowGroup, Split
 from arplus.data.loader import RankLoader, Step, read_ahead
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker, serve
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.model.batch import Batch, Packed
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ def test_a_block_that_ray_data_cuts_between_workers_changes_nothing(
 def test_a_window_of_large_batches_is_still_small_enough_to_read() -> None:
     feed = FeedConfig()
     assert [feed.batches_of_window(size) for size in (64, 1024, 8192, 65_536, 1 << 20)] == [256, 256, 32, 4, 1]
-    assert FeedConfig(window_batches=8).batches_of_window(64) == 8
+    assert FeedConfig(shuffle_window_batches=8).batches_of_window(64) == 8
 
 
 # ------------------------------------------------------------------------------------------- one server, many workers
@@ -239,7 +239,7 @@ def test_an_error_in_a_window_reaches_the_training_step_of_every_worker(runs: Ru
     maker = replace(maker, sampler=replace(maker.sampler, split=lost))
 
     def error(rank: RankLoader) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UsageError) as caught:
             next(rank.batches(0))
         return str(caught.value)
 

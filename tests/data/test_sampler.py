@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from helpers.prepared import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import write_dataset
 
 from arplus.data.dataset import Dataset, RowGroup, Split
 from arplus.data.sampler import EpochSampler, deal

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import ray
 import torch
-from prepared import write_dataset
+from helpers.prepared import write_dataset
 
 from arplus.config import ModelConfig
 from arplus.data import windows

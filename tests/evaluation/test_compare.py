@@ -5,7 +5,7 @@ import pytest
 
 from arplus.config import special_ids
 from arplus.evaluation.compare import METRICS, Sample, compare
-from arplus.evaluation.metrics import HonestMetrics
+from arplus.evaluation.metrics import StandardMetrics
 
 SPECIAL = special_ids(60)
 
@@ -35,7 +35,7 @@ def test_the_metrics_are_those_of_the_split() -> None:
     rows = [[1, 2, 3, 4, 5], [7, 8], [3, 3, 3]]
     references = [[1, 2, 3, 4, 6, SPECIAL.eos], [8, 7, 9, SPECIAL.eos], [*[4] * 30, SPECIAL.eos]]
     nats, targets = np.array([10.0, 12.0, 60.0]), np.array([6, 4, 31])
-    whole = HonestMetrics(SPECIAL)
+    whole = StandardMetrics(SPECIAL)
     whole.add(rows, references)
     whole.add_loss(82.0, 6 + 4 + 31)
     one = Sample.of(SPECIAL, np.arange(3), nats, targets, rows, references)

@@ -1,7 +1,7 @@
 """What replies say of their speaker is held against the profile."""
 
-from arplus.data.personas import Persona
 from arplus.evaluation.consistency import PersonaMetrics, asks
+from arplus.synthetic.personas import Persona
 
 CHENGDU = Persona("女", "四川成都", ("美食",))
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.prepared import CHARACTERS, PERSONA_WORDS
 from mlflow import MlflowClient
-from prepared import CHARACTERS, PERSONA_WORDS
 
-from arplus import checkpoint, tracking
-from arplus.checkpoint import Progress, TrainState
+from arplus import tracking
 from arplus.config import EvaluateConfig, ExampleRules, preset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
 from arplus.evaluation.delivery import Destination, deliver, destination
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import TrainProgress, TrainState
 
 RESULT: dict[str, Any] = {
-    "splits": {"test": {"examples": 9, "honest": {"bleu": 1.5}, "paper_compatible": {}, "persona": {"claims": 3.0}}}
+    "splits": {"test": {"examples": 9, "standard": {"bleu": 1.5}, "paper_compatible": {}, "persona": {"claims": 3.0}}}
 }
 AWAY = "http://127.0.0.1:1"
 
@@ -31,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     run = tracking.start_run(f"sqlite:///{folder}/mlflow.db", "arplus", "first", tags={}, params={})
     state = TrainState(
         config=trained,
-        progress=Progress(fingerprint="test", examples=640),
+        progress=TrainProgress(fingerprint="test", examples=640),
         schedule={},
         rules=ExampleRules(),
         characters=CHARACTERS,
@@ -52,9 +53,9 @@ def test_what_cannot_be_delivered_is_refused_before(config: EvaluateConfig, tmp_
     with pytest.raises(ResourceError, match=f"MLflow at {AWAY} cannot be used"):
         destination(replace(config, mlflow=AWAY))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=f"^{tmp_path}/file/metrics.json: "):
+    with pytest.raises(UsageError, match=f"^{tmp_path}/file/metrics.json: "):
         destination(replace(config, json=f"{tmp_path}/file/metrics.json"))
-    with pytest.raises(UserError, match=f"^{tmp_path}: is a folder; name a file"):
+    with pytest.raises(UsageError, match=f"^{tmp_path}: is a folder; name a file"):
         destination(replace(config, json=str(tmp_path)))
     assert destination(replace(config, json=f"{tmp_path}/file")).examples == 640
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
@@ -64,9 +65,9 @@ def test_mlflow_has_the_metrics_where_the_file_fails(config: EvaluateConfig, tmp
     config = replace(config, json=f"{tmp_path}/metrics.json")
     to = destination(config)
     (tmp_path / "metrics.json").mkdir()
-    with pytest.raises(UserError, match=f"^{tmp_path}/metrics.json: "):
+    with pytest.raises(UsageError, match=f"^{tmp_path}/metrics.json: "):
         deliver(RESULT, config, to)
-    assert logged(to, "test/honest/bleu") == [(640, 1.5)]
+    assert logged(to, "test/standard/bleu") == [(640, 1.5)]
     (tmp_path / "metrics.json").rmdir()
     deliver(RESULT, config, to)
     assert json.loads((tmp_path / "metrics.json").read_text()) == RESULT
@@ -79,10 +80,10 @@ def test_a_second_evaluation_is_seen_and_the_runs_status_stays(config: EvaluateC
     client = MlflowClient(to.mlflow)
     client.update_run(to.run_id, status=status)
     for bleu in (2.5, 1.25):  # at another temperature, say
-        found = {"splits": {"again": RESULT["splits"]["test"] | {"honest": {"bleu": bleu}}}}
+        found = {"splits": {"again": RESULT["splits"]["test"] | {"standard": {"bleu": bleu}}}}
         deliver(found, config, to)
         run = client.get_run(to.run_id)
-        assert run.data.metrics["again/honest/bleu"] == bleu
+        assert run.data.metrics["again/standard/bleu"] == bleu
         assert run.info.status == status
 
 
@@ -100,9 +101,9 @@ def test_what_mlflow_misses_can_be_replayed(
     deliver(later, config, replace(to, mlflow=AWAY))
     assert json.loads((tmp_path / "metrics.json").read_text()) == later
     assert f"replay {config.checkpoint}/tracking" in caplog.text
-    assert logged(to, "later/honest/bleu") == []
+    assert logged(to, "later/standard/bleu") == []
     assert tracking.replay(to.records, to.mlflow) > 0
-    assert logged(to, "later/honest/bleu") == [(640, 1.5)]
+    assert logged(to, "later/standard/bleu") == [(640, 1.5)]
     with pytest.raises(ResourceError, match="cannot be used"):
         deliver(RESULT, config, replace(to, mlflow=AWAY, run_id=None))
     assert json.loads((tmp_path / "metrics.json").read_text()) == RESULT

@@ -8,21 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
+from helpers.prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 
-from arplus import checkpoint
 from arplus.config import EvaluateConfig, Sampling
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
 from arplus.data.sampler import EpochSampler
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.evaluation import evaluate as evaluate_module
 from arplus.evaluation.evaluate import BATCH_SIZES, Evaluator, evaluate, nll_per_example, table, windows_of
 from arplus.evaluation.metrics import PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.kernels.cpu import CpuOperations
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch
+from arplus.model.network import PersonaTransformer
+from arplus.runs import checkpoint
 from arplus.text import Vocabulary
 
 EXAMPLES = 141
@@ -36,7 +36,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
 
 
-def whole_split(dataset: Dataset, model: ARPlus) -> Batch:
+def whole_split(dataset: Dataset, model: PersonaTransformer) -> Batch:
     """All test examples as one batch."""
     spec = BatchSpec.of(model.config, dataset.sizes)
     window = Window(windows_of(dataset.split("test")).read(0, 0, spec.columns), spec)
@@ -56,11 +56,11 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
         batch = whole_split(dataset, model)
         expected = math.exp(float(model(batch).sum_dialogue) / len(batch.target_N))
     assert result["examples"] == EXAMPLES
-    assert result["honest"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
+    assert result["standard"]["response_ppl"] == pytest.approx(expected, rel=1e-5)
     assert result["paper_compatible"]["paper_ppl"] > 2 * expected, "it adds half of another loss"
-    honest = {"response_ppl", "unigram_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
-    assert set(result["honest"]) == honest
-    for group in ("honest", "paper-compatible", "persona"):
+    standard = {"response_ppl", "unigram_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
+    assert set(result["standard"]) == standard
+    for group in ("standard", "paper-compatible", "persona"):
         assert group in table(found)
 
 
@@ -103,7 +103,7 @@ def test_how_many_are_taken_at_a_time_is_no_matter(dataset: Dataset, tmp_path: P
     )
     assert default.batch_size == BATCH_SIZES["cpu"] == 64
     expected = many.tally(0)
-    assert expected.honest.result()["mean_length"] > 1
+    assert expected.standard.result()["mean_length"] > 1
     for one in (few, default):
         tally = one.tally(0)
         for group, metrics in expected.result().items():
@@ -162,8 +162,8 @@ def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monk
     plain = one.tally(0)
     monkeypatch.setattr(evaluate_module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     half = one.tally(0)
-    assert half.honest.loss_sum != plain.honest.loss_sum
-    assert half.honest.loss_sum == pytest.approx(plain.honest.loss_sum, rel=5e-3)
+    assert half.standard.loss_sum != plain.standard.loss_sum
+    assert half.standard.loss_sum == pytest.approx(plain.standard.loss_sum, rel=5e-3)
 
 
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) 
     first = evaluate(config)
     assert evaluate(config) == first
     other = evaluate(replace(config, seed=1))
-    assert other["splits"]["test"]["honest"] != first["splits"]["test"]["honest"]
+    assert other["splits"]["test"]["standard"] != first["splits"]["test"]["standard"]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -196,20 +196,20 @@ def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None
     assert set(result["comparison"]) == {"test", "valid"}
     for split, comparison in result["comparison"].items():
         for name, found in comparison.items():
-            assert found["mine"] == pytest.approx(result["splits"][split]["honest"][name], rel=1e-5)
-            assert found["other"] == pytest.approx(other["splits"][split]["honest"][name], rel=1e-5)
+            assert found["mine"] == pytest.approx(result["splits"][split]["standard"][name], rel=1e-5)
+            assert found["other"] == pytest.approx(other["splits"][split]["standard"][name], rel=1e-5)
             assert found["low"] <= found["difference"] <= found["high"]
     assert "within noise" in table(result)
 
 
 def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     longer = checkpoint.write(str(tmp_path / "other"), random_state(characters=Vocabulary([*CHARACTERS.tokens, "龘"])))
-    with pytest.raises(UserError, match="its 40 characters are not the 41 of the checkpoint"):
+    with pytest.raises(UsageError, match="its 40 characters are not the 41 of the checkpoint"):
         evaluate(EvaluateConfig(checkpoint=longer, data=dataset.uri))
     uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
-    with pytest.raises(UserError, match="no split 'tset'; it has train, valid, test, none, one, two"):
+    with pytest.raises(UsageError, match="no split 'tset'; it has train, valid, test, none, one, two"):
         evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("tset",)))
-    with pytest.raises(UserError, match="--split none: has no examples"):
+    with pytest.raises(UsageError, match="--split none: has no examples"):
         evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("none",)))
 
 
@@ -226,9 +226,9 @@ def test_a_responder_is_seeded_and_hears_persona_and_history() -> None:
     assert len({replies(seed) for seed in range(4)}) > 1
     assert replies() != replies(tags=";".join(words))
     assert replies() != replies(history=("万丈", "三上", "丁丂七"))
-    with pytest.raises(UserError, match="nothing to answer"):
+    with pytest.raises(UsageError, match="nothing to answer"):
         replies(history=("  ",))
-    with pytest.raises(UserError, match=r"--say.* is not UTF-8 text"):
+    with pytest.raises(UsageError, match=r"--say.* is not UTF-8 text"):
         replies(history=("\udcff",))  # what Python makes of a command line's byte 0xFF
 
 

@@ -6,13 +6,13 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from arplus.config import special_ids
-from arplus.evaluation.metrics import HONEST_BLEU_SIGNATURE, HonestMetrics, PaperMetrics
+from arplus.evaluation.metrics import HONEST_BLEU_SIGNATURE, PaperMetrics, StandardMetrics
 
 IDS = special_ids(109)  # characters 0 … 99
 
 
-def honest(replies, references):
-    metrics = HonestMetrics(IDS)
+def standard(replies, references):
+    metrics = StandardMetrics(IDS)
     metrics.add(replies, references)
     return metrics.result()
 
@@ -25,7 +25,7 @@ def random_batches(rng, batches=6, size=7):
 
 
 def test_honest_metrics_of_a_case_by_hand():
-    result = honest([[1, 2, 2, 3], [4]], [[2, 2, 2, 5, 1], [6]])
+    result = standard([[1, 2, 2, 3], [4]], [[2, 2, 2, 5, 1], [6]])
     # Common bag {1, 2, 2}: F1 = 2 · 3 / (4 + 5); the second reply shares nothing.
     assert result["f1"] == pytest.approx((6 / 9 + 0) / 2)
     assert result["distinct_1"] == 4 / 5
@@ -34,7 +34,7 @@ def test_honest_metrics_of_a_case_by_hand():
 
 
 def test_distinct_is_of_the_corpus_not_of_a_reply():
-    result = honest([[1, 2], [1, 2]], [[3], [3]])
+    result = standard([[1, 2], [1, 2]], [[3], [3]])
     assert (result["distinct_1"], result["distinct_2"]) == (2 / 4, 1 / 2)
 
 
@@ -45,20 +45,20 @@ def test_honest_bleu_is_sacrebleus_of_the_characters():
     bleu = BLEU(tokenize="none")
     expected = bleu.corpus_score(text[0], [text[1]])
     assert expected.score > 1
-    assert honest(replies, references)["bleu"] == pytest.approx(expected.score)
+    assert standard(replies, references)["bleu"] == pytest.approx(expected.score)
     assert str(bleu.get_signature()).startswith(HONEST_BLEU_SIGNATURE + "|version:")
 
 
 def test_perfect_replies():
     rows = [[1, 2, 3, 4, 5], [6, 7, 8, 9]]
-    result = honest(rows, rows)
+    result = standard(rows, rows)
     assert result["bleu"] == pytest.approx(100)
     assert result["f1"] == 1
 
 
 def test_special_tokens_and_padding_count_nowhere():
-    plain = honest([[1, 2, 3], [4, 5]], [[1, 2, 3, 9], [5]])
-    padded = honest(
+    plain = standard([[1, 2, 3], [4, 5]], [[1, 2, 3, 9], [5]])
+    padded = standard(
         np.array([[IDS.bos, 1, 2, 3, IDS.eos], [IDS.bos, 4, 5, IDS.eos, IDS.pad]]),
         np.array([[1, 2, 3, 9, IDS.eos], [5, IDS.eos, IDS.pad, IDS.pad, IDS.pad]]),
     )
@@ -66,20 +66,20 @@ def test_special_tokens_and_padding_count_nowhere():
 
 
 def test_an_unknown_character_is_no_match():
-    result = honest([[IDS.unk] * 4], [[IDS.unk] * 4])
+    result = standard([[IDS.unk] * 4], [[IDS.unk] * 4])
     assert (result["f1"], result["bleu"]) == (0, 0)
-    one_of_two = honest([[1, IDS.unk]], [[1, IDS.unk]])
+    one_of_two = standard([[1, IDS.unk]], [[1, IDS.unk]])
     assert one_of_two["f1"] == 0.5
 
 
 def test_an_empty_reply_scores_nothing():
-    result = honest([[IDS.eos]], [[1, IDS.eos]])
+    result = standard([[IDS.eos]], [[1, IDS.eos]])
     assert result.pop("unigram_ppl") == pytest.approx(2), "one character and [EOS], half each"
     assert result == {"bleu": 0, "f1": 0, "distinct_1": 0, "distinct_2": 0, "mean_length": 0}
 
 
 def test_response_ppl_is_weighted_by_targets():
-    metrics = HonestMetrics(IDS)
+    metrics = StandardMetrics(IDS)
     metrics.add_loss(2 * math.log(3), 2)
     metrics.add_loss(8 * math.log(5), 8)
     assert metrics.result() == {"response_ppl": pytest.approx(3**0.2 * 5**0.8)}
@@ -89,10 +89,10 @@ def test_response_ppl_is_weighted_by_targets():
 
 def test_replies_and_references_must_be_as_many():
     with pytest.raises(ValueError, match="longer than"):
-        honest([[1]], [[1], [2]])
+        standard([[1]], [[1], [2]])
 
 
-@pytest.mark.parametrize("kind", [HonestMetrics, partial(PaperMetrics, width=16)], ids=["honest", "paper"])
+@pytest.mark.parametrize("kind", [StandardMetrics, partial(PaperMetrics, width=16)], ids=["standard", "paper"])
 def test_workers_merge_to_the_whole_in_any_order(kind):
     rng = np.random.default_rng(1)
     whole, parts = kind(IDS), []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import make_model, small
+from helpers.small_models import make_model, small
 
 from arplus import kernels
 from arplus.kernels import CpuOperations, GpuOperations

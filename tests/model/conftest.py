@@ -1,7 +1,7 @@
 """Fixtures of the model's tests."""
 
 import pytest
-from small_models import small
+from helpers.small_models import small
 
 from arplus.config import PAPER_ROWS, ModelConfig
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SIZES, cast, make_batch, make_model, parts, persona_ids, small, take
+from helpers.small_models import SIZES, cast, make_batch, make_model, parts, persona_ids, small, take
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from arplus import kernels
 from arplus.config import PAPER_ROWS, PRESETS, ModelConfig, Sampling, VocabularySizes, special_ids
-from arplus.errors import UserError
-from arplus.model.arplus import ARPlus
+from arplus.errors import UsageError
 from arplus.model.attention import Attention
 from arplus.model.batch import IGNORED, Batch, Packed
 from arplus.model.cost import forward_backward_flops, live_parameters
 from arplus.model.generate import generate
+from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.model.ops import Module, Operations
 
@@ -32,13 +32,13 @@ LIVE = {
 }
 
 
-def all_logits(model: ARPlus, batch: Batch) -> list[Tensor]:
+def all_logits(model: PersonaTransformer, batch: Batch) -> list[Tensor]:
     """Logits of both branches for each example, (length, 2, V)."""
     logits_NGV = model.head(model.hidden_at_targets(batch)).transpose(0, 1)
     return parts(logits_NGV, batch.response.sequences)
 
 
-def gradients(model: ARPlus, losses: Losses) -> dict[str, Tensor]:
+def gradients(model: PersonaTransformer, losses: Losses) -> dict[str, Tensor]:
     """The gradient of L_D + L_LM for every parameter."""
     model.zero_grad()
     (losses.sum_dialogue + losses.sum_auxiliary).backward()
@@ -51,14 +51,14 @@ def gradients(model: ARPlus, losses: Losses) -> dict[str, Tensor]:
 @pytest.mark.parametrize("preset", LIVE)
 def test_live_parameters(preset):
     with torch.device("meta"):
-        model = ARPlus(PRESETS[preset].model, VocabularySizes())
+        model = PersonaTransformer(PRESETS[preset].model, VocabularySizes())
     split = live_parameters(model)
     assert sum(split.values()) == LIVE[preset] == sum(p.numel() for p in model.parameters())
 
 
 def test_live_parameters_by_component():
     with torch.device("meta"):
-        model = ARPlus(PRESETS["arplus"].model, VocabularySizes())
+        model = PersonaTransformer(PRESETS["arplus"].model, VocabularySizes())
     assert live_parameters(model) == {
         "character table": 1_899_600,
         "projections": 3 * 102_912,
@@ -249,7 +249,7 @@ def test_an_example_whose_targets_are_ignored_enters_no_sum_and_no_gradient(conf
 def test_shared_layers_are_applied_in_order_and_then_again(preset):
     """Four layers in two repeats are 0, 1, 0, 1: the same as four layers of their own with those weights."""
     shared = make_model(small(preset))
-    copied = ARPlus(dataclasses.replace(shared.config, repeats=1), SIZES).eval()
+    copied = PersonaTransformer(dataclasses.replace(shared.config, repeats=1), SIZES).eval()
     state = shared.state_dict()
     for name, value in list(state.items()):
         if name.startswith("layers."):
@@ -302,7 +302,7 @@ def test_tied_head():
     assert model.head.weight is model.characters.weight
     assert "characters.weight" in model.weights()
     assert "head.weight" not in model.weights()
-    again = ARPlus(model.config, SIZES)
+    again = PersonaTransformer(model.config, SIZES)
     again.load_state_dict(model.state_dict())
     assert again.head.weight is again.characters.weight
     batch = make_batch(model.config)
@@ -329,7 +329,7 @@ def test_weights_of_another_model_are_refused_and_change_nothing():
         (given | {"new": torch.zeros(1)}, "new"),
         (make_model(small("ar")).weights(), "weights of another model"),
     ):
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(UsageError, match=named):
             model.load_weights(wrong)
     assert all(value.equal(before[name]) for name, value in model.weights().items())
 
@@ -338,9 +338,9 @@ def test_initial_weights():
     """Xavier bounds, attention as torch's MultiheadAttention, gates at zero; the same seed gives the same weights."""
     config = small("arplus")
     torch.manual_seed(3)
-    model = ARPlus(config, SIZES)
+    model = PersonaTransformer(config, SIZES)
     torch.manual_seed(3)
-    again = ARPlus(config, SIZES)
+    again = PersonaTransformer(config, SIZES)
     assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     bound = (6 / (SIZES.characters + config.embedding_size)) ** 0.5
     assert 0.9 * bound < model.characters.weight.abs().max() <= bound

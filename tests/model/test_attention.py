@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import parts
+from helpers.small_models import parts
 from torch import Tensor, nn
 
 from arplus.model.attention import Attention

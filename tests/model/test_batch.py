@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
+from helpers.small_models import make_batch, parts, small
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import make_batch, parts, small
 from torch import Tensor
 
 from arplus.model.batch import Batch, Packed, Sequences

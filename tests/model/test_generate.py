@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import SIZES, make_batch, make_model, parts, small, take
+from helpers.small_models import SIZES, make_batch, make_model, parts, small, take
 
-from arplus.config import Sampling, checked, from_dict, special_ids
-from arplus.errors import UserError
+from arplus.config import Sampling, from_dict, special_ids, validate
+from arplus.errors import UsageError
 from arplus.model.batch import Packed, Sequences
 from arplus.model.generate import draw, generate, top_probabilities
 
@@ -225,7 +225,7 @@ def test_generation_leaves_the_model_in_its_mode_and_without_dropout():
 def test_settings_out_of_range_are_named():
     wrong = {"temperature": -1, "top_p": 1.5, "top_k": -2, "max_characters": 0, "min_characters": -1}
     for name, value in wrong.items():
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: "):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: "):
             from_dict(Sampling, {name: value}, source="test")
     for right in (Sampling(), GREEDY):
-        assert checked(right) == right
+        assert validate(right) == right

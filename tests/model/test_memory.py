@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from small_models import SIZES, make_batch, make_model, parts, small
+from helpers.small_models import SIZES, make_batch, make_model, parts, small
 
 from arplus.model.batch import Packed, Sequences
 from arplus.model.embedding import SequenceInput, sinusoid

@@ -6,10 +6,10 @@ import io
 import pytest
 import safetensors.torch
 import torch
-from small_models import SIZES, make_batch, make_model, small
+from helpers.small_models import SIZES, make_batch, make_model, small
 
 from arplus.config import VocabularySizes
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.model.reference import from_reference, infer, load_reference, parse_state, sources
 
 
@@ -66,7 +66,7 @@ def test_files_of_both_kinds():
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
 def test_a_broken_file_is_named(name):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UsageError, match=name):
         parse_state(b"no weights at all", name)
 
 
@@ -74,13 +74,13 @@ def test_errors_name_the_tensors():
     model = make_model(small("arplus"))
     state = reference_state(model, aliases=True)
     lacking = {k: v for k, v in state.items() if k != "mem_output.2.emb.weight"}
-    with pytest.raises(UserError, match=r"mem_output\.2\.emb\.weight"):
+    with pytest.raises(UsageError, match=r"mem_output\.2\.emb\.weight"):
         from_reference(lacking, model.config)
-    with pytest.raises(UserError, match=r"no place for surprise\.weight"):
+    with pytest.raises(UsageError, match=r"no place for surprise\.weight"):
         from_reference(state | {"surprise.weight": torch.zeros(1)}, model.config)
-    with pytest.raises(UserError, match="differ"):
+    with pytest.raises(UsageError, match="differ"):
         from_reference(state | {"output_emb.emb.weight": state["output_emb.emb.weight"] + 1}, model.config)
-    with pytest.raises(UserError, match=r"characters\.weight \(60, 24\) instead of \(61, 24\)"):
+    with pytest.raises(UsageError, match=r"characters\.weight \(60, 24\) instead of \(61, 24\)"):
         load_reference(state, model.config, VocabularySizes(characters=61, persona_words=50))
 
 
@@ -94,10 +94,10 @@ def test_errors_name_the_tensors():
 )
 def test_another_rows_preset_is_refused(preset, match):
     state = reference_state(make_model(small("arplus")), aliases=False)
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UsageError, match=match):
         infer(state, small(preset))
 
 
 def test_a_file_of_something_else_is_refused():
-    with pytest.raises(UserError, match="is it a state_dict of the paper's code"):
+    with pytest.raises(UsageError, match="is it a state_dict of the paper's code"):
         infer({"encoder.weight": torch.zeros(2, 2)}, small("ar"))

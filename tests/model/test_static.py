@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SIZES, make_batch, small, take
+from helpers.small_models import SIZES, make_batch, small, take
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from arplus import kernels
 from arplus.config import ModelConfig
 from arplus.kernels import GpuOperations
-from arplus.model.arplus import ARPlus
 from arplus.model.batch import Batch, Packed, Sequences
+from arplus.model.network import PersonaTransformer
 from arplus.model.ops import Module, Operations
 
 
@@ -36,7 +36,7 @@ def step(config: ModelConfig, operations: Operations) -> None:
     """Loss, backward, clipping and optimizer on fake tensors."""
     batch = take(make_batch(config), range(5), [2, 3], width=24)
     with FakeTensorMode() as mode:
-        model = ARPlus(config, SIZES).train()
+        model = PersonaTransformer(config, SIZES).train()
         for module in model.modules():
             if isinstance(module, Module):
                 module.ops = operations
@@ -77,7 +77,7 @@ def test_such_an_operation_is_found(operations: type[Operations]) -> None:
 def test_the_loss_is_one_graph_without_a_break() -> None:
     """Dynamo alone, which raises at a break; Inductor's compiler would take minutes."""
     config = dataclasses.replace(small("arplus"), layers=1, repeats=1)
-    model, batch = ARPlus(config, SIZES), take(make_batch(config), range(5), [2, 3], width=24)
+    model, batch = PersonaTransformer(config, SIZES), take(make_batch(config), range(5), [2, 3], width=24)
     kernels.use(model, torch.device("cuda"))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(batch), model(batch))

@@ -14,8 +14,8 @@ from mlflow.tracking import MlflowClient
 
 from arplus import storage
 from arplus.config import PAPER_ROWS, PrepareConfig, SynthesizeConfig
-from arplus.data.prepare import prepare
-from arplus.data.synthesize import synthesize
+from arplus.prepare.pipeline import prepare
+from arplus.synthetic.write import synthesize
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(5400)]
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faults
 import numpy as np
 import psutil
 import pytest
+from helpers import faults
+from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
-from prepared import write_dataset
 
-from arplus import checkpoint, tracking
+from arplus import tracking
 from arplus.config import TrainConfig
-from arplus.training import audit
+from arplus.runs import audit, checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 240) -> None:
 def settings(data: str, storage: Path, **changes: object) -> TrainConfig:
     """Seven examples a step: an odd one for two workers."""
     changes = {"epochs": EPOCHS} | changes
-    return faults.settings(data, storage, workers="1:2", batch_size=7, worker_cpus=1.0, **changes)
+    return faults.settings(data, storage, workers="1:2", batch_size=7, cpus_per_worker=1.0, **changes)
 
 
 def start(config: TrainConfig, cluster: Cluster) -> tuple[subprocess.Popen[str], Node]:

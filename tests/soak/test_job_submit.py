@@ -8,9 +8,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import local_cluster
 import pytest
-from local_cluster import BUCKET, ROOT, Cluster, Submission
+from helpers import local_cluster
+from helpers.local_cluster import BUCKET, ROOT, Cluster, Submission
 
 from arplus import storage
 

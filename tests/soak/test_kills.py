@@ -6,14 +6,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import faults
 import numpy as np
 import pytest
 import torch
-from prepared import write_dataset
+from helpers import faults
+from helpers.prepared import write_dataset
 
 from arplus.config import TrainConfig
-from arplus.training import audit
+from arplus.runs import audit
 from arplus.training.trainer import train
 
 EXAMPLES = 500
@@ -80,5 +80,5 @@ def test_five_kills_then_one_worker_then_four(data: str, storage: Path) -> None:
         assert train(config)["steps"] == 90
     assert faults.attempts(config) == 6
     assert train(replace(config, workers=1, max_steps=105))["steps"] == 105
-    assert train(replace(config, workers=4, zero=3, max_steps=None))["steps"] == STEPS
+    assert train(replace(config, workers=4, zero_stage=3, max_steps=None))["steps"] == STEPS
     assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), 2) == []

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import local_cluster
 import pytest
-from local_cluster import BUCKET, Cluster, Submission
+from helpers import local_cluster
+from helpers.local_cluster import BUCKET, Cluster, Submission
 from mlflow.tracking import MlflowClient
 
-from arplus import checkpoint
 from arplus.data.dataset import Dataset
+from arplus.runs import checkpoint
 
 OUTAGE_S = 60
 LOG_EVERY = 2
@@ -33,7 +33,7 @@ def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def submit(log: Path, data: str, run_name: str, epochs: int) -> Submission:
     """A run that reads its data in many small windows, so that outages fall into its reading too."""
-    more = ["--epochs", str(epochs), "--feed.window-batches", "8", "--feed.prefetch", "1"]
+    more = ["--epochs", str(epochs), "--feed.shuffle-window-batches", "8", "--feed.prefetch", "1"]
     return Submission(log, *local_cluster.train_arguments(data, run_name), *more)
 
 

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faults
 import psutil
 import pytest
 import ray
+from helpers import faults
+from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
-from prepared import write_dataset
 
 from arplus.config import TuneConfig, preset, study_settings, tiny
+from arplus.runs import attempt
 from arplus.study import tune
 from arplus.study.record import Trial
-from arplus.training import attempt
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from arplus.tracking import Run, Tracker, start_run
+from arplus.tracking import RunRef, Tracker, start_run
 from arplus.tracking.client import connect
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
@@ -103,7 +103,7 @@ def mlflow(database: str, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def track(uri: str, folder: str, client: int) -> tuple[Run, int]:
+def track(uri: str, folder: str, client: int) -> tuple[RunRef, int]:
     """One client: a run with points of several metrics, tags in between; gives how much did not arrive."""
     run = start_run(uri, "stress", f"client {client}", tags={"client": str(client)}, params={"seed": client})
     tracker = Tracker(run, record=Path(folder, f"{client}.jsonl"))

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from prepared import write_dataset
+from helpers.prepared import write_dataset
 
 from arplus import storage
-from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, checked, preset, tiny, to_dict
+from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, preset, tiny, to_dict, validate
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
 from arplus.study import ablate, execute
-from arplus.study.ablate import Row
+from arplus.study.ablate import RunSpec
 from arplus.study.record import Study, Trial
-from arplus.tracking import Run
+from arplus.tracking import RunRef
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def study(**trials: Trial) -> Study:
         config=AblateConfig(run_name="s"),
         fingerprint="",
         owner="",
-        tracked=Run("", "", ""),
+        tracked=RunRef("", "", ""),
         trials=trials,
     )
 
 
-def done(row: Row, ppl: float) -> Trial:
+def done(row: RunSpec, ppl: float) -> Trial:
     results = [{"examples": 1.0, "best_response_ppl": ppl}]
     return Trial(name=row.name, values=row.values, config={}, outcome="finished", results=results)
 
@@ -96,7 +96,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     def away(*_: object) -> None:
         raise ResourceError("MLflow cannot be used")
 
-    splits = {"test": {"honest": {"response_ppl": 30.5}}}
+    splits = {"test": {"standard": {"response_ppl": 30.5}}}
     monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
     monkeypatch.setattr(ablate, "destination", away)
     ablate._evaluate(config, mine, dataset, rows)
@@ -109,12 +109,12 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
     run = tiny(preset("arplus"))
     config = AblateConfig(tiny=True, model=run.model, batch_size=8, optimizer=run.optimizer, epochs=3)
     for name, row in PAPER_ROWS.items():
-        found = ablate.settings(config, Row(name, 10, 40, 1, 3e-4))
+        found = ablate.settings(config, RunSpec(name, 10, 40, 1, 3e-4))
         assert found.model == tiny(row).model
         assert (found.optimizer.lr, found.optimizer.eps) == (3e-4, row.optimizer.eps)
-        assert (found.seed, found.batch_size, found.feed.subset) == (1, 8, 40)
+        assert (found.seed, found.batch_size, found.feed.max_examples) == (1, 8, 40)
         assert (found.epochs, found.max_steps) == (3, 15)
-    assert ablate.settings(replace(config, examples=60), Row("ar", 10, 40, 1, 3e-4)).max_steps == 8
+    assert ablate.settings(replace(config, examples=60), RunSpec("ar", 10, 40, 1, 3e-4)).max_steps == 8
 
 
 @pytest.mark.parametrize(
@@ -131,19 +131,19 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, object], problem: str) -> None:
-    with pytest.raises(UserError, match=problem):
-        checked(replace(AblateConfig(), **changes))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=problem):
+        validate(replace(AblateConfig(), **changes))  # type: ignore[arg-type]
 
 
 def test_settings_that_hold_for_all_rows_pass() -> None:
     for run in (preset("arplus"), tiny(preset("arplus"))):
         config = AblateConfig(tiny=run != preset("arplus"), model=run.model)
-        checked(replace(config, optimizer=replace(run.optimizer, clip=0.5)))
-        checked(replace(config, optimizer=replace(run.optimizer, lr=1e-3), lr="common"))
+        validate(replace(config, optimizer=replace(run.optimizer, max_grad_norm=0.5)))
+        validate(replace(config, optimizer=replace(run.optimizer, lr=1e-3), lr="common"))
 
 
 def test_more_sessions_than_there_are(dataset: Dataset) -> None:
-    with pytest.raises(UserError, match="the split train has 200 examples, not"):
+    with pytest.raises(UsageError, match="the split train has 200 examples, not"):
         ablate._sizes(AblateConfig(sessions="1000000"), dataset)
 
 

@@ -13,7 +13,7 @@ from arplus import storage
 from arplus.config import StudyConfig, TuneConfig, run_settings
 from arplus.errors import RefusedError
 from arplus.study.record import Study
-from arplus.tracking import Run
+from arplus.tracking import RunRef
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def begin(config: StudyConfig) -> Study:
 def test_a_study_waits_for_storage_that_refuses(
     s3_server: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, refusing: Callable[[], Any]
 ) -> None:
-    monkeypatch.setattr("arplus.tracking.start_run", lambda *_, **__: Run("", "", "run"))
+    monkeypatch.setattr("arplus.tracking.start_run", lambda *_, **__: RunRef("", "", "run"))
     config = TuneConfig(storage=s3_server.uri(tmp_path.name), run_name="s", mlflow="http://127.0.0.1:9")
     with refusing():
         study = begin(config)
@@ -66,8 +66,8 @@ def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path)
     run = replace(run_settings(began), run_name="t", storage=f"{study.uri}/runs", max_steps=7, seed=3, log_every=9)
     trial = study.add("t", {"seed": 3}, run)
     (tmp_path / "old").rename(tmp_path / "new")
-    study = begin(replace(began, storage=str(tmp_path / "new"), workers=2, zero=1))
+    study = begin(replace(began, storage=str(tmp_path / "new"), workers=2, zero_stage=1))
     trial = study.trials["t"]
     study.renew(trial)
-    today = replace(run, workers=2, zero=1, storage=f"{study.uri}/runs", log_every=began.log_every)
+    today = replace(run, workers=2, zero_stage=1, storage=f"{study.uri}/runs", log_every=began.log_every)
     assert trial.settings == today

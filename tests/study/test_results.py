@@ -8,14 +8,14 @@ import pytest
 
 from arplus.config import AblateConfig
 from arplus.study import report
-from arplus.study.paper import COLUMNS, FIGURES, HONEST_COLUMNS, LABELS, TABLES
+from arplus.study.paper import COLUMNS, FIGURES, LABELS, STANDARD_COLUMNS, TABLES
 from arplus.study.record import Trial
 from arplus.study.results import Cell, Key, effect, rows, within_noise
 
 
 def trial(preset: str, seed: int, ppl: float, sessions: int = 1000) -> Trial:
     groups = {
-        "honest": {"response_ppl": ppl, "bleu": 2.0},
+        "standard": {"response_ppl": ppl, "bleu": 2.0},
         "paper_compatible": {"paper_ppl": 3 * ppl, "paper_bleu": 0.001},
         "persona": {"questions": 4, "agreement": 0.5},
     }
@@ -132,7 +132,7 @@ def test_the_text_has_every_row() -> None:
     text = report.text(rows(TRIALS))
     assert text.index("1,000 sessions") < text.index("100 sessions")
     assert "41 ± 1" in text
-    for column in HONEST_COLUMNS:
+    for column in STANDARD_COLUMNS:
         assert column.title in text
 
 

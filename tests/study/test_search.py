@@ -18,11 +18,11 @@ from arplus.config import (
     to_dict,
     with_values,
 )
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.study import execute
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.study.search import make_search
-from arplus.study.tune import budgeted
+from arplus.study.tune import with_budget
 
 CONFIG: TuneConfig = study_settings(TuneConfig, tiny(preset("arplus")))
 LR = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-1))]
@@ -143,7 +143,7 @@ def test_one_validation_leaves_nothing_to_stop() -> None:
 
 @pytest.mark.parametrize(("batch_size", "budget"), [(8, 200), (32, 200), (8, 83), (8, 40), (7, 83 * 3)])
 def test_a_budget_is_examples_whatever_the_batch_size(batch_size: int, budget: int) -> None:
-    run = budgeted(replace(run_settings(CONFIG), batch_size=batch_size), budget, 4, 83)
+    run = with_budget(replace(run_settings(CONFIG), batch_size=batch_size), budget, 4, 83)
     assert run.max_steps is not None
     epochs, left = divmod(run.max_steps, -(-83 // batch_size))
     seen = epochs * 83 + min(left * batch_size, 83)
@@ -158,5 +158,5 @@ def test_values_go_to_their_places_and_wrong_ones_name_the_source() -> None:
     assert to_dict(run) == to_dict(
         replace(run_settings(CONFIG), batch_size=4, optimizer=replace(CONFIG.optimizer, lr=0.5))
     )
-    with pytest.raises(UserError, match=r"^here: --model.heads: must divide"):
+    with pytest.raises(UsageError, match=r"^here: --model.heads: must divide"):
         with_values(run, {"model.heads": 5}, source="here")

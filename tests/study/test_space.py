@@ -13,7 +13,6 @@ from arplus.config import (
     Dimension,
     TrainConfig,
     TuneConfig,
-    checked,
     from_dict,
     parse_space,
     preset,
@@ -21,9 +20,10 @@ from arplus.config import (
     study_settings,
     tiny,
     to_dict,
+    validate,
 )
 from arplus.config.space import bounds_problem
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.study.search import make_search
 
 
@@ -93,12 +93,12 @@ def test_all_forms_are_read() -> None:
     ],
 )
 def test_a_mistake_names_the_flag_and_the_item(item: str, problem: str) -> None:
-    with pytest.raises(UserError, match=rf"^test: --space: .*{problem}"):
+    with pytest.raises(UsageError, match=rf"^test: --space: .*{problem}"):
         sweep(space=[item])
 
 
 def test_nothing_to_vary_is_refused() -> None:
-    with pytest.raises(UserError, match="leaves nothing"):
+    with pytest.raises(UsageError, match="leaves nothing"):
         sweep(space=["optimizer.lr=fixed", "objective.lambda1=fixed"])
 
 
@@ -136,16 +136,16 @@ def test_the_widest_and_the_narrowest_ranges_are_held(kind: Any, low: float, hig
 
 
 def test_a_grid_that_is_larger_than_the_sweep_is_refused_with_the_sum() -> None:
-    with pytest.raises(UserError, match=r"--trials: the grid has 4 × 4 = 16 points; raise --trials .* \(got 10\)"):
+    with pytest.raises(UsageError, match=r"--trials: the grid has 4 × 4 = 16 points; raise --trials .* \(got 10\)"):
         sweep(search="grid", trials=10)
-    assert checked(sweep(search="grid", trials=16)).trials == 16
+    assert validate(sweep(search="grid", trials=16)).trials == 16
 
 
 def test_what_a_study_cannot_have_is_refused() -> None:
     for flag, value in (("max_steps", 5), ("validate_every", 5), ("resume", "s3://bucket/run")):
-        with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: "):
+        with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')}: "):
             sweep(**{flag: value})
-    with pytest.raises(UserError, match=r"--lr-bounds: .*leave one out"):
+    with pytest.raises(UsageError, match=r"--lr-bounds: .*leave one out"):
         sweep(lr_bounds="file", space=["optimizer.lr=uniform(1,2)"])
 
 
@@ -167,9 +167,9 @@ def test_the_command_line_is_that_of_a_run_and_a_few_flags_more(tmp_path: Path) 
     assert config.model == tiny(preset("ar")).model
     assert config.space == ("batch_size=choice(8,16)", "model.dropout=uniform(0,0.3)")
     assert (config.run_name, config.experiment) == ("", ""), "a study's own defaults"
-    with pytest.raises(UserError, match=r"^command line: --space: model.dropot=uniform\(0,1\): unknown key"):
+    with pytest.raises(UsageError, match=r"^command line: --space: model.dropot=uniform\(0,1\): unknown key"):
         command("ar", "--space", "model.dropot=uniform(0,1)")
-    with pytest.raises(UserError, match=r"unknown key 'trails' \(did you mean 'trials'"):
+    with pytest.raises(UsageError, match=r"unknown key 'trails' \(did you mean 'trials'"):
         command("ar", "--trails", "3")
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import ray
+from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
-from prepared import write_dataset
 
 from arplus import cli, tracking
+from arplus.cluster import node
 from arplus.config import TuneConfig, preset, study_settings, tiny, to_dict
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
+from arplus.runs.attempt import SupersededError
 from arplus.study import execute, tune
-from arplus.study.record import Study, named
-from arplus.training import node
-from arplus.training.attempt import SupersededError
+from arplus.study.record import Study, resolve_study
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
@@ -121,7 +121,7 @@ def test_without_mlflow_the_tables_are_written_and_the_lack_is_said(
     finished: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, result = finished
-    study = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
+    study = Study.begin(resolve_study(config, "tune"), kind="sweep", fingerprint="test")
     before = {name: (folder(config) / name).read_text() for name in ("result.json", "trials.csv", "best_config.json")}
     for name in before:
         (folder(config) / name).unlink()
@@ -149,22 +149,22 @@ def test_the_same_command_again_repeats_nothing(finished: tuple) -> None:
 
 def test_a_sweep_of_other_settings_or_a_taken_name_is_refused(finished: tuple, data: str, tmp_path: Path) -> None:
     config, _ = finished
-    with pytest.raises(UserError, match=r"other settings \(examples: 222 there, 223 here\); take another --run-name"):
+    with pytest.raises(UsageError, match=r"other settings \(examples: 222 there, 223 here\); take another --run-name"):
         tune.sweep(replace(config, examples=223))
-    with pytest.raises(UserError, match=r"--resume never: .*study.json exists"):
+    with pytest.raises(UsageError, match=r"--resume never: .*study.json exists"):
         tune.sweep(replace(config, resume="never"))
     other = write_dataset(tmp_path / "data", {"train": [[40]], "valid": [[5]]}, fingerprint="another")
-    with pytest.raises(UserError, match=r"on data of fingerprint test, and .* has another"):
+    with pytest.raises(UsageError, match=r"on data of fingerprint test, and .* has another"):
         tune.sweep(replace(config, data=other.uri))
-    with pytest.raises(UserError, match=r"--run-name trial-0001: .* is a training run"):
+    with pytest.raises(UsageError, match=r"--run-name trial-0001: .* is a training run"):
         tune.sweep(replace(config, storage=str(folder(config) / "runs"), run_name="trial-0001"))
 
 
 def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str, tmp_path: Path) -> None:
     config = settings(data, tmp_path, search="random")
-    with pytest.raises(UserError, match=r"^--space model.dropout=uniform\(0,1\): --model.dropout: .* less than 1"):
+    with pytest.raises(UsageError, match=r"^--space model.dropout=uniform\(0,1\): --model.dropout: .* less than 1"):
         tune.sweep(replace(config, space=("model.dropout=uniform(0,1)",)))
-    with pytest.raises(UserError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
+    with pytest.raises(UsageError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
         tune.sweep(replace(config, space=("model.heads=choice(2,3)",)))
     with pytest.raises(ResourceError, match="9 workers"):
         tune.sweep(replace(config, workers=9, batch_size=9))
@@ -179,10 +179,10 @@ def test_bounds_of_a_range_test_are_taken_if_they_are_of_this_model(data: str, t
         "optimizer.lr=loguniform(0.0001,0.03)",
         "objective.lambda1=uniform(0,1)",
     ]
-    with pytest.raises(UserError, match=r"^--lr-bounds .*: is of preset 'arplus', not 'ar'"):
+    with pytest.raises(UsageError, match=r"^--lr-bounds .*: is of preset 'arplus', not 'ar'"):
         tune.space(replace(config, preset="ar"))
     file.write_text("{}")
-    with pytest.raises(UserError, match=r"^--lr-bounds .*: is no range test's lr_range.json"):
+    with pytest.raises(UsageError, match=r"^--lr-bounds .*: is no range test's lr_range.json"):
         tune.space(config)
 
 
@@ -197,17 +197,17 @@ def test_a_plan_says_what_would_be_tried(data: str, tmp_path: Path) -> None:
 def test_a_study_that_another_job_took_over_is_left_alone(finished: tuple) -> None:
     """Two jobs of one name, as a scheduler's retry makes them while the first one still runs."""
     config, result = finished
-    first = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
-    second = Study.begin(named(config, "tune"), kind="sweep", fingerprint="test")
+    first = Study.begin(resolve_study(config, "tune"), kind="sweep", fingerprint="test")
+    second = Study.begin(resolve_study(config, "tune"), kind="sweep", fingerprint="test")
     trial = first.trials["trial-0001"]
     second.save(second.trials["trial-0001"])
     trial.outcome = "failed"
     client = MlflowClient(tracking.default_uri(config.storage))
-    with pytest.raises(SupersededError, match="another job has taken this study over"), execute.conducted(first):
+    with pytest.raises(SupersededError, match="another job has taken this study over"), execute.study_session(first):
         first.save(trial)
     assert json.loads((folder(config) / "trials" / "trial-0001.json").read_text())["outcome"] == "finished"
     assert client.get_run(first.tracked.run_id).info.status == "RUNNING", "it is the other job's"
-    with execute.conducted(second):
+    with execute.study_session(second):
         pass
     assert client.get_run(first.tracked.run_id).info.status == "FINISHED"
     assert second.best is not None

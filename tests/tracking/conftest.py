@@ -8,9 +8,9 @@ import time
 import urllib.request
 
 import pytest
-from logged_runs import free_port
+from helpers.logged_runs import free_port
 
-from arplus.tracking import Run
+from arplus.tracking import RunRef
 
 
 @pytest.fixture(autouse=True)
@@ -77,4 +77,4 @@ class Refusing:
 @pytest.fixture
 def no_server(monkeypatch):
     monkeypatch.setattr("arplus.tracking.tracker.make_client", lambda uri: Refusing())
-    return Run("http://user:hunter2@127.0.0.1:1", "1", "0" * 32)
+    return RunRef("http://user:hunter2@127.0.0.1:1", "1", "0" * 32)

@@ -12,11 +12,11 @@ import pytest
 import requests
 from boto3.exceptions import S3UploadFailedError
 from botocore import exceptions as boto
-from logged_runs import begin, points
+from helpers.logged_runs import begin, points
 from mlflow.exceptions import MlflowException, RestException
 
 from arplus.errors import RefusedError, ResourceError
-from arplus.tracking import Run, Tracker, client, start_run
+from arplus.tracking import RunRef, Tracker, client, start_run
 from arplus.tracking import replay as replay_record
 from arplus.tracking.refusal import is_final, kind_of
 
@@ -199,7 +199,7 @@ def test_a_store_that_is_away_for_a_moment_loses_nothing(store, artifacts, tmp_p
 @pytest.mark.parametrize("body", [b"no", b'{"message": "Unauthorized"}'])
 def test_a_wrong_password_in_mid_run_is_said_once_a_kind(artifacts, tmp_path, caplog, body):
     artifacts.status, artifacts.body = 401, body
-    tracker = Tracker(Run(artifacts.uri, "1", "0" * 32), record=tmp_path / "r.jsonl")
+    tracker = Tracker(RunRef(artifacts.uri, "1", "0" * 32), record=tmp_path / "r.jsonl")
     for step in range(50):
         tracker.log({"a": 1.0, "b": 2.0}, step)
         time.sleep(0.01)  # batches of their own

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from logged_runs import begin, points
+from helpers.logged_runs import begin, points
 
-from arplus.errors import UserError
+from arplus.errors import UsageError
 from arplus.tracking import Tracker, client, end_children, end_run, register_model, start_run
 from arplus.tracking import replay as replay_record
 from arplus.tracking.replay import read_record
@@ -104,7 +104,7 @@ def test_a_child_run_names_its_parent(store):
 def test_a_deleted_experiment_is_the_users_to_restore(store):
     run = start_run(store, "gone", "r", tags={}, params={})
     client.connect(store).delete_experiment(run.experiment_id)
-    with pytest.raises(UserError, match="--experiment gone: was deleted"):
+    with pytest.raises(UsageError, match="--experiment gone: was deleted"):
         start_run(store, "gone", "r", tags={}, params={})
 
 

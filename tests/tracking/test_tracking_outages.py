@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-from logged_runs import begin, free_port, points
+from helpers.logged_runs import begin, free_port, points
 
-from arplus.errors import ResourceError, UserError
+from arplus.errors import ResourceError, UsageError
 from arplus.tracking import Tracker, check_reachable, client, start_run
 from arplus.tracking import replay as replay_record
 from arplus.tracking.replay import read_record
@@ -158,5 +158,5 @@ def test_a_line_torn_by_a_kill_spoils_no_other(tmp_path, caplog, no_server):
     assert [event["key"] for event in read_record(record)] == ["a", "b"]
     assert "1 broken lines" in caplog.text
     assert json.loads(record.read_text().splitlines()[-1])["key"] == "b"
-    with pytest.raises(UserError, match=r"no\.jsonl"):
+    with pytest.raises(UsageError, match=r"no\.jsonl"):
         list(read_record(tmp_path / "no.jsonl"))

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine_worker
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import engine_worker
 
 
 @pytest.fixture

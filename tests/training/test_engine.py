@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_worker import (
+from helpers.engine_worker import (
     after_a_bad_step,
     config,
     curves,
@@ -27,9 +27,17 @@ STEPS = 30
 def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable, name: str) -> None:
     reference = torch.tensor(plain_run(config(name), STEPS)[0])
     assert reference[-1] < reference[0] - 0.1, "the reference must learn, or equal curves would mean nothing"
-    two = [config(name, workers=2, zero=stage) for stage in range(4)]
-    found = spawn(2, curves, [*two, config(name, workers=2, accumulation=2, zero=2)], STEPS)
-    found += spawn(1, curves, [config(name, accumulation=2, zero=0), config(name, accumulation=2, zero=3)], STEPS)
+    two = [config(name, workers=2, zero_stage=stage) for stage in range(4)]
+    found = spawn(2, curves, [*two, config(name, workers=2, gradient_accumulation_steps=2, zero_stage=2)], STEPS)
+    found += spawn(
+        1,
+        curves,
+        [
+            config(name, gradient_accumulation_steps=2, zero_stage=0),
+            config(name, gradient_accumulation_steps=2, zero_stage=3),
+        ],
+        STEPS,
+    )
     for curve in found:
         assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
 
@@ -38,7 +46,7 @@ def test_dropout_is_the_same_at_every_stage(spawn: Callable) -> None:
     """What computes its backward pass itself finds its weights gathered at stage 3, too."""
     start = config()
     dropping = replace(start, model=replace(start.model, dropout=0.1, ff_bottleneck=8))
-    stages = [replace(dropping, zero=stage) for stage in (0, 3)]
+    stages = [replace(dropping, zero_stage=stage) for stage in (0, 3)]
     plain, gathered = (torch.tensor(curve) for curve in spawn(1, large_curves, stages, 8))
     assert (plain - gathered).abs().max() <= 1e-4
     assert (plain - torch.tensor(plain_run(start, 8)[0])).abs().max() > 1e-3
@@ -58,7 +66,7 @@ def test_a_step_is_compiled_on_gpus_that_have_a_compiler(monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert is_compiled(config(), gpu)
     assert not is_compiled(config(), cpu)
-    assert not is_compiled(config(zero=3), gpu)
+    assert not is_compiled(config(zero_stage=3), gpu)
     assert not is_compiled(config(compile="off"), gpu)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not is_compiled(config(), gpu)
@@ -67,27 +75,29 @@ def test_a_step_is_compiled_on_gpus_that_have_a_compiler(monkeypatch: pytest.Mon
 
 def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
     """DeepSpeed switches an autocast off that it did not switch on itself."""
-    stages = [config(zero=stage, precision="bf16") for stage in range(4)]
+    stages = [config(zero_stage=stage, precision="bf16") for stage in range(4)]
     assert spawn(1, dtypes_of_products, stages) == [["torch.bfloat16"] * 2] * 4
 
 
 def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
     reference = torch.tensor(plain_run(config(), 8)[0])
-    for curve in spawn(2, curves, [config(workers=2, zero=stage, precision="bf16") for stage in (0, 3)], 8):
+    for curve in spawn(2, curves, [config(workers=2, zero_stage=stage, precision="bf16") for stage in (0, 3)], 8):
         assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_reaches_no_weights(spawn: Callable, bad: str) -> None:
     """It is one worker's, both leave it out, and it is told although another step was made before anyone looked."""
-    for said, index, same in spawn(2, after_a_bad_step, [config(workers=2, zero=stage) for stage in range(4)], bad):
+    for said, index, same in spawn(
+        2, after_a_bad_step, [config(workers=2, zero_stage=stage) for stage in range(4)], bad
+    ):
         assert said.startswith("loss inf" if bad == "loss" else "gradient norm")
         assert index == 1
         assert same
 
 
 def test_the_plateau_schedule_is_exact_however_seldom_losses_are_read(spawn: Callable) -> None:
-    c = config(zero=0)
+    c = config(zero_stage=0)
     c = replace(c, optimizer=replace(c.optimizer, lr=0.1, plateau_patience=3))
     (each, readings), (seldom, fewer) = spawn(1, rates, c, 40, True), spawn(1, rates, c, 40, False)
     assert each == seldom
@@ -97,7 +107,7 @@ def test_the_plateau_schedule_is_exact_however_seldom_losses_are_read(spawn: Cal
 
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
     curve, weights = plain_run(config(), 12)
-    one, two, four = ([config(workers=n, zero=stage) for stage in range(4)] for n in (1, 2, 4))
+    one, two, four = ([config(workers=n, zero_stage=stage) for stage in range(4)] for n in (1, 2, 4))
     parts = spawn(2, train_parts, [(two[1], 0, 2), (two[3], 2, 4), (two[0], 4, 6)])
     parts += spawn(1, train_parts, [(one[2], 6, 8), (one[3], 8, 9)], parts[-1])
     parts += spawn(4, train_parts, [(four[2], 9, 11), (four[0], 11, 12)], parts[-1])
@@ -108,7 +118,7 @@ def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
 
 
 def test_same_workers_resume_to_the_bit(spawn: Callable) -> None:
-    for (before, after), whole in spawn(2, cut_and_whole, [config(workers=2, zero=stage) for stage in range(4)]):
+    for (before, after), whole in spawn(2, cut_and_whole, [config(workers=2, zero_stage=stage) for stage in range(4)]):
         assert before["curve"] + after["curve"] == whole["curve"]
         assert all(norm > 0 for norm in after["norms"])
         for kind in ("weights", "moments"):

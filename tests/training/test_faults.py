@@ -6,19 +6,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import faults
 import numpy as np
 import pytest
 import torch
+from helpers import faults
+from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
-from prepared import write_dataset
 
-from arplus import checkpoint, tracking
-from arplus.checkpoint import Progress
+from arplus import tracking
 from arplus.config import TrainConfig
 from arplus.errors import RunError
-from arplus.training import attempt, audit
-from arplus.training.attempt import SupersededError
+from arplus.runs import attempt, audit, checkpoint
+from arplus.runs.attempt import SupersededError
+from arplus.runs.checkpoint import TrainProgress
 from arplus.training.trainer import train
 
 EXAMPLES = 260
@@ -55,7 +55,7 @@ def mlflow_status(config: TrainConfig, run_id: str) -> str:
     return MlflowClient(tracking.default_uri(config.storage)).get_run(run_id).info.status
 
 
-def progress_of(config: TrainConfig) -> Progress:
+def progress_of(config: TrainConfig) -> TrainProgress:
     found = checkpoint.newest(str(faults.folder(config)))
     assert found is not None
     return found[1].progress
@@ -104,7 +104,7 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     alone = train(replace(config, workers=1, max_steps=stopped + 9))
     assert alone["steps"] == stopped + 9
     assert alone["mlflow_run_id"] == before.mlflow_run_id
-    final = train(replace(config, workers=4, zero=3))
+    final = train(replace(config, workers=4, zero_stage=3))
     assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
     assert_each_example_once_an_epoch(config)
     assert faults.attempts(config) == 3

@@ -8,7 +8,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from engine_worker import config, engine_steps, initial_model, results
+from helpers.engine_worker import config, engine_steps, initial_model, results
 
 from arplus.training import engine
 from arplus.training.engine import Engine
@@ -20,7 +20,7 @@ def test_engines_of_one_process_follow_each_other(tmp_path: Path) -> None:
     variables, losses = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys(), []
     for rendezvous in (None, tmp_path / "meet"):
         with process_group(rendezvous=rendezvous):
-            c = config(zero=1)
+            c = config(zero_stage=1)
             made = Engine(initial_model(c), c, torch.device("cpu"))
             assert not made.engine.tput_timer.config.enabled, "it would wait for the GPU, twice a step"
             losses.append([result.loss for result in results(made, engine_steps(c, 0, 2))])

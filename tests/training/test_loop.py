@@ -8,15 +8,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from arplus.checkpoint import Progress
 from arplus.config import TrainConfig
 from arplus.data.loader import RankLoader, Step
 from arplus.model.objective import Losses
+from arplus.runs.checkpoint import TrainProgress
 from arplus.training.engine import Engine, StepResult
 from arplus.training.group import process_group
-from arplus.training.loop import ASK_EVERY, Ask, Hooks, fit
+from arplus.training.loop import POLL_EVERY_BATCHES, Control, Hooks, fit
 
-STEPS, VALID = 4, 3 * ASK_EVERY
+STEPS, VALID = 4, 3 * POLL_EVERY_BATCHES
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +34,27 @@ class Recorder(Hooks):
         self.end_in = end_in
         self.save_in = save_in
         self.validated = 0
-        self.saved: list[Progress] = []
+        self.saved: list[TrainProgress] = []
 
-    def ask(self) -> Ask:
+    def ask(self) -> Control:
         if self.save_in is not None and self.validated >= self.save_in:
             self.save_in = None
-            return Ask.SAVE
-        return Ask.END if self.end_in is not None and self.validated >= self.end_in else Ask.NOTHING
+            return Control.SAVE
+        return Control.END if self.end_in is not None and self.validated >= self.end_in else Control.NOTHING
 
-    def on_step(self, progress: Progress, step: Step) -> None:
+    def on_step(self, progress: TrainProgress, step: Step) -> None:
         self.events.append(f"step {progress.step + 1}")
 
-    def on_validation(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def on_validation(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         assert metrics["examples"] == 2 * VALID
         self.events.append(f"validated {progress.step}")
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: TrainProgress) -> None:
         self.saved.append(replace(progress))
         self.events.append(f"saved {progress.step} epoch {progress.epoch} step {progress.epoch_step}")
 
 
-def run(progress: Progress, hooks: Recorder) -> None:
+def run(progress: TrainProgress, hooks: Recorder) -> None:
     def loader(steps: int) -> RankLoader:
         batch = SimpleNamespace(example_id_B=torch.zeros(2), target_N=torch.zeros(2))
 
@@ -86,7 +86,7 @@ def run(progress: Progress, hooks: Recorder) -> None:
 @pytest.fixture
 def undisturbed() -> list[str]:
     events: list[str] = []
-    run(Progress(fingerprint=""), Recorder(events))
+    run(TrainProgress(fingerprint=""), Recorder(events))
     assert events[:4] == ["step 1", "step 2", "validated 2", "saved 2 epoch 0 step 2"]
     assert events[-2:] == ["validated 8", "saved 8 epoch 2 step 0"]
     return events
@@ -96,10 +96,12 @@ def undisturbed() -> list[str]:
 def test_a_validation_that_is_cut_short_is_made_up_for(undisturbed: list[str], validation: int) -> None:
     """After two steps, at the end of an epoch, and at the end of the run."""
     events: list[str] = []
-    progress = Progress(fingerprint="")
+    progress = TrainProgress(fingerprint="")
     first = Recorder(events, end_in=VALID * (validation - 1) + 2)
     run(progress, first)
-    assert first.validated == VALID * (validation - 1) + ASK_EVERY, "it ends at the next question, on all workers"
+    assert first.validated == VALID * (validation - 1) + POLL_EVERY_BATCHES, (
+        "it ends at the next question, on all workers"
+    )
     assert progress.unvalidated
     saved = events.pop()
     assert saved.startswith(f"saved {progress.step} ")
@@ -114,7 +116,7 @@ def test_a_validation_does_not_put_off_a_checkpoint(undisturbed: list[str], vali
     """A node that is taken away leaves minutes, and a validation may take them; the run goes on from either save."""
     events: list[str] = []
     hooks = Recorder(events, save_in=VALID * (validation - 1) + 2)
-    run(Progress(fingerprint=""), hooks)
+    run(TrainProgress(fingerprint=""), hooks)
     early, late = hooks.saved[validation - 1 : validation + 1]
     assert (early.unvalidated, late.unvalidated) == (True, False)
     assert early.step == late.step
@@ -129,7 +131,7 @@ def test_a_validation_does_not_put_off_a_checkpoint(undisturbed: list[str], vali
 
 def test_who_is_told_to_end_again_leaves_it_due() -> None:
     events: list[str] = []
-    progress = Progress(fingerprint="", step=2, epoch_step=2, unvalidated=True)
+    progress = TrainProgress(fingerprint="", step=2, epoch_step=2, unvalidated=True)
     run(progress, Recorder(events, end_in=0))
     assert events == []
     assert progress.unvalidated

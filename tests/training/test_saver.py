@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared import CHARACTERS, PERSONA_WORDS
+from helpers.prepared import CHARACTERS, PERSONA_WORDS
 
-from arplus import checkpoint, storage
-from arplus.checkpoint import Progress, TrainState
+from arplus import storage
 from arplus.config import ExampleRules, preset, tiny
-from arplus.errors import RefusedError, ResourceError, UserError
-from arplus.training.attempt import SupersededError
+from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.runs import checkpoint
+from arplus.runs.attempt import SupersededError
+from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.training.saver import Saver
 
 
@@ -22,7 +23,7 @@ def run(tmp_path):
 def state(step):
     return TrainState(
         config=tiny(preset("arplus")),
-        progress=Progress(fingerprint="test", step=step),
+        progress=TrainProgress(fingerprint="test", step=step),
         schedule={},
         rules=ExampleRules(),
         characters=CHARACTERS,
@@ -85,7 +86,7 @@ def test_an_error_is_kept_and_ends_the_saving(run):
     mine = a_saver(run)
     mine.save(state(10), None)
     mine.wait()
-    assert isinstance(mine.error, UserError)
+    assert isinstance(mine.error, UsageError)
     Path(run, "checkpoints").unlink()
     mine.save(state(20), None)
     mine.wait()

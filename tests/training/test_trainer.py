@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
-from prepared import write_dataset
 
-from arplus import checkpoint, tracking
+from arplus import tracking
+from arplus.cluster import node, preflight
 from arplus.config import TrainConfig, preset, tiny
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UserError
-from arplus.training import node, preflight
+from arplus.errors import ResourceError, UsageError
+from arplus.runs import checkpoint
+from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
-from arplus.training.hooks import Part
-from arplus.training.resume import Start
+from arplus.training.hooks import StudyContext
 from arplus.training.trainer import _tracked, train
 
 EXAMPLES, VALID = 83, 21
@@ -102,13 +103,13 @@ def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(finished: 
 def test_a_run_is_not_resumed_on_other_data(finished: tuple, tmp_path: Path) -> None:
     config, _ = finished
     other = write_dataset(tmp_path, {"train": [[40]], "valid": [[5]]}, fingerprint="another")
-    with pytest.raises(UserError, match=r"fingerprint test, and .* has another; take another --run-name"):
+    with pytest.raises(UsageError, match=r"fingerprint test, and .* has another; take another --run-name"):
         train(replace(config, data=other.uri))
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_what_happened(data: str, tmp_path: Path) -> None:
     config = settings(data, tmp_path, run_name="diverges")
-    config = replace(config, optimizer=replace(config.optimizer, lr=1e30, clip=1e30))
+    config = replace(config, optimizer=replace(config.optimizer, lr=1e30, max_grad_norm=1e30))
     with pytest.raises(NonFiniteLossError, match=r"step \d+ of epoch 1: .*Example ids: \[\d.*Last good checkpoint"):
         train(config)
     client = MlflowClient(tracking.default_uri(config.storage))
@@ -135,27 +136,27 @@ def test_a_worker_on_a_node_of_other_versions_ends_the_run(
 def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
     with pytest.raises(ResourceError, match=r"http://127\.0\.0\.1:9"):
-        _tracked(config, dataset, Start(None, None), None)
-    assert _tracked(config, dataset, Start(None, "abc"), None).run_id == "abc"
+        _tracked(config, dataset, ResumePoint(None, None), None)
+    assert _tracked(config, dataset, ResumePoint(None, "abc"), None).run_id == "abc"
     assert caplog.messages[-1].startswith("going on without MLflow until it answers: ")
 
 
 def test_a_studys_run_waits_for_mlflow(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three runs that do not would end the study."""
     config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
-    answers: list[Any] = [ResourceError("away"), ResourceError("away"), tracking.Run("", "", "new")]
+    answers: list[Any] = [ResourceError("away"), ResourceError("away"), tracking.RunRef("", "", "new")]
 
-    def start_run(*_: Any, **__: Any) -> tracking.Run:
+    def start_run(*_: Any, **__: Any) -> tracking.RunRef:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     monkeypatch.setattr(tracking, "start_run", start_run)
-    part = Part(parent_run_id="study", tags={})
-    assert _tracked(config, dataset, Start(None, None), part).run_id == "new"
+    part = StudyContext(parent_run_id="study", tags={})
+    assert _tracked(config, dataset, ResumePoint(None, None), part).run_id == "new"
     answers.append(ResourceError("away"))
-    assert _tracked(config, dataset, Start(None, "abc"), part).run_id == "abc", "one that goes on need not wait"
+    assert _tracked(config, dataset, ResumePoint(None, "abc"), part).run_id == "abc", "one that goes on need not wait"
 
 
 def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None:
@@ -169,5 +170,5 @@ def test_weights_of_another_vocabulary_are_refused(finished: tuple, data: str, t
     state = checkpoint.load(str(Path(finished[0].storage) / "two"))
     tokens = type(state.characters)([*state.characters.tokens, "龘"])
     wrong = checkpoint.save(str(tmp_path / "other"), replace(state, characters=tokens))
-    with pytest.raises(UserError, match=r"--init-from .*vocabularies"):
+    with pytest.raises(UsageError, match=r"--init-from .*vocabularies"):
         train(settings(data, tmp_path, init_from=wrong))

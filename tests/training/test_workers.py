@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from arplus.cluster import preflight
 from arplus.config import TrainConfig
-from arplus.training import preflight, workers
+from arplus.training import workers
 
 
 @pytest.mark.parametrize(("machine", "expected"), [(1, 1), (64, 2)])

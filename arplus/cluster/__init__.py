@@ -1,0 +1,1 @@
+"""The Ray cluster: joining it, asking its nodes, what it has room for."""

@@ -1,0 +1,1 @@
+"""A data set from records: sources, deduplication, encoding, and the data card."""

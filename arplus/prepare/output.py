@@ -1,0 +1,121 @@
+"""The output of a preparation: whose it is, and how it is committed.
+
+Files of examples have names of their own preparation; the vocabularies and the card follow, then the manifest. So a
+folder with a manifest is whole, and one without is no data set, whenever and however the job ends.
+"""
+
+import logging
+import re
+from collections import defaultdict
+from typing import Any
+
+from arplus import storage
+from arplus.data.dataset import MANIFEST
+from arplus.errors import ArplusError, UsageError
+from arplus.prepare import card, shards
+from arplus.prepare.lease import Lease, is_unfinished
+from arplus.text import Vocabulary
+
+STAGING = "_temporary"
+"""Folder below the output that holds unfinished work."""
+
+_PART = re.compile(r"[^/]+/part-\d{5}-[0-9a-f]{8}\.parquet")
+"""A preparation's examples, in a split of any name, below the output."""
+_OURS = re.compile(
+    rf"{_PART.pattern}|vocabulary/(characters|persona_words)\.txt|rejects/\d+-\d+-[0-9a-f]{{8}}\.jsonl\.gz"
+    rf"|{STAGING}/.*|{re.escape(card.JSON)}|{re.escape(card.PAGE)}"
+)
+"""All that a preparation leaves below the output beside lease and manifest."""
+_TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{8}\.tmp$")
+"""What a file is called until it is whole."""
+
+log = logging.getLogger(__name__)
+
+
+def claim(output: str) -> Lease:
+    """Makes the output ours: what an unfinished preparation left is removed, whatever its evaluation sets were.
+
+    Raises :class:`UsageError` where the output holds anything and no preparation began there.
+    """
+    manifest = storage.join(output, MANIFEST)
+    taken = UsageError(f"{output}: holds a prepared data set; choose another --output or delete it first")
+    if storage.exists(manifest):
+        raise taken
+    unfinished = is_unfinished(output)
+    if not unfinished and storage.exists(output) and storage.list_files(output):
+        raise UsageError(f"{output}: is not empty and no unfinished data set; choose another --output")
+    lease = Lease.take(output)
+    if storage.exists(manifest):  # since we looked
+        lease.release(finished=True)
+        raise taken
+    if unfinished:
+        log.info("removing what an unfinished preparation left in %s", output)
+        _clear(output)
+    return lease
+
+
+def _clear(output: str) -> None:
+    found = defaultdict(list)
+    for file in storage.list_files(output):
+        path = file.removeprefix(f"{output}/")
+        found[path.partition("/")[0]].append(path)
+    for top, paths in found.items():
+        ours = [path for path in paths if _is(_OURS, path)]
+        for path in [top] if len(ours) == len(paths) else ours:  # a folder of thousands at once
+            storage.delete(storage.join(output, path))
+
+
+def _is(kind: re.Pattern[str], path: str) -> bool:
+    return kind.fullmatch(_TEMPORARY.sub(r"\1\2", path)) is not None
+
+
+def _unstage(output: str, lease: Lease) -> None:
+    """Deletes what this preparation staged; another one's stays, for it may be our successor's."""
+    staging = storage.join(output, STAGING)
+    storage.delete(storage.join(staging, lease.token))
+    if storage.exists(staging) and not storage.list_files(staging):
+        storage.delete(staging)
+
+
+def leave(output: str, lease: Lease, finished: bool) -> None:
+    """Gives the output back; a failed preparation leaves its rejects, and the mark that it is unfinished."""
+    try:
+        try:
+            if not finished:
+                lease.check()
+                _unstage(output, lease)
+        finally:
+            lease.release(finished=finished)
+    except ArplusError as error:  # what made the preparation fail is the better message; a finished one is whole
+        log.warning("%s: could not be tidied up (%s)", output, error)
+
+
+def commit(
+    output: str,
+    lease: Lease,
+    manifest: dict[str, Any],
+    facts: dict[str, Any],
+    characters: Vocabulary,
+    persona_words: Vocabulary,
+) -> None:
+    """Writes all that is not examples, the manifest last; and removes what others left while we worked."""
+    lease.check()  # from here on files are deleted that a successor may have written
+    ours = {file["path"] for split in manifest["splits"].values() for file in split["files"]}
+    for folder in manifest["splits"]:
+        uri = storage.join(output, folder)
+        for file in storage.list_files(uri) if storage.exists(uri) else []:
+            path = file.removeprefix(f"{output}/")
+            if path not in ours and _is(_PART, path):
+                storage.delete(file)
+    storage.with_retries(output, lambda: _unstage(output, lease))
+    lease.check()
+    small = {
+        "vocabulary/characters.txt": characters.to_bytes(),
+        "vocabulary/persona_words.txt": persona_words.to_bytes(),
+        card.JSON: card.to_json(facts),
+        card.PAGE: card.to_html(facts),
+    }
+    for path, data in small.items():
+        shards.write(storage.join(output, path), data)
+    lease.check()
+    storage.with_retries(output, lambda: storage.write_json(storage.join(output, MANIFEST), manifest))

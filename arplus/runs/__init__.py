@@ -1,0 +1,1 @@
+"""What a run leaves on storage: its folder, who may write there, checkpoints, and where a run starts."""

@@ -1,0 +1,165 @@
+"""Which attempt a run belongs to: the newest one, and no other may write its checkpoints.
+
+``RUN/attempt.json`` names a job, the *owner*, and counts the starts of its workers. A job makes itself the owner when
+it starts; its rank 0 raises the number at every start of the workers and compares the file with its own attempt ever
+after. A stale attempt, one that was cut off and replaced but lives on, so finds out and stops. The same file carries
+the job's word to stop, which thus needs nothing but the storage that is there anyway.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from uuid import uuid4
+
+from arplus import storage
+from arplus.errors import ArplusError, RunError
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+"""Seconds between two looks at the file."""
+
+
+class SupersededError(RunError):
+    """Another job, or a newer start of this one, has taken the run over."""
+
+
+class StoppedError(RunError):
+    """The job was told to stop, and its workers did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """The content of ``attempt.json``."""
+
+    owner: str
+    number: int
+    """Starts of workers so far, over all jobs of the run."""
+    mlflow_run_id: str
+    stop: bool = False
+    """Whether the owner was told to stop."""
+
+
+def read(run_uri: str) -> Attempt | None:
+    """The attempt that the run belongs to; None where it has never been started."""
+    found = storage.find_json(_uri(run_uri))
+    return None if found is None else Attempt(**found)
+
+
+def take_over(run_uri: str, mlflow_run_id: str) -> Attempt:
+    """Makes a new job the owner of the run; whoever was so before stops at its next look."""
+    before = read(run_uri)
+    mine = Attempt(owner=uuid4().hex, number=before.number if before else 0, mlflow_run_id=mlflow_run_id)
+    _write(run_uri, mine)
+    return mine
+
+
+def start(run_uri: str, job: Attempt) -> Attempt:
+    """A new start of the job's workers; rank 0 calls it. Raises :class:`SupersededError` and :class:`StoppedError`."""
+    there = _own(run_uri, job)
+    if there.stop:
+        raise stopped()
+    mine = replace(there, number=there.number + 1)
+    _write(run_uri, mine)
+    return mine
+
+
+def request_stop(run_uri: str, job: Attempt) -> None:
+    """Tells the job's workers to save and stop."""
+    _write(run_uri, replace(_own(run_uri, job), stop=True))
+
+
+def check(run_uri: str, mine: Attempt) -> bool:
+    """Whether the owner was told to stop. Raises :class:`SupersededError` unless the run is still this attempt's."""
+    there = _own(run_uri, mine)
+    if there.number != mine.number:
+        raise SupersededError(f"{run_uri}: attempt {there.number} has replaced attempt {mine.number}, which stops")
+    return there.stop
+
+
+def stopped() -> StoppedError:
+    """What ends a job that was told to stop."""
+    return StoppedError("stopped; the same command goes on from the newest checkpoint")
+
+
+class Watch:
+    """Looks at the file in the background, so that a training step need not."""
+
+    def __init__(self, run_uri: str, mine: Attempt) -> None:
+        self.run_uri = run_uri
+        self.mine = mine
+        self.stop = False
+        """Whether the owner was told to stop."""
+        self.error: SupersededError | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._look, name="attempt", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the looking."""
+        self._closed.set()
+
+    def _look(self) -> None:
+        while not self._closed.wait(WATCH_S):
+            try:
+                self.stop = check(self.run_uri, self.mine)
+            except SupersededError as error:
+                self.error = error
+                return
+            except (ArplusError, OSError) as error:  # the storage is away for a moment
+                log.debug("%s", error)
+
+
+@contextmanager
+def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
+    """Calls ``act`` once when this process is told to end, by ``ray job stop`` or Ctrl-C; a second time ends it.
+
+    ``ray job stop`` kills three seconds later (``RAY_JOB_STOP_WAIT_TIME_S``, set where the head node starts). A small
+    model is saved by then; what is not costs the steps since the last checkpoint, and nothing else.
+    Only a process's main thread can do so; elsewhere (in a trial of Ray Tune) nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told, over = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        told.wait()
+        if not over.is_set():
+            log.warning("told to end: saving a checkpoint first")
+            act()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(*_: object) -> None:
+        restore()
+        told.set()
+
+    # Not in the handler itself, which may interrupt the main thread anywhere.
+    threading.Thread(target=wait, name="stop signal", daemon=True).start()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        restore()
+        over.set()
+        told.set()
+
+
+def _own(run_uri: str, mine: Attempt) -> Attempt:
+    there = read(run_uri)
+    if there is None or there.owner != mine.owner:
+        raise SupersededError(f"{run_uri}: another job has taken this run over, and goes on with it; this one stops")
+    return there
+
+
+def _write(run_uri: str, attempt: Attempt) -> None:
+    storage.write_json(_uri(run_uri), asdict(attempt))
+
+
+def _uri(run_uri: str) -> str:
+    return storage.join(run_uri, "attempt.json")

@@ -1,0 +1,372 @@
+"""Checkpoints: the whole train state as plain files, complete or not there.
+
+A run's folder holds::
+
+    config.json                         the resolved configuration
+    attempt.json                        who may write here (:mod:`arplus.runs.attempt`)
+    checkpoints/step-00000120-attempt-1/    one folder a checkpoint:
+        weights.safetensors             fp32, by parameter name
+        optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
+        state.json                      progress, schedule, rules and fingerprint of the data, MLflow run id
+        config.json  characters.txt  persona_words.txt
+        manifest.json                   size and SHA-256 of every file; written last
+    best.json                           the checkpoint with the lowest response perplexity
+    final_metrics.json
+
+Weights and moments are full tensors, so a checkpoint fits any number of workers and any ZeRO stage. Nothing in it is
+a pickle. A folder without a manifest is not a checkpoint: a save that died is passed over. Every attempt has folders
+of its own, so that one that lives on after it was replaced cannot touch its successor's.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from arplus import storage
+from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict, to_dict
+from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.model.network import PersonaTransformer
+from arplus.text import Vocabulary, sizes
+
+log = logging.getLogger(__name__)
+
+FORMAT = 4
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
+"""Names of checkpoints' folders."""
+
+
+@dataclass(kw_only=True)
+class TrainProgress:
+    """Where a run is: what has been consumed of the one global order, and what was best so far."""
+
+    fingerprint: str
+    """Fingerprint of the data set that the run trains on."""
+    epoch: int = 0
+    """Epochs finished."""
+    epoch_step: int = 0
+    """Optimizer steps done within the current epoch."""
+    step: int = 0
+    """Optimizer steps done in all: AdamW's update count."""
+    examples: int = 0
+    """Examples trained on in all; the unit in which steps are tracked."""
+    train_seconds: float = 0.0
+    """Time of these steps, waits for data included, without validations, checkpoints and starts."""
+    best_response_ppl: float | None = None
+    """Lowest response perplexity on validation so far."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Metrics of the newest validation."""
+    unvalidated: bool = False
+    """Whether the run was stopped in a validation: it is due before the next step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a checkpoint holds."""
+
+    config: TrainConfig
+    progress: TrainProgress
+    schedule: dict[str, float]
+    """Learning rate and the plateau schedule's counters."""
+    rules: ExampleRules
+    """Those of the data set: how long utterances and contexts are that the model knows."""
+    characters: Vocabulary
+    persona_words: Vocabulary
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    mlflow_run_id: str | None = None
+
+    @property
+    def sizes(self) -> VocabularySizes:
+        """Sizes of the vocabularies."""
+        return sizes(self.characters, self.persona_words)
+
+
+def save(run_uri: str, state: TrainState, *, attempt: int = 0, check: Callable[[], object] = lambda: None) -> str:
+    """Writes a checkpoint of an attempt (0: none in particular) and returns its URI; ``check`` as in :func:`write`."""
+    name = f"step-{state.progress.step:08d}" + (f"-attempt-{attempt}" if attempt else "")
+    if state.progress.unvalidated:
+        name += "-unvalidated"  # another folder than the same step's after its validation, which must not overwrite it
+    return write(storage.join(run_uri, "checkpoints", name), state, check=check)
+
+
+def write(
+    uri: str,
+    state: TrainState,
+    more: Mapping[str, bytes] | None = None,
+    *,
+    check: Callable[[], object] = lambda: None,
+) -> str:
+    """Writes a checkpoint, with ``more`` files in it, and returns its URI. The manifest comes last and makes it one.
+
+    ``check`` is called at the last moment before that; what it raises leaves the checkpoint incomplete.
+    """
+    _delete(uri)  # what a save that died may have left
+    facts = {
+        "format": FORMAT,
+        "progress": asdict(state.progress),
+        "schedule": state.schedule,
+        "rules": to_dict(state.rules),
+        "mlflow_run_id": state.mlflow_run_id,
+    }
+    files = {
+        "weights.safetensors": safetensors.torch.save(state.weights),
+        "optimizer.safetensors": safetensors.torch.save(state.moments),
+        "state.json": _json(facts),
+        "config.json": _json(to_dict(state.config)),
+        "characters.txt": state.characters.to_bytes(),
+        "persona_words.txt": state.persona_words.to_bytes(),
+        **(more or {}),
+    }
+    for name, data in files.items():
+        storage.write_bytes(storage.join(uri, name), data)
+    described = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    check()
+    storage.write_json(storage.join(uri, _MANIFEST), {"format": FORMAT, "files": described})
+    return uri
+
+
+def load(uri: str, *, moments: bool = False) -> TrainState:
+    """Reads a checkpoint, every file checked against the manifest; ``uri`` is a checkpoint or a run's folder.
+
+    A run's folder stands for its best checkpoint, or the newest where none was validated. Where the best one is lost
+    or damaged it is the newest that is whole, with a warning. The optimizer's moments are read only on request. Raises
+    :class:`UsageError` where there is no complete checkpoint, and for one that is named itself and damaged.
+    """
+    return load_found(uri, moments=moments)[1]
+
+
+def load_found(uri: str, *, moments: bool = False) -> tuple[str, TrainState]:
+    """The URI of the checkpoint that ``uri`` stands for, and its content; see :func:`load`."""
+    found = find(uri)
+    try:
+        return found, _read(found, moments)
+    except (RefusedError, ResourceError):
+        raise  # storage that does not answer, or refuses, says nothing of the checkpoint
+    except UsageError as error:
+        if found == uri:
+            raise
+        problem = str(error)
+    whole = newest(uri, moments=moments, but=found)
+    if whole is None:
+        raise UsageError(f"{problem}; {uri} has no other checkpoint that is whole")
+    _say_once(f"{problem}; the newest checkpoint that is whole is taken instead, {whole[0]}")
+    return whole
+
+
+def _read(uri: str, moments: bool) -> TrainState:
+    try:
+        return _parse(uri, moments)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise UsageError(f"{uri}: is damaged ({type(error).__name__}: {error}); take another checkpoint") from error
+
+
+def _parse(uri: str, moments: bool) -> TrainState:
+    manifest = storage.read_json(storage.join(uri, _MANIFEST))
+    if manifest.get("format") != FORMAT:
+        raise UsageError(f"{uri}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
+
+    def read(name: str) -> bytes:
+        data = storage.read_bytes(storage.join(uri, name))
+        expected = manifest["files"][name]
+        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise UsageError(f"{storage.join(uri, name)}: does not match its manifest; take another checkpoint")
+        return data
+
+    def vocabulary(name: str) -> Vocabulary:
+        return Vocabulary.from_bytes(read(name), source=storage.join(uri, name))
+
+    facts = json.loads(read("state.json"))
+    return TrainState(
+        config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
+        progress=TrainProgress(**facts["progress"]),
+        schedule=facts["schedule"],
+        rules=from_dict(ExampleRules, facts["rules"], source=storage.join(uri, "state.json")),
+        mlflow_run_id=facts["mlflow_run_id"],
+        characters=vocabulary("characters.txt"),
+        persona_words=vocabulary("persona_words.txt"),
+        weights=safetensors.torch.load(read("weights.safetensors")),
+        moments=safetensors.torch.load(read("optimizer.safetensors")) if moments else {},
+    )
+
+
+def build_model(state: TrainState) -> PersonaTransformer:
+    """The network of a checkpoint, in evaluation mode, on the CPU."""
+    model = PersonaTransformer(state.config.model, state.sizes)
+    model.load_weights(state.weights)
+    return model.eval()
+
+
+def find(uri: str) -> str:
+    """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`, which reads it too."""
+    if is_complete(uri):
+        return uri
+    best, problem = _marked(uri)
+    if best is not None:
+        return best.uri
+    complete = list_complete(uri)
+    if not complete:
+        raise UsageError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
+    if problem:
+        _say_once(f"{problem}; the newest checkpoint is taken instead, {complete[-1]}")
+    return complete[-1]
+
+
+def is_complete(uri: str) -> bool:
+    """Whether ``uri`` is a complete checkpoint."""
+    return storage.exists(storage.join(uri, _MANIFEST))
+
+
+def list_complete(run_uri: str) -> list[str]:
+    """URIs of a run's complete checkpoints, oldest first: by attempt, then by step, then the validated."""
+    return sorted((uri for uri, complete in _folders(run_uri).items() if complete), key=_age)
+
+
+def newest(
+    run_uri: str, *, after: int = -1, moments: bool = True, but: str | None = None
+) -> tuple[str, TrainState] | None:
+    """The newest checkpoint that is whole, and its URI; None where no attempt above ``after`` left one ``but`` one.
+
+    One that is damaged is passed over with a warning.
+    """
+    for uri in reversed(list_complete(run_uri)):
+        if _age(uri)[0] <= after:
+            break
+        if uri == but:
+            continue
+        try:
+            return uri, load(uri, moments=moments)
+        except (RefusedError, ResourceError):
+            raise  # storage that does not answer, or refuses, says nothing of the checkpoint
+        except UsageError as error:
+            log.warning("checkpoint passed over, the one before it is taken: %s", error)
+    return None
+
+
+def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
+    """Notes which checkpoint of the run is the best."""
+    name = checkpoint_uri.rsplit("/", 1)[1]
+    storage.write_json(
+        storage.join(run_uri, "best.json"), {"checkpoint": f"checkpoints/{name}", "response_ppl": response_ppl}
+    )
+
+
+def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> float | None:
+    """Sees to it that a run that goes on from a checkpoint of its own has a best one, and gives its perplexity.
+
+    The save of the best one may have died before it could mark it. No later validation would, as they are compared with
+    the lowest perplexity, which the checkpoint itself holds: it is marked now.
+
+    The best one may have been lost since: deleted, damaged, or its mark. Then the checkpoint that the run goes on from
+    is marked as the best, with the perplexity of its own validation, which is that of a checkpoint that exists; where
+    it has none, the next validation is the best.
+    """
+    lowest = progress.best_response_ppl
+    own = None if progress.unvalidated else progress.validation.get("response_ppl")
+    best, problem = _marked(run_uri)
+    if best is not None and best.uri != checkpoint_uri:
+        try:
+            _read(best.uri, moments=False)
+        except (RefusedError, ResourceError):
+            raise
+        except UsageError as error:
+            best, problem = None, str(error)
+    if best is None and lowest is not None and lowest != own:
+        lowest = own
+        log.warning(
+            "%s; %s",
+            problem or f"{run_uri}: has no best checkpoint",
+            f"{checkpoint_uri} is the best one from here on, with a response PPL of {own:.3f}"
+            if own is not None
+            else "the next validation is the best one",
+        )
+    # One that was marked already stays: a checkpoint after it may still hold the same validation.
+    if own is not None and own == lowest and (best is None or best.response_ppl > own):
+        mark_best(run_uri, checkpoint_uri, own)
+    return lowest
+
+
+def retain(run_uri: str, newest: int, *, attempt: int) -> None:
+    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
+
+    What a later attempt than ``attempt`` has begun to write has not died.
+    """
+    best, _ = _marked(run_uri)
+    kept = None if best is None else best.uri
+    complete = list_complete(run_uri)
+    incomplete = sorted(_folders(run_uri).keys() - set(complete))
+    for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
+        if uri != kept:
+            _delete(uri)
+
+
+class _Best(NamedTuple):
+    """What ``best.json`` says."""
+
+    uri: str
+    response_ppl: float
+
+
+def _marked(run_uri: str) -> tuple[_Best | None, str | None]:
+    """The checkpoint that is marked as the best, and is there; else what is wrong with the mark, if there is one."""
+    file = storage.join(run_uri, "best.json")
+    try:
+        best = storage.find_json(file)
+    except (RefusedError, ResourceError):
+        raise
+    except UsageError as error:
+        return None, str(error)
+    if best is None:
+        return None, None
+    name, ppl = (best.get(key) for key in ("checkpoint", "response_ppl")) if isinstance(best, dict) else (None, None)
+    folder, _, name = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    if folder != "checkpoints" or not _NAME.fullmatch(name) or not isinstance(ppl, int | float):
+        return None, f"{file}: names no checkpoint of the run"
+    uri = storage.join(run_uri, folder, name)
+    if not is_complete(uri):
+        return None, f"{file}: the best checkpoint, {uri}, is not there any more, or not whole"
+    return _Best(uri, ppl), None
+
+
+@functools.cache
+def _say_once(warning: str) -> None:
+    """Warns, once a process."""
+    log.warning("%s", warning)
+
+
+def _age(uri: str) -> tuple[int, int, bool]:
+    """Attempt, step, and whether that step's validation is in it."""
+    found = _NAME.fullmatch(uri.rsplit("/", 1)[1])
+    assert found, uri
+    return int(found[2] or 0), int(found[1]), found[3] is None
+
+
+def _folders(run_uri: str) -> dict[str, bool]:
+    """A run's checkpoints, and whether each is complete; what else lies beside or in them does not count."""
+    folder = storage.join(run_uri, "checkpoints")
+    found: dict[str, bool] = {}
+    for file in storage.list_files(folder) if storage.exists(folder) else []:
+        name, _, rest = file.removeprefix(f"{folder}/").partition("/")
+        if rest and _NAME.fullmatch(name):
+            uri = storage.join(folder, name)
+            found[uri] = found.get(uri, False) or rest == _MANIFEST
+    return found
+
+
+def _delete(uri: str) -> None:
+    # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
+    storage.delete(storage.join(uri, _MANIFEST))
+    storage.delete(uri)
+
+
+def _json(value: Any) -> bytes:
+    return storage.as_json(value).encode()

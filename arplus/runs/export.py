@@ -1,0 +1,125 @@
+"""Checkpoints for others: ours without the optimizer's state, or the paper code's weights in our form.
+
+The result is a checkpoint like any other, so evaluation, chat and ``--init-from`` take it; beside ``config.json`` and
+``weights.safetensors``, which torch and safetensors alone can load, it holds a model card.
+"""
+
+import json
+from dataclasses import replace
+
+from arplus import storage
+from arplus.config import ExampleRules, ExportConfig, preset, to_dict
+from arplus.errors import UsageError
+from arplus.model.cost import live_parameters
+from arplus.model.network import PersonaTransformer
+from arplus.model.reference import infer, load_reference, parse_state
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.text import Vocabulary
+
+_MARKS = {"manifest.json", "README.md"}
+"""Files that are together in an export alone."""
+_FILES = _MARKS | {"weights.safetensors", "optimizer.safetensors", "state.json", "config.json"}
+_FILES |= {"characters.txt", "persona_words.txt"}
+
+
+def export(config: ExportConfig) -> str:
+    """Writes the export and returns its URI.
+
+    Raises :class:`UsageError` where the source is no checkpoint, where weights, preset and vocabularies do not fit, and
+    where the output holds anything but a previous export, for all in it is deleted.
+    """
+    source, state = None, None
+    if config.checkpoint:
+        source, state = checkpoint.load_found(config.checkpoint)
+    _check_output(config, source)
+    state = state or from_reference(config)
+    state = replace(state, moments={}, mlflow_run_id=None)
+    return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
+
+
+def from_reference(config: ExportConfig) -> TrainState:
+    """The paper code's weights with our names."""
+    run = preset(config.preset)
+    base = replace(run.model, heads=config.heads or run.model.heads, layers=config.layers or run.model.layers)
+    if base.repeats > 1:
+        base = replace(base, repeats=base.layers)
+    uri = str(config.from_reference)
+    weights = parse_state(storage.read_bytes(uri), uri)
+    model_config, sizes = infer(weights, base)
+    characters = Vocabulary.load(str(config.character_vocabulary))
+    persona_words = Vocabulary.load(str(config.persona_vocabulary))
+    _check_size("--character-vocabulary", characters, sizes.characters)
+    if model_config.memory_hops:
+        _check_size("--persona-vocabulary", persona_words, sizes.persona_words)
+    model = load_reference(weights, model_config, sizes)
+    return TrainState(
+        config=replace(run, model=model_config),
+        progress=TrainProgress(fingerprint="the paper's code"),
+        schedule={},
+        rules=ExampleRules(),  # the defaults are the paper's
+        characters=characters,
+        persona_words=persona_words,
+        weights=model.weights(),
+        moments={},
+    )
+
+
+def model_card(state: TrainState) -> str:
+    """What the exported model is, as the README of its folder."""
+    config, progress = state.config, state.progress
+    model = PersonaTransformer(config.model, state.sizes)
+    rows = "\n".join(f"| {part} | {count:,} |" for part, count in live_parameters(model).items())
+    best = f"{progress.best_response_ppl:.3f}" if progress.best_response_ppl else "not measured"
+    return f"""---
+language: zh
+library_name: arplus
+tags: [dialogue, persona]
+---
+
+# {config.run_name or config.preset}: a persona-aware Chinese dialogue model
+
+Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
+`{progress.fingerprint}`). Response perplexity on validation: {best}. It knows contexts of at most
+{state.rules.max_context_utterances} utterances, each cut to {state.rules.max_utterance_characters} characters.
+
+| component | parameters |
+| --- | --- |
+{rows}
+
+    import json
+    from safetensors.torch import load_file
+    from arplus.config import ModelConfig, VocabularySizes
+    from arplus.model.network import ARPlus
+
+    config = json.load(open("config.json"))
+    model = ARPlus(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
+persona_words={state.sizes.persona_words}))
+    model.load_weights(load_file("weights.safetensors"))
+
+PersonalDialog's terms are non-commercial; they bind what is trained on it.
+
+```json
+{json.dumps(to_dict(config.model), indent=2)}
+```
+"""
+
+
+def _check_output(config: ExportConfig, source: str | None) -> None:
+    output = storage.absolute(config.output)
+    if source is not None and storage.within(source, output):
+        raise UsageError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
+    # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
+    found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()
+    if found and not _MARKS <= found <= _FILES:
+        raise UsageError(
+            f"--output {config.output}: is there, and is not a previous export alone; name a new or an empty folder, "
+            "or delete what is in it first"
+        )
+
+
+def _check_size(flag: str, vocabulary: Vocabulary, size: int) -> None:
+    if vocabulary.size != size:
+        raise UsageError(
+            f"{flag}: has {vocabulary.size} tokens with the nine special ones, and the weights are for {size}"
+        )

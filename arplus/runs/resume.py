@@ -1,0 +1,117 @@
+"""Where a run starts: at the beginning, or from a checkpoint of its own or of another run (``--resume``)."""
+
+import logging
+from typing import NamedTuple
+
+from arplus import storage
+from arplus.config import EstimateConfig, TrainConfig, dotted_names, flat, from_dict
+from arplus.data.dataset import Dataset
+from arplus.errors import UsageError
+from arplus.runs import attempt, checkpoint
+from arplus.runs.checkpoint import TrainState
+
+log = logging.getLogger(__name__)
+
+MAY_DIFFER = frozenset(
+    {
+        *("run_name", "storage", "data", "mlflow"),  # where things are; the data is compared by its fingerprint
+        *(
+            "workers",
+            "device",
+            "cpus_per_worker",
+            "zero_stage",
+            "gradient_accumulation_steps",
+            "compile",
+            "feed.prefetch",
+        ),  # how it is computed
+        *("epochs", "max_steps"),  # a run may be extended
+        *("validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"),
+        *("resume", "max_failures", "audit"),
+        *(f"estimate.{name}" for name in dotted_names(EstimateConfig)),
+    }
+)
+"""Settings that may change in mid-run; any other would make it a different run."""
+
+
+class ResumePoint(NamedTuple):
+    """Where a run starts."""
+
+    checkpoint: str | None
+    """URI of the checkpoint; None for the beginning."""
+    mlflow_run_id: str | None
+    """MLflow run to go on with; None for a new one."""
+
+
+def find_resume_point(config: TrainConfig, run_uri: str, dataset: Dataset) -> ResumePoint:
+    """Where ``config``, with its names and paths filled in, starts.
+
+    Raises :class:`UsageError` for a run of this name where --resume forbids one, and for a checkpoint of other
+    settings (which are listed) or other data.
+    """
+    if config.resume == "auto":
+        return _auto(config, run_uri, dataset)
+    started = storage.exists(storage.join(run_uri, "config.json")) or bool(checkpoint.list_complete(run_uri))
+    if config.resume == "never":
+        if started:
+            raise UsageError(
+                f"--resume never: {run_uri} exists; take another --run-name, or --resume auto to go on with it"
+            )
+        return ResumePoint(None, None)
+    own = config.resume.startswith(f"{run_uri}/")
+    if started and not own:
+        raise UsageError(
+            f"--resume {config.resume}: {run_uri} exists and is another run; take another --run-name, or --resume "
+            "auto to go on with it"
+        )
+    if config.init_from is not None:
+        raise UsageError(f"--init-from: contradicts --resume {config.resume}, which brings the weights; leave one out")
+    return _from_checkpoint(config, dataset, own)
+
+
+def _auto(config: TrainConfig, run_uri: str, dataset: Dataset) -> ResumePoint:
+    found = checkpoint.newest(run_uri)
+    if found is not None:
+        uri, state = found
+        _check(state, config, dataset, run_uri, MAY_DIFFER)
+        log.info("going on with run %s from step %d", config.run_name, state.progress.step)
+        return ResumePoint(uri, state.mlflow_run_id)
+    if checkpoint.list_complete(run_uri):
+        raise UsageError(f"{run_uri}: all its checkpoints are damaged; take another --run-name")
+    before, path = attempt.read(run_uri), storage.join(run_uri, "config.json")
+    if before is None or not storage.exists(path):
+        return ResumePoint(None, None)
+    log.info("run %s has no checkpoint yet: it starts from the beginning", config.run_name)
+    theirs = from_dict(TrainConfig, storage.read_json(path), source=path)
+    return ResumePoint(None, None if differences(theirs, config, MAY_DIFFER) else before.mlflow_run_id)
+
+
+def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> ResumePoint:
+    uri = config.resume
+    if checkpoint.is_complete(uri):
+        state = checkpoint.load(uri, moments=True)
+    elif (found := checkpoint.newest(uri)) is not None:
+        uri, state = found
+    else:
+        raise UsageError(f"--resume {uri}: must be auto, never, or the URI of a checkpoint or of a run's folder")
+    if state.progress.step and not state.moments:
+        raise UsageError(f"--resume {uri}: holds weights alone; --init-from starts a new run from them")
+    _check(state, config, dataset, uri, MAY_DIFFER | {"experiment", "init_from"})
+    log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
+    return ResumePoint(uri, state.mlflow_run_id if own else None)
+
+
+def differences(theirs: TrainConfig, mine: TrainConfig, may_differ: frozenset[str]) -> list[str]:
+    """The settings in which two configurations differ and must not, with both values."""
+    there, here = flat(theirs), flat(mine)
+    differ = [name for name in here if name not in may_differ and there[name] != here[name]]
+    return [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in differ]
+
+
+def _check(state: TrainState, config: TrainConfig, dataset: Dataset, what: str, may_differ: frozenset[str]) -> None:
+    if state.progress.fingerprint != dataset.fingerprint:
+        raise UsageError(
+            f"{what}: this run trained on data of fingerprint {state.progress.fingerprint}, and {config.data} has "
+            f"{dataset.fingerprint}; take another --run-name"
+        )
+    if different := differences(state.config, config, may_differ):
+        raise UsageError(f"{what}: this run has other settings ({'; '.join(different)}); take another --run-name")

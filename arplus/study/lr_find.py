@@ -1,0 +1,233 @@
+"""Smith's learning-rate range test on the real training path: feed, engine and workers are those of a run.
+
+The rate grows by the same factor at every step, from far too low to far too high (Smith 2017, "Cyclical Learning
+Rates", section 3.3). The response's loss L_D first stands still, then falls, then rises: between the last two lie the
+rates that are worth a sweep.
+"""
+
+import csv
+import functools
+import io
+import itertools
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.train import ScalingConfig, TrainingFailedError
+
+from arplus import storage, tracking
+from arplus.cluster import node, preflight
+from arplus.config import LrFindConfig, flat
+from arplus.config.space import bounds_problem
+from arplus.data.dataset import Dataset
+from arplus.errors import RunError, UsageError
+from arplus.training import workers
+from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.hooks import RunEndedError
+from arplus.training.loop import seed_dropout
+from arplus.training.trainer import load, loaders, on_all_ranks, resolve
+
+log = logging.getLogger(__name__)
+
+FILE = "lr_range.json"
+"""The result in the test's folder: the curve, the suggestion, and the bounds that a sweep takes."""
+_SMOOTHED_SHARE = 0.1
+"""Part of the steps that one point of the smoothed curve is the mean of."""
+_BEGUN = 0.1
+"""Part of the whole fall of the loss after which learning has begun: the lower bound."""
+
+
+def find(config: LrFindConfig) -> dict[str, Any]:
+    """Runs the range test on the connected Ray cluster and returns what ``lr_range.json`` holds.
+
+    Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small and
+    :class:`RunError` where the loss never fell or the workers died.
+    """
+    config = resolve_lr_find(config)
+    dataset = Dataset.open(config.data)
+    scaling = preflight.scaling(config)
+    preflight.check_nodes(config, dataset, 0)  # it writes no checkpoint
+    uri = storage.join(config.storage, config.run_name)
+    if config.resume == "never" and storage.exists(storage.join(uri, FILE)):
+        raise UsageError(f"--resume never: {uri} exists; take another --run-name, or --resume auto to make it anew")
+    if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
+        raise UsageError(f"--run-name {config.run_name}: {uri} is a run or a study; take another name")
+    assert config.mlflow is not None
+    tracked = tracking.start_run(
+        config.mlflow,
+        config.experiment,
+        config.run_name,
+        tags={
+            "kind": "lr range test",
+            "preset": config.preset,
+            "fingerprint": dataset.fingerprint,
+        }
+        | node.code_tags(),
+        params=flat(config),
+    )
+    record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
+    with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
+        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+        points = _run(config, scaling, uri)
+        for number, point in enumerate(points):
+            tracker.log({f"lr_range/{key}": value for key, value in point.items()}, step=number)
+        result: dict[str, Any] = {
+            "preset": config.preset,
+            "fingerprint": dataset.fingerprint,
+            "mlflow_url": tracking.run_url(tracked),
+            "lr": analyse([p["lr"] for p in points], [p["dialogue_loss"] for p in points]),
+            "points": points,
+        }
+        files = {
+            FILE: json.dumps(result, indent=2) + "\n",
+            "lr_range.csv": as_csv(points),
+            "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
+        }
+        for name, text in files.items():
+            storage.with_retries(uri, functools.partial(storage.write_bytes, storage.join(uri, name), text.encode()))
+            tracker.log_text(name, text)
+        tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
+    return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
+
+
+def resolve_lr_find(config: LrFindConfig) -> LrFindConfig:
+    """The settings with every name and path filled in."""
+    config = resolve(replace(config, run_name=config.run_name or f"lr-{config.preset}"))
+    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))
+
+
+def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, float]:
+    """The lowest and the highest rate of a range test's file.
+
+    Raises :class:`UsageError` for a file of another preset or none at all, and warns where the data was other.
+    """
+    found = storage.read_json(uri)
+    try:
+        low, high = float(found["lr"]["low"]), float(found["lr"]["high"])
+    except (KeyError, TypeError, ValueError):
+        low = high = math.nan
+    if bounds_problem("loguniform", low, high):
+        raise UsageError(f"--lr-bounds {uri}: is no range test's {FILE}; make one with jobs/lr_find.py")
+    if found.get("preset") != preset:
+        raise UsageError(f"--lr-bounds {uri}: is of preset {found.get('preset')!r}, not {preset!r}")
+    if fingerprint is not None and found.get("fingerprint") != fingerprint:
+        log.warning("--lr-bounds %s: the range test was made on other data", uri)
+    return low, high
+
+
+def analyse(rates: list[float], losses: list[float]) -> dict[str, float]:
+    """The bounds and the suggestion of a curve.
+
+    ``low`` is where the smoothed loss has done a tenth of its fall, ``high`` where it is lowest, ``suggestion`` where,
+    between the two, it falls steepest along log(rate). Raises :class:`RunError` where it never falls.
+    """
+    curve = smooth(losses)
+    lowest = int(curve.argmin())
+    fall = curve[0] - curve[lowest]
+    begun = int(np.argmax(curve <= curve[0] - _BEGUN * fall))
+    if fall <= 0 or lowest - begun < 2:
+        raise RunError(
+            f"the loss never fell: it was {curve[0]:.3f} at the rate {rates[0]:.1e} and {curve[-1]:.3f} at "
+            f"{rates[-1]:.1e}; take more --steps, or another range with --lr-from and --lr-to"
+        )
+    slope = np.gradient(curve, np.log(rates))
+    steepest = begun + int(slope[begun : lowest + 1].argmin())
+    return {"low": rates[begun], "high": rates[lowest], "suggestion": rates[steepest]}
+
+
+def smooth(losses: list[float]) -> NDArray[np.float64]:
+    """Means over a window that is centred, so that nothing is shifted, and cut at the ends."""
+    half = max(round(_SMOOTHED_SHARE * len(losses) / 2), 1)
+    return np.array([np.mean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))])
+
+
+def as_csv(points: list[dict[str, float]]) -> str:
+    """The curve as comma-separated values."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(points[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(points)
+    return out.getvalue()
+
+
+def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> str:
+    """The curve with its bounds and suggestion, as SVG."""
+    from matplotlib.figure import Figure  # seconds, once a machine
+
+    rates, losses = [p["lr"] for p in points], [p["dialogue_loss"] for p in points]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, ".", markersize=3, color="#bbb", label="a step")
+    axes.plot(rates, smooth(losses), color="#246", label="smoothed")
+    axes.axvspan(lr["low"], lr["high"], color="#2a6", alpha=0.12, label=f"bounds {lr['low']:.1e} … {lr['high']:.1e}")
+    axes.axvline(lr["suggestion"], color="#c52", label=f"steepest fall {lr['suggestion']:.1e}")
+    top = max(losses[: len(losses) // 2])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="L_D (nats a target)", title=title)
+    axes.set_ylim(min(losses) - 0.1, top + 0.5 * (top - min(losses)) + 0.1)
+    axes.legend(frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()
+
+
+def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[str, float]]:
+    try:
+        outcome = workers.run(_worker, {"config": config}, scaling, uri)
+    except TrainingFailedError as error:
+        log.error("%s", error)
+        raise RunError(
+            "the range test's workers failed (the failure is above); it is short, so start it again"
+        ) from error
+    finally:
+        storage.delete(storage.join(uri, "ray"))
+    if isinstance(outcome, Exception):
+        raise outcome
+    return cast(list[dict[str, float]], outcome)
+
+
+def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
+    config: LrFindConfig = arguments["config"]
+    device = workers.set_up()
+    try:
+        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(config.data, lambda: load(config, None)))
+    except RunEndedError as ended:
+        error: UsageError = ended.args[0]
+        return error
+    loader, _ = loaders(config, dataset, device)
+    return curve(Engine(model, config, device), loader.batches, loader.steps, config)
+
+
+def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
+    """The curve: rate and losses a step, to the last step, to a loss that is not finite, or to one that is too high.
+
+    ``batches(epoch, first, last)`` gives this worker's part of ``steps`` steps an epoch; all workers see the same
+    losses and so end at the same step.
+    """
+    factor = (config.lr_to / config.lr_from) ** (1 / (config.steps - 1))
+    points: list[dict[str, float]] = []
+    mean, lowest = 0.0, math.inf
+    for epoch in itertools.count():
+        for step in batches(epoch, 0, min(steps, config.steps - len(points))):
+            rate = config.lr_from * factor ** len(points)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            seed_dropout(config.seed, len(points))
+            engine.train_step(step)
+            try:
+                (result,), _ = engine.read()
+            except NonFiniteLossError:
+                return points
+            points.append(
+                {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
+            )
+            mean = 0.9 * mean + 0.1 * result.dialogue
+            smooth = mean / (1 - 0.9 ** len(points))
+            lowest = min(lowest, smooth)
+            if smooth > config.give_up * lowest or len(points) == config.steps:
+                return points
+    raise AssertionError("itertools.count ends")

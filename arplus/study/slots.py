@@ -1,0 +1,68 @@
+"""How many runs of a study fit on the cluster side by side."""
+
+from typing import Literal, NamedTuple
+
+from arplus.cluster import connection
+from arplus.cluster.preflight import FEED_CPUS, cpu_nodes, driver_cpus, fair_share
+from arplus.config import MIN_WORKER_CPUS, StudyConfig
+from arplus.errors import ResourceError
+
+
+class Slots(NamedTuple):
+    """What a study's runs share."""
+
+    side_by_side: int
+    cpus_per_worker: float
+    """CPUs a worker of each of them."""
+    device: Literal["gpu", "cpu"]
+    """Where all of them train: one that starts while a GPU node is away waits for it, as another kind would differ."""
+
+
+def find_slots(config: StudyConfig, runs: int) -> Slots:
+    """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
+    cpus, gpus = connection.offer(config.device, config.world_sizes[-1] * (config.concurrency or 1))
+    return fit(config, runs, cpus, gpus, driver=driver_cpus(), nodes=cpu_nodes())
+
+
+def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float = 0.0, nodes: int = 1) -> Slots:
+    """As many runs as there are GPUs for, a GPU a worker; without GPUs, as many as have a whole CPU a worker, or one.
+
+    One whole CPU of one of the ``nodes`` is left to all runs' data feeds together: their tasks wait for each other and
+    end. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
+    not even one run fits, or not the ``--concurrency`` asked for.
+    """
+    workers, taken = config.world_sizes[-1], FEED_CPUS + driver
+
+    def share(n: int) -> float:
+        return config.cpus_per_worker or fair_share(cpus - taken, nodes, n * workers, n * workers)
+
+    def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
+        enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6
+        return enough and (not gpus or n * workers <= gpus)
+
+    wanted = config.concurrency or 1
+    if not fits(wanted):
+        raise ResourceError(_refusal(config, wanted, max(share(wanted), MIN_WORKER_CPUS), cpus, gpus, driver))
+    if config.concurrency is None:
+        least = MIN_WORKER_CPUS if gpus or config.cpus_per_worker else 1.0
+        while wanted < runs and fits(wanted + 1, least):
+            wanted += 1
+    # Ray keeps resources to four decimals.
+    return Slots(wanted, int(share(wanted) * 1e4) / 1e4, "gpu" if gpus else "cpu")
+
+
+def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:
+    workers = config.world_sizes[-1]
+    flags = f"--workers {config.workers}" + (f" --concurrency {runs}" if config.concurrency else "")
+    if gpus and runs * workers > gpus:
+        return (
+            f"{flags}: {runs} run(s) side by side × {workers} workers × 1 GPU = {runs * workers} GPUs, and the cluster "
+            f"has {gpus} alive; lower --workers or --concurrency, or take --device gpu, which waits for more, or "
+            "--device cpu"
+        )
+    total = runs * workers * share + FEED_CPUS + driver
+    driven = f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else ""
+    return (
+        f"{flags}: {runs} run(s) side by side × {workers} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data feed"
+        f"{driven} = {total:g} CPUs, and the cluster has {cpus:g}; lower --workers, --concurrency or --cpus-per-worker"
+    )

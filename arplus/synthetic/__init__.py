@@ -1,0 +1,1 @@
+"""Records that look like those of PersonalDialog, for demos and tests."""

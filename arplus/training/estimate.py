@@ -1,0 +1,80 @@
+"""What a training job would do, computed without starting anything."""
+
+import json
+
+import torch
+
+from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySizes, to_dict
+from arplus.data.dataset import Dataset
+from arplus.model.cost import forward_backward_flops, live_parameters
+from arplus.model.network import PersonaTransformer
+from arplus.training.footprint import activation_bytes, worker_bytes
+
+
+def report(config: TrainConfig) -> str:
+    """The resolved configuration, parameters by component, float operations, steps, memory, hours and cost, as text.
+
+    Without a data set it takes the paper's vocabulary sizes and rules. Raises :class:`UsageError` where ``--data`` is
+    not a prepared data set.
+    """
+    dataset = Dataset.open(config.data) if config.data else None
+    sizes = dataset.sizes if dataset else VocabularySizes()
+    rules = dataset.rules if dataset else ExampleRules()
+    with torch.device("meta"):
+        parts = live_parameters(PersonaTransformer(config.model, sizes))
+    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
+    lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
+    flops = forward_backward_flops(config.model, sizes)
+    lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
+    lines += ["", *_memory(config, sizes, rules), ""]
+    if dataset is None:
+        return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
+    examples = dataset.split("train").examples
+    epoch = -(-examples // config.batch_size)
+    steps = epoch * config.epochs if config.max_steps is None else min(epoch * config.epochs, config.max_steps)
+    lines += [f"steps: {steps:,} ({epoch:,} an epoch of {examples:,} examples)"]
+    return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
+
+
+def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:
+    """A table of the train state a worker, by ZeRO stage and number of workers, and the activations on top."""
+    state = worker_bytes(config, sizes)
+    workers = config.world_sizes
+    shown = sorted({workers[0], workers[len(workers) // 2], workers[-1]})
+    lines = ["memory a worker at a step's fullest moment, GiB:"]
+    lines += ["  " + f"{'train state, workers:':24}" + "".join(f"{w:>8}" for w in shown)]
+    for stage in range(4):
+        mark = " (this run's)" if stage in {config.zero_stage_of(w) for w in workers} else ""
+        figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
+        lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
+    micro_batches = {w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w)) for w in shown}
+    lines += [f"  {'activations':24}" + "".join(f"{micro_batches[w] / 2**30:8.2f}" for w in shown)]
+    return [
+        *lines,
+        f"  (activations: {' / '.join(str(config.micro_batch_size(w)) for w in shown)} examples of "
+        f"{rules.max_context_ids} context characters, the longest there are, in fp32; about half in bf16; "
+        "--gradient-accumulation-steps divides them)",
+    ]
+
+
+def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
+    """The hours of a run over so many examples, their cost where there is a price, and what both assume."""
+    estimate = config.estimate
+    if estimate.examples_per_second is not None:
+        rate = estimate.examples_per_second
+        assumed = f"{rate:g} examples/s a worker, as given"
+    else:
+        peak = PEAK_TFLOPS[estimate.gpu]
+        rate = peak * 1e12 * estimate.mfu / flops
+        assumed = (
+            f"{rate:,.0f} examples/s a worker: {estimate.mfu:.0%} of the {peak} TFLOP/s of an {estimate.gpu}, "
+            "a guess; --estimate.examples-per-second takes a measured rate instead"
+        )
+    worker_hours = examples / rate / 3600
+    most, least = worker_hours / config.world_sizes[0], worker_hours / config.world_sizes[-1]
+    span = f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
+    cost = "" if estimate.price is None else f", cost: {worker_hours * estimate.price:,.2f} at {estimate.price:g} each"
+    return [
+        f"hours: {span}, worker-hours: {worker_hours:,.1f}{cost}",
+        f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
+    ]

@@ -1,0 +1,93 @@
+"""What one worker's memory holds at most in a step, computed from the settings: train state and activations.
+
+The train state follows what DeepSpeed 0.19 was seen to hold; ``tests/training/test_worker_memory.py`` counts it again.
+All of it is fp32: bf16 is autocast's, and its copies of weights are counted with the activations.
+"""
+
+import torch
+
+from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
+from arplus.model.batch import Batch, Packed, Sequences
+from arplus.model.network import PersonaTransformer
+
+BYTES = 4
+BUCKET = 1 << 24
+"""Most elements of a bucket in which ZeRO adds gradients up: 64 MiB, two of them for AR+ and 18 for arplus-large."""
+PERSONA_WORDS, PERSONA_CHARACTERS = 16, 40
+"""A long persona."""
+_PERSISTENT = 100_000
+"""DeepSpeed's ``stage3_param_persistence_threshold``: smaller parameters stay whole on every worker."""
+
+
+def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
+    """Bytes of weights, gradients, AdamW's moments and DeepSpeed's buffers on one worker at a step's fullest moment.
+
+    ``sizes`` are the numbers of elements of the parameters, a shared one once. A gradient of a shared layer is complete
+    at the end of the backward pass only, so that stage 2 saves next to nothing over stage 1 here. For stage 3 it is
+    too low, by up to a third, where a bucket has no room for two of the largest parameters.
+    """
+    n = sum(sizes)
+    part = -(-n // workers)
+    bucket = min(BUCKET, n)
+    if stage == 0:
+        elements = 2 * n + 2 * n + n  # weights, gradients, moments; one flat copy of the gradients to add them up
+    elif stage < 3:
+        elements = n + 3 * part + max(n + bucket, 2 * part)  # masters and moments in parts; gradients
+    else:
+        whole = sum(size for size in sizes if size < _PERSISTENT)
+        # Weights, gradients and moments in parts; gradients not yet added up; what is gathered; a bucket, two copies.
+        elements = 4 * part + n + whole + min(2 * bucket, n) + 3 * bucket
+    return BYTES * elements
+
+
+def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleRules, examples: int) -> int:
+    """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
+
+    Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
+    on a GPU: the same functions on a CPU keep less of what they drop.
+    """
+    with torch.device("meta"):
+        network = PersonaTransformer(model, sizes)
+    kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in network.parameters()}
+    weights = len(kept)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(_longest(model, rules, examples))
+    return sum(storage.nbytes() for storage in list(kept.values())[weights:])
+
+
+def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes) -> int:
+    """Bytes of a checkpoint, its few small files left out: weights and two moments."""
+    with torch.device("meta"):
+        return 3 * BYTES * sum(p.numel() for p in PersonaTransformer(model, sizes).parameters())
+
+
+def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int, int], int]:
+    """(stage, workers) → bytes of one worker's train state, for every stage and every number of workers of the run."""
+    with torch.device("meta"):
+        elements = [p.numel() for p in PersonaTransformer(config.model, sizes).parameters()]
+    return {(s, w): state_bytes(s, w, elements) for s in range(4) for w in config.world_sizes}
+
+
+def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
+    def packed(length: int, sequences: int = examples) -> Packed:
+        found = Sequences.of(torch.full((sequences,), length))
+        return Packed(torch.zeros(len(found.sequence_N), dtype=torch.int32), found).to("meta")
+
+    persona = PERSONA_WORDS if model.memory_hops else PERSONA_CHARACTERS
+    response = packed(rules.max_response_ids - 1)  # its [EOS] is a target alone
+    return Batch(
+        example_id_B=torch.zeros(examples, dtype=torch.int64, device="meta"),
+        context=packed(rules.max_context_ids),
+        speaker_N=torch.zeros(examples * rules.max_context_ids, dtype=torch.int32, device="meta"),
+        profiles=packed(persona, 2 * examples),
+        persona=packed(persona),
+        response=response,
+        target_N=response.ids,
+        infilled=packed(rules.max_response_ids) if model.auxiliary == "infilling" else None,
+    )

@@ -1,0 +1,88 @@
+"""A prepared data set of random examples and a random model, for tests that do not need the jobs that make them."""
+
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from arplus import storage
+from arplus.config import ExampleRules, preset, special_ids, tiny, to_dict
+from arplus.data.dataset import FORMAT, MANIFEST, Dataset
+from arplus.data.examples import SCHEMA
+from arplus.model.network import PersonaTransformer
+from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.text import Vocabulary, sizes
+
+CHARACTERS = Vocabulary([chr(0x4E00 + i) for i in range(40)])
+PERSONA_WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "女", *(f"词{i}" for i in range(20))])
+
+
+def random_examples(ids: range, seed: int = 0) -> pa.Table:
+    """Valid examples of two profiles with the given ids."""
+    random = np.random.default_rng([seed, ids.start])
+    sep = special_ids(CHARACTERS.size).sep
+    rows = []
+    for i in ids:
+        turns = int(random.integers(1, 8))
+        utterances = [[*random.integers(0, 40, random.integers(1, 16)).tolist(), sep] for _ in range(turns)]
+        words = [random.integers(3, 25, random.integers(3, 7)).tolist() for _ in range(2)]
+        spelled = [random.integers(0, 40, random.integers(3, 12)).tolist() for _ in range(2)]
+        rows.append(
+            {
+                "example_id": i,
+                "context": list(chain(*utterances)),
+                "speakers": [(turns - t) % 2 for t in range(turns)],
+                "response": random.integers(0, 40, random.integers(1, 16)).tolist(),
+                "profile_words": list(chain(*words)),
+                "profile_word_counts": [len(w) for w in words],
+                "profile_characters": list(chain(*spelled)),
+                "profile_character_counts": [len(s) for s in spelled],
+                "target_words": [0, *words[0][:1], 1, *words[0][1:2], 2, *words[0][2:]],
+                "target_characters": spelled[0],
+            }
+        )
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: str = "test") -> Dataset:
+    """Writes splits as files of row groups of the given sizes; example ids count up within a split."""
+    splits = {}
+    for split, parts in files.items():
+        described, start = [], 0
+        for number, groups in enumerate(parts):
+            path = f"{split}/part-{number:05d}.parquet"
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            with pq.ParquetWriter(folder / path, SCHEMA) as writer:
+                for rows in groups:
+                    writer.write_table(random_examples(range(start, start + rows)), row_group_size=rows)
+                    start += rows
+            described.append({"path": path, "row_groups": groups})
+        splits[split] = {"sessions": start, "examples": start, "files": described}
+    CHARACTERS.save(str(folder / "vocabulary" / "characters.txt"))
+    PERSONA_WORDS.save(str(folder / "vocabulary" / "persona_words.txt"))
+    manifest = {"format": FORMAT, "fingerprint": fingerprint, "rules": to_dict(ExampleRules()), "splits": splits}
+    storage.write_json(str(folder / MANIFEST), manifest)
+    return Dataset.open(str(folder))
+
+
+def random_state(preset_name: str = "arplus", characters: Vocabulary = CHARACTERS) -> TrainState:
+    """A model of random weights; the gates of ReZero are opened, so that every part of it matters."""
+    torch.manual_seed(0)
+    config = tiny(preset(preset_name))
+    model = PersonaTransformer(config.model, sizes(characters, PERSONA_WORDS))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".r"):
+            parameter.data.fill_(0.5)
+    return TrainState(
+        config=config,
+        progress=TrainProgress(fingerprint="test"),
+        schedule={},
+        rules=ExampleRules(),
+        characters=characters,
+        persona_words=PERSONA_WORDS,
+        weights=model.weights(),
+        moments={},
+    )

@@ -1,0 +1,80 @@
+"""How many runs fit side by side: the arithmetic, and the sum in its refusals."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from arplus.config import TuneConfig, preset, study_settings
+from arplus.errors import ResourceError
+from arplus.study.slots import fit
+
+CONFIG: TuneConfig = study_settings(TuneConfig, preset("arplus"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs", "cpus", "gpus", "expected"),
+    [
+        ({}, 8, 2, 0, (1, 1.0)),  # whole CPUs by default
+        ({}, 8, 16, 0, (8, 1.0)),  # no more than there are
+        ({}, 99, 16, 0, (15, 1.0)),
+        ({"workers": 4}, 99, 16, 0, (3, 1.0)),
+        ({"workers": 4}, 99, 3, 0, (1, 0.5)),  # one run is never refused for want of whole CPUs
+        ({"concurrency": 2}, 99, 2, 0, (2, 0.5)),
+        ({"concurrency": 4}, 99, 2, 0, (4, 0.25)),
+        ({"cpus_per_worker": 0.25}, 99, 2, 0, (4, 0.25)),
+        ({"cpus_per_worker": 3}, 99, 16, 0, (5, 3.0)),
+        ({}, 99, 16, 8, (8, 1.0)),  # a GPU a worker
+        ({"workers": 2}, 99, 64, 8, (4, 1.0)),
+        ({"workers": 4}, 99, 5, 8, (2, 0.5)),
+        ({"workers": "1:4"}, 99, 64, 8, (2, 1.0)),  # room for the most that a run may have
+    ],
+)
+def test_runs_side_by_side(
+    changes: dict[str, Any], runs: int, cpus: float, gpus: int, expected: tuple[int, float]
+) -> None:
+    config = replace(CONFIG, **changes)
+    room = fit(config, runs, cpus, gpus)
+    assert room == (*expected, "gpu" if gpus else "cpu")
+    used = room.side_by_side * config.world_sizes[-1]
+    assert used * room.cpus_per_worker + 1 <= cpus
+    assert not gpus or used <= gpus
+
+
+@pytest.mark.parametrize(
+    ("changes", "cpus", "gpus", "expected"),
+    [
+        ({"workers": 4}, 4, 0, (1, 0.5)),
+        ({"workers": 2, "concurrency": 3}, 6, 0, (3, 0.6666)),
+        ({}, 8, 8, (8, 0.75)),
+        ({}, 2, 0, (1, 0.2)),
+    ],
+)
+def test_one_of_two_nodes_has_a_whole_cpu_left(
+    changes: dict[str, Any], cpus: float, gpus: int, expected: tuple[int, float]
+) -> None:
+    """Wherever the workers go; so little is left of two nodes of one CPU that it takes the fewest."""
+    assert fit(replace(CONFIG, **changes), 99, cpus, gpus, nodes=2)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "cpus", "gpus", "message"),
+    [
+        ({}, 1, 0, r"--workers 1: 1 run\(s\) side by side × 1 workers × 0.2 CPUs \+ 1 CPU for .* = 1.2 CPUs, and"),
+        ({"workers": 8}, 2, 0, r"8 workers × 0.2 CPUs \+ 1 CPU for the data feed = 2.6 CPUs"),
+        ({"cpus_per_worker": 4}, 4, 0, r"1 workers × 4 CPUs \+ 1 CPU for the .* = 5 CPUs, and the cluster has 4"),
+        ({"concurrency": 9}, 2, 0, r"--workers 1 --concurrency 9: 9 run\(s\) .* = 2.8 CPUs"),
+        ({"workers": 4}, 64, 2, r"1 run\(s\) side by side × 4 workers × 1 GPU = 4 GPUs, and the cluster has 2"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_is_too_small_is_refused_with_the_sum(
+    changes: dict[str, Any], cpus: float, gpus: int, message: str
+) -> None:
+    with pytest.raises(ResourceError, match=message):
+        fit(replace(CONFIG, **changes), 8, cpus, gpus)
+
+
+def test_the_jobs_own_driver_takes_its_share() -> None:
+    assert fit(CONFIG, 8, 4, 0, driver=1.0) == (2, 1.0, "cpu")
+    with pytest.raises(ResourceError, match=r"\+ 1 CPU for the data feed \+ 1 CPUs for the job's driver .* = 2.2 CPUs"):
+        fit(CONFIG, 8, 2, 0, driver=1.0)

@@ -1,0 +1,60 @@
+"""What ``--dry-run`` says of memory, hours and cost; its command line is tested with the others."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.prepared import write_dataset
+
+from arplus.config import EstimateConfig, TrainConfig, preset, tiny
+from arplus.training.estimate import report
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """2 epochs of 5 steps of 20 examples on 2 workers: 200 examples."""
+    data = write_dataset(tmp_path_factory.mktemp("data"), {"train": [[90]], "valid": [[4]]}).uri
+    return replace(tiny(preset("arplus")), data=data, batch_size=20, epochs=2, workers=2)
+
+
+def hours(config: TrainConfig, **estimate: object) -> str:
+    said = report(replace(config, estimate=EstimateConfig(**estimate)))  # type: ignore[arg-type]
+    return said[said.index("hours: ") :]
+
+
+def test_hours_and_cost_follow_a_measured_rate(config: TrainConfig) -> None:
+    said = hours(config, examples_per_second=0.01, price=0.5)
+    assert said.startswith("hours: 2.8, worker-hours: 5.6, cost: 2.78 at 0.5 each\n")
+    assert "(assumed: 0.01 examples/s a worker, as given; " in said
+    assert "cost" not in hours(config, examples_per_second=0.01)
+
+
+def test_without_one_the_guess_is_named(config: TrainConfig) -> None:
+    assert "10% of the 121 TFLOP/s of an L4, a guess; --estimate.examples-per-second takes" in hours(config)
+    slow, fast = (hours(config, gpu="H100", mfu=share, price=1e9) for share in (0.1, 0.2))
+    cost = [float(re.search(r"cost: ([\d,.]+)", said)[1].replace(",", "")) for said in (slow, fast)]  # type: ignore[index]
+    assert cost[0] == pytest.approx(2 * cost[1])
+
+
+def test_an_elastic_run_has_a_span_of_hours_and_one_cost(config: TrainConfig) -> None:
+    said = hours(replace(config, workers="1:4"), examples_per_second=0.01, price=2.0)
+    assert said.startswith("hours: 1.4 to 5.6, worker-hours: 5.6, cost: 11.11 at 2 each\n")
+
+
+def test_memory_is_told_for_every_stage(config: TrainConfig) -> None:
+    said = report(replace(config, workers="1:4", zero_stage=2))
+    assert re.search(r"train state, workers: +1 +3 +4\n", said)
+    assert [line.split()[:2] for line in said.splitlines() if "ZeRO" in line] == [["ZeRO", str(s)] for s in range(4)]
+    assert re.search(r"ZeRO 2 +[\d. ]+ \(this run's\)\n", said)
+    assert "20 / 7 / 5 examples of 112 context characters" in said
+
+
+def test_without_data_steps_are_unknown(tmp_path: Path) -> None:
+    assert report(tiny(preset("ar"))).endswith("steps, hours and cost: unknown without --data")
+
+
+def test_the_larger_preset_has_300_million_parameters_in_groups() -> None:
+    large = preset("arplus-large")
+    assert "live parameters: 296,282,124\n" in report(large)
+    assert (large.model.unique_layers, large.model.repeats) == (12, 2)
