@@ -200,6 +200,10 @@ def _client(settings: _Settings, process: int) -> Any:
         )
 
 
+def _pass_on(method: str) -> Any:
+    return lambda _, *arguments: getattr(file_system(), method)(*arguments)
+
+
 class _Lasting(fs.FileSystemHandler):
     """Passes every call on to the :func:`file_system` of the moment."""
 
@@ -214,17 +218,13 @@ class _Lasting(fs.FileSystemHandler):
     def normalize_path(self, path: str) -> str:
         return path
 
-    def get_file_info(self, paths: list[str]) -> Any:
-        return file_system().get_file_info(paths)
-
-    def get_file_info_selector(self, selector: fs.FileSelector) -> Any:
-        return file_system().get_file_info(selector)
+    get_file_info = get_file_info_selector = _pass_on("get_file_info")
+    delete_dir, delete_file = _pass_on("delete_dir"), _pass_on("delete_file")
+    move, copy_file = _pass_on("move"), _pass_on("copy_file")
+    open_input_file = _pass_on("open_input_file")
 
     def create_dir(self, path: str, recursive: bool) -> None:
         file_system().create_dir(path, recursive=recursive)
-
-    def delete_dir(self, path: str) -> None:
-        file_system().delete_dir(path)
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         file_system().delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
@@ -232,20 +232,8 @@ class _Lasting(fs.FileSystemHandler):
     def delete_root_dir_contents(self) -> None:
         raise NotImplementedError("never all buckets")
 
-    def delete_file(self, path: str) -> None:
-        file_system().delete_file(path)
-
-    def move(self, src: str, dest: str) -> None:
-        file_system().move(src, dest)
-
-    def copy_file(self, src: str, dest: str) -> None:
-        file_system().copy_file(src, dest)
-
     def open_input_stream(self, path: str) -> Any:
         return file_system().open_input_stream(path, compression=None)
-
-    def open_input_file(self, path: str) -> Any:
-        return file_system().open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         # Ray copies folders in threads, which may hang with writes in the background (apache/arrow#32372).

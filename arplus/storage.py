@@ -4,12 +4,14 @@ S3 takes endpoint, region, credentials and more from AWS's variables and profile
 whole or not at all: local files are written under a temporary name and renamed; an S3 object exists only once its
 upload is complete.
 
-A file system's error is a :class:`~arplus.errors.UsageError` that names the URI: S3's refusal a
-:class:`~arplus.errors.RefusedError`, a lack of space or of the server a :class:`~arplus.errors.ResourceError`. Both may
-pass by themselves, and whoever has much to lose waits for that with :func:`with_retries`.
+A file system's error becomes one of ours, which names the URI: a lack of space or of the server is a
+:class:`~arplus.errors.ResourceError`, S3's refusal a :class:`~arplus.errors.RefusedError`, the rest a
+:class:`~arplus.errors.UsageError`. The first two may pass by themselves, and whoever has much to lose waits for that
+with :func:`with_retries`.
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
@@ -28,6 +30,7 @@ from pyarrow import fs
 from arplus import s3
 from arplus.errors import NO_CREDENTIALS, RefusedError, ResourceError, UsageError, mask
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -168,10 +171,10 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)[1:-1]
 
 
-def list_files(uri: str) -> list[str]:
+def list_files(uri: str, *, missing_ok: bool = False) -> list[str]:
     """URIs of all files below a folder, or of the one file, in the order of their names.
 
-    Links are followed. Raises :class:`UsageError` where there is nothing.
+    Links are followed. Raises :class:`UsageError` where there is nothing, unless that is ``missing_ok``.
     """
     filesystem, path = resolve(uri)
     with translate_errors(uri):
@@ -179,6 +182,8 @@ def list_files(uri: str) -> list[str]:
         if info.type == fs.FileType.File:
             return [uri]
         if info.type == fs.FileType.NotFound:
+            if missing_ok:
+                return []
             raise UsageError(f"{uri}: no such file or folder")
         if is_local(uri):
             files = _list_local(path, ())
@@ -266,21 +271,25 @@ def _write_local(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(uri: str) -> Any:
-    """The parsed content of a JSON file. Raises :class:`UsageError` where it is missing or broken."""
-    data = read_bytes(uri)
+def find_bytes(uri: str) -> bytes | None:
+    """The content of a file; None where there is no such file. A request less than asking first."""
+    try:
+        return read_bytes(uri)
+    except _MissingError:
+        return None
+
+
+def parse_json(data: bytes, uri: str) -> Any:
+    """The value that a JSON file holds. Raises :class:`UsageError` where it is broken."""
     try:
         return json.loads(data)
     except ValueError as error:
         raise UsageError(f"{uri}: not valid JSON ({error})") from None
 
 
-def find_json(uri: str) -> Any | None:
-    """The parsed content of a JSON file; None where there is no such file. A request less than asking first."""
-    try:
-        return read_json(uri)
-    except _MissingError:
-        return None
+def read_json(uri: str) -> Any:
+    """The value that a JSON file holds. Raises :class:`UsageError` where it is missing or broken."""
+    return parse_json(read_bytes(uri), uri)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -304,19 +313,19 @@ def delete(uri: str) -> None:
             filesystem.delete_file(path)
 
 
-def with_retries(uri: str, work: Callable[[], T]) -> T:
-    """The result of ``work``, which is tried again, with growing pauses, while the server of ``uri`` fails.
+def with_retries(uri: str, work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """The result of ``work``, called with the arguments again and again while the server of ``uri`` fails.
 
-    :data:`PATIENCE_S` seconds long, and :data:`PATIENCE_WITH_REFUSALS_S` where it refuses. For work on what has
-    answered before: whoever has only just typed an address is to hear at once that it is wrong. A local disk does not
-    get better by waiting. Raises what ``work`` raised last.
+    The pauses grow. It ends after :data:`PATIENCE_S` seconds, or :data:`PATIENCE_WITH_REFUSALS_S` where the server
+    refuses, with what ``work`` raised last. For work on what has answered before: whoever has only just typed an
+    address is to hear at once that it is wrong. A local disk does not get better by waiting.
 
     Ray Data's own list (``DataContext.retried_io_errors``) does not come into it: all reading and writing is ours.
     """
     began, pause = time.monotonic(), 0.5
     while True:
         try:
-            return work()
+            return work(*arguments, **named)
         except (RefusedError, ResourceError) as error:
             patience = PATIENCE_WITH_REFUSALS_S if isinstance(error, RefusedError) else PATIENCE_S
             if is_local(uri) or time.monotonic() + pause > began + patience:
@@ -324,6 +333,11 @@ def with_retries(uri: str, work: Callable[[], T]) -> T:
             log.warning("trying again in %.1f s: %s", pause, error)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def patient(work: Callable[Concatenate[str, P], T], uri: str) -> Callable[P, T]:
+    """``work`` on ``uri`` as a function of its other arguments, which goes :func:`with_retries`."""
+    return cast(Callable[P, T], functools.partial(with_retries, uri, work, uri))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def main() -> None:
 
     connection.connect()
     final = train(command.config)
-    print(json.dumps(final))
+    print(json.dumps(final.flat()))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"arplus", "arplus.cli", "arplus.config", "arplus.errors", "arplus.process", "arplus.proxies"}
-BASE |= {"arplus.s3", "arplus.storage", "arplus.text"}
+BASE = {"arplus", "arplus.claims", "arplus.cli", "arplus.config", "arplus.documents", "arplus.errors"}
+BASE |= {"arplus.process", "arplus.proxies", "arplus.s3", "arplus.storage", "arplus.text"}
 """Modules that everything may import, and that import nothing above them."""
 
 

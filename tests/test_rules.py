@@ -142,11 +142,11 @@ def test_a_conversation_is_read_as_long_as_the_rules_say() -> None:
 
 def test_a_run_without_validation_ends_and_keeps_its_last_checkpoint(roads: dict[int, Road]) -> None:
     with_, without = roads[30], roads[7]
-    assert with_.final["best_response_ppl"] > 1
+    assert with_.final.best_response_ppl > 1
     assert not any("validation" in line for line in with_.warnings)
-    assert without.final["best_response_ppl"] is None
-    assert not any(name.startswith("valid/") for name in without.final)
-    assert without.final["steps"] == without.state.progress.step == 3
+    assert without.final.best_response_ppl is None
+    assert without.final.valid == {}
+    assert without.final.steps == without.state.progress.step == 3
     assert any("has no validation example" in line and "the last one stands" in line for line in without.warnings)
 
 

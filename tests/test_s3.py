@@ -18,9 +18,10 @@ from uuid import uuid4
 import pytest
 
 from arplus import s3, storage
-from arplus.errors import UsageError
+from arplus.errors import ResourceError, UsageError
 from arplus.prepare.lease import Lease
 from arplus.prepare.sources import find_files
+from arplus.runs import attempt
 
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
@@ -254,7 +255,10 @@ class _Store(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         key = self.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
         self.asked.append((self.command, self.path, self.headers["Host"], key))
-        status = self.status if self.command == "PUT" else 204 if self.command == "DELETE" else 404
+        if self.command == "PUT":
+            status = self.status if {"If-Match", "If-None-Match"} & set(self.headers) else 200
+        else:
+            status = 204 if self.command == "DELETE" else 404
         code = self.code if self.command == "PUT" else "NoSuchKey"
         body = f"<Error><Code>{code}</Code></Error>".encode() if status >= 300 else b""
         if self.keys and "list-type" in self.path:
@@ -292,7 +296,7 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings
     with store() as (proxy, asked):
         profile = "[default]\ns3 =\n  addressing_style = virtual\n"
         settings(profile, AWS_ENDPOINT_URL="http://store.example", http_proxy=proxy, **KEYS)
-        with pytest.raises(UsageError, match="NO_SUCH_KEY"):  # this one cannot even list
+        with pytest.raises(ResourceError, match="NO_SUCH_KEY"):  # this one cannot even list
             storage.exists("s3://bucket/some/key")
         with pytest.raises(UsageError, match="ignores the conditions"):
             Lease.take("s3://bucket/out")
@@ -315,9 +319,18 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(settings
 def test_a_store_without_conditional_writes_is_named(settings: Any, status: int, code: str, said: str) -> None:
     with store(status, code) as (endpoint, asked):
         settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
-        with pytest.raises(UsageError, match=f"s3://bucket/out: {said}"):
+        with pytest.raises(UsageError, match=f"s3://bucket/out/_lease.json: {said}"):
             Lease.take("s3://bucket/out")
     assert ("DELETE" in {command for command, *_ in asked}) == (status == 200), "no lease is left behind"
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, ""), (501, "NotImplemented"), (400, "InvalidRequest")])
+def test_a_run_can_be_taken_over_in_a_store_without_conditional_writes(settings: Any, status: int, code: str) -> None:
+    with store(status, code) as (endpoint, asked):
+        settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        assert attempt.take_over("s3://bucket/run", "m").number == 0
+    assert asked[-1][:2] == ("PUT", "/bucket/run/attempt.json")
+    assert len(asked) == (2 if status == 200 else 3)
 
 
 SAME_IN_BOTH = [

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from arplus import storage
 from arplus.data.dataset import Dataset
-from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.errors import ArplusError, RefusedError, ResourceError, UsageError
 from arplus.runs.attempt import SupersededError
 
 
@@ -61,9 +61,9 @@ def test_megabytes_survive(folder: str) -> None:
 def test_json_round_trip(folder: str) -> None:
     value = {"四川": [1, 2.5, None, "成都"], "b": {"c": True}}
     uri = storage.join(folder, "x.json")
-    assert storage.find_json(uri) is None
+    assert storage.find_bytes(uri) is None
     storage.write_json(uri, value)
-    assert storage.read_json(uri) == storage.find_json(uri) == value
+    assert storage.read_json(uri) == storage.parse_json(storage.find_bytes(uri) or b"", uri) == value
     assert "四川" in storage.read_bytes(uri).decode()
 
 
@@ -97,9 +97,8 @@ def test_errors_name_the_uri(folder: str) -> None:
         storage.list_files(missing)
     with pytest.raises(UsageError, match=f"^{missing}: no such file$"):
         storage.read_json(missing)
-    for read in (storage.read_json, storage.find_json):
-        with pytest.raises(UsageError, match=f"^{broken}: not valid JSON"):
-            read(broken)
+    with pytest.raises(UsageError, match=f"^{broken}: not valid JSON"):
+        storage.read_json(broken)
 
 
 def test_a_folder_is_not_read_as_a_file(folder: str) -> None:
@@ -246,10 +245,10 @@ def every_call(uri: str) -> Iterator[Any]:
     yield lambda: storage.delete(uri)
 
 
-def check_refused(uri: str, expected: type[UsageError]) -> None:
+def check_refused(uri: str, expected: type[ArplusError]) -> None:
     for call in every_call(uri):
         start = time.monotonic()
-        with pytest.raises(UsageError, match=f"^{uri}: ") as caught:
+        with pytest.raises(ArplusError, match=f"^{uri}: ") as caught:
             call()
         assert time.monotonic() - start < 15
         assert type(caught.value) is expected
@@ -286,7 +285,7 @@ def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, mo
     ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, RefusedError), (400, RefusedError)]
 )
 def test_a_server_in_trouble_is_told_from_one_that_refuses(
-    monkeypatch: pytest.MonkeyPatch, status: int, expected: type[UsageError]
+    monkeypatch: pytest.MonkeyPatch, status: int, expected: type[ArplusError]
 ) -> None:
     class Answer(BaseHTTPRequestHandler):
         def answer(self) -> None:
@@ -358,7 +357,7 @@ def test_s3_may_be_away_or_refuse_for_a_while(clock: Clock) -> None:
     ("error", "patience"),
     [(ResourceError("x"), storage.PATIENCE_S), (RefusedError("x"), storage.PATIENCE_WITH_REFUSALS_S)],
 )
-def test_patience_ends(clock: Clock, error: UsageError, patience: float) -> None:
+def test_patience_ends(clock: Clock, error: ArplusError, patience: float) -> None:
     with pytest.raises(type(error)):
         storage.with_retries("s3://bucket/run", failing(*[error] * 1000))
     assert 0.7 * patience < clock.now <= patience

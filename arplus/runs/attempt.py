@@ -1,9 +1,12 @@
 """Which attempt a run belongs to: the newest one, and no other may write its checkpoints.
 
 ``RUN/attempt.json`` names a job, the *owner*, and counts the starts of its workers. A job makes itself the owner when
-it starts; its rank 0 raises the number at every start of the workers and compares the file with its own attempt ever
-after. A stale attempt, one that was cut off and replaced but lives on, so finds out and stops. The same file carries
-the job's word to stop, which thus needs nothing but the storage that is there anyway.
+it starts, whoever was so before: a driver that is started again is never locked out. Its rank 0 raises the number at
+every start of the workers, and compares the file with its own attempt from then on. That is how an attempt that was cut
+off and replaced, but lives on, notices it and stops. The same file carries the job's word to stop.
+
+Every change is made to the file as it was read (:meth:`arplus.documents.Document.update`), so of several at the same
+moment none is lost. Nothing here waits for storage that is away: :class:`arplus.runs.folder.RunFolder` does.
 """
 
 import logging
@@ -11,10 +14,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from arplus import storage
+from arplus.documents import Document
 from arplus.errors import ArplusError, RunError
 
 log = logging.getLogger(__name__)
@@ -45,44 +49,42 @@ class Attempt:
 
 def read(run_uri: str) -> Attempt | None:
     """The attempt that the run belongs to; None where it has never been started."""
-    found = storage.find_json(_uri(run_uri))
-    return None if found is None else Attempt(**found)
+    return _document(run_uri).find()
 
 
 def take_over(run_uri: str, mlflow_run_id: str) -> Attempt:
     """Makes a new job the owner of the run; whoever was so before stops at its next look."""
-    before = read(run_uri)
-    mine = Attempt(owner=uuid4().hex, number=before.number if before else 0, mlflow_run_id=mlflow_run_id)
-    _write(run_uri, mine)
-    return mine
+    owner = uuid4().hex
+
+    def change(before: Attempt | None) -> Attempt:
+        return Attempt(owner=owner, number=before.number if before else 0, mlflow_run_id=mlflow_run_id)
+
+    return _document(run_uri).update(change)
 
 
 def start(run_uri: str, job: Attempt) -> Attempt:
     """A new start of the job's workers; rank 0 calls it. Raises :class:`SupersededError` and :class:`StoppedError`."""
-    there = _own(run_uri, job)
-    if there.stop:
-        raise stopped()
-    mine = replace(there, number=there.number + 1)
-    _write(run_uri, mine)
-    return mine
+
+    def change(there: Attempt | None) -> Attempt:
+        own = _check_owner(run_uri, there, job)
+        if own.stop:
+            raise StoppedError("stopped; the same command goes on from the newest checkpoint")
+        return replace(own, number=own.number + 1)
+
+    return _document(run_uri).update(change)
 
 
 def request_stop(run_uri: str, job: Attempt) -> None:
     """Tells the job's workers to save and stop."""
-    _write(run_uri, replace(_own(run_uri, job), stop=True))
+    _document(run_uri).update(lambda there: replace(_check_owner(run_uri, there, job), stop=True))
 
 
 def check(run_uri: str, mine: Attempt) -> bool:
     """Whether the owner was told to stop. Raises :class:`SupersededError` unless the run is still this attempt's."""
-    there = _own(run_uri, mine)
+    there = _check_owner(run_uri, read(run_uri), mine)
     if there.number != mine.number:
         raise SupersededError(f"{run_uri}: attempt {there.number} has replaced attempt {mine.number}, which stops")
     return there.stop
-
-
-def stopped() -> StoppedError:
-    """What ends a job that was told to stop."""
-    return StoppedError("stopped; the same command goes on from the newest checkpoint")
 
 
 class Watch:
@@ -113,22 +115,20 @@ class Watch:
 
 
 @contextmanager
-def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
-    """Calls ``act`` once when this process is told to end, by ``ray job stop`` or Ctrl-C; a second time ends it.
+def on_stop_signal(act: Callable[[], None], told: threading.Event | None = None) -> Iterator[None]:
+    """Calls ``act`` once when ``told`` is set or this process is told to end, by ``ray job stop`` or Ctrl-C.
 
-    ``ray job stop`` kills three seconds later (``RAY_JOB_STOP_WAIT_TIME_S``, set where the head node starts). A small
-    model is saved by then; what is not costs the steps since the last checkpoint, and nothing else.
-    Only a process's main thread can do so; elsewhere (in a trial of Ray Tune) nothing changes.
+    A second signal ends it. ``ray job stop`` kills three seconds later (``RAY_JOB_STOP_WAIT_TIME_S``, set where the
+    head node starts). A small model is saved by then; what is not costs the steps since the last checkpoint, and
+    nothing else. Only a process's main thread hears signals; elsewhere (in a trial of Ray Tune) ``told`` alone counts.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told, over = threading.Event(), threading.Event()
+    told, over = told or threading.Event(), threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
 
     def wait() -> None:
         told.wait()
         if not over.is_set():
-            log.warning("told to end: saving a checkpoint first")
+            log.info("told to end: saving a checkpoint first")
             act()
 
     def restore() -> None:
@@ -141,7 +141,7 @@ def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
 
     # Not in the handler itself, which may interrupt the main thread anywhere.
     threading.Thread(target=wait, name="stop signal", daemon=True).start()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
     try:
         yield
     finally:
@@ -150,16 +150,11 @@ def on_stop_signal(act: Callable[[], None]) -> Iterator[None]:
         told.set()
 
 
-def _own(run_uri: str, mine: Attempt) -> Attempt:
-    there = read(run_uri)
+def _check_owner(run_uri: str, there: Attempt | None, mine: Attempt) -> Attempt:
     if there is None or there.owner != mine.owner:
         raise SupersededError(f"{run_uri}: another job has taken this run over, and goes on with it; this one stops")
     return there
 
 
-def _write(run_uri: str, attempt: Attempt) -> None:
-    storage.write_json(_uri(run_uri), asdict(attempt))
-
-
-def _uri(run_uri: str) -> str:
-    return storage.join(run_uri, "attempt.json")
+def _document(run_uri: str) -> Document[Attempt]:
+    return Document(storage.join(run_uri, "attempt.json"), Attempt, patient=False)

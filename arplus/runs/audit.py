@@ -53,31 +53,3 @@ class Audit:
         storage.write_bytes(storage.join(self.run_uri, "audit", name), sink.getvalue().to_pybytes())
         self.files += 1
         self.rows.clear()
-
-
-def read(run_uri: str) -> pa.Table:
-    """The rows that count: those of the last attempt of each (epoch, step). Empty where there is no audit."""
-    folder = storage.join(run_uri, "audit")
-    if not storage.exists(folder):
-        return SCHEMA.empty_table()
-    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(uri))) for uri in storage.list_files(folder)]
-    rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    last = rows.group_by(["epoch", "step"]).aggregate([("attempt", "max")]).rename_columns(["epoch", "step", "attempt"])
-    return rows.join(last, ["epoch", "step", "attempt"], join_type="inner")
-
-
-def problems(run_uri: str, example_ids: NDArray[np.int64], epochs: int) -> list[str]:
-    """What is wrong with the first ``epochs`` epochs; nothing where each has each of ``example_ids`` exactly once."""
-    rows = read(run_uri)
-    found = []
-    for epoch in range(epochs):
-        ids = rows["example_id"].to_numpy()[rows["epoch"].to_numpy() == epoch]
-        trained, times = np.unique(ids, return_counts=True)
-        for what, wrong in (
-            ("missing", np.setdiff1d(example_ids, trained)),
-            ("unknown", np.setdiff1d(trained, example_ids)),
-            ("more than once", trained[times > 1]),
-        ):
-            if len(wrong):
-                found.append(f"epoch {epoch}: {len(wrong)} examples {what}, such as {wrong[:5].tolist()}")
-    return found

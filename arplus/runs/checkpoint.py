@@ -1,21 +1,18 @@
 """Checkpoints: the whole train state as plain files, complete or not there.
 
-A run's folder holds::
+Each is a folder, ``RUN/checkpoints/step-00000120-attempt-1/``, which holds::
 
-    config.json                         the resolved configuration
-    attempt.json                        who may write here (:mod:`arplus.runs.attempt`)
-    checkpoints/step-00000120-attempt-1/    one folder a checkpoint:
-        weights.safetensors             fp32, by parameter name
-        optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
-        state.json                      progress, schedule, rules and fingerprint of the data, MLflow run id
-        config.json  characters.txt  persona_words.txt
-        manifest.json                   size and SHA-256 of every file; written last
-    best.json                           the checkpoint with the lowest response perplexity
-    final_metrics.json
+    weights.safetensors             fp32, by parameter name
+    optimizer.safetensors           AdamW's moments, exp_avg.NAME and exp_avg_sq.NAME
+    state.json                      progress, schedule, rules and fingerprint of the data, MLflow run id
+    config.json  characters.txt  persona_words.txt
+    manifest.json                   size and SHA-256 of every file; written last
 
 Weights and moments are full tensors, so a checkpoint fits any number of workers and any ZeRO stage. Nothing in it is
 a pickle. A folder without a manifest is not a checkpoint: a save that died is passed over. Every attempt has folders
 of its own, so that one that lives on after it was replaced cannot touch its successor's.
+
+Nothing here waits for storage that is away: :class:`arplus.runs.folder.RunFolder` does.
 """
 
 import functools
@@ -24,8 +21,8 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -33,6 +30,7 @@ from torch import Tensor
 
 from arplus import storage
 from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict, to_dict
+from arplus.documents import Document
 from arplus.errors import RefusedError, ResourceError, UsageError
 from arplus.model.network import PersonaTransformer
 from arplus.text import Vocabulary, sizes
@@ -40,7 +38,10 @@ from arplus.text import Vocabulary, sizes
 log = logging.getLogger(__name__)
 
 FORMAT = 4
-_MANIFEST = "manifest.json"
+WEIGHTS, MOMENTS, STATE, CONFIG = "weights.safetensors", "optimizer.safetensors", "state.json", "config.json"
+CHARACTERS, PERSONA_WORDS, MANIFEST = "characters.txt", "persona_words.txt", "manifest.json"
+FILES = (WEIGHTS, MOMENTS, STATE, CONFIG, CHARACTERS, PERSONA_WORDS, MANIFEST)
+"""Names of a checkpoint's files."""
 _NAME = re.compile(r"step-(\d+)(?:-attempt-(\d+))?(-unvalidated)?")
 """Names of checkpoints' folders."""
 
@@ -63,7 +64,7 @@ class TrainProgress:
     """Time of these steps, waits for data included, without validations, checkpoints and starts."""
     best_response_ppl: float | None = None
     """Lowest response perplexity on validation so far."""
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, int | float] = field(default_factory=dict)
     """Metrics of the newest validation."""
     unvalidated: bool = False
     """Whether the run was stopped in a validation: it is due before the next step."""
@@ -119,19 +120,19 @@ def write(
         "mlflow_run_id": state.mlflow_run_id,
     }
     files = {
-        "weights.safetensors": safetensors.torch.save(state.weights),
-        "optimizer.safetensors": safetensors.torch.save(state.moments),
-        "state.json": _json(facts),
-        "config.json": _json(to_dict(state.config)),
-        "characters.txt": state.characters.to_bytes(),
-        "persona_words.txt": state.persona_words.to_bytes(),
+        WEIGHTS: safetensors.torch.save(state.weights),
+        MOMENTS: safetensors.torch.save(state.moments),
+        STATE: _json(facts),
+        CONFIG: _json(to_dict(state.config)),
+        CHARACTERS: state.characters.to_bytes(),
+        PERSONA_WORDS: state.persona_words.to_bytes(),
         **(more or {}),
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(uri, name), data)
     described = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
     check()
-    storage.write_json(storage.join(uri, _MANIFEST), {"format": FORMAT, "files": described})
+    storage.write_json(storage.join(uri, MANIFEST), {"format": FORMAT, "files": described})
     return uri
 
 
@@ -171,7 +172,7 @@ def _read(uri: str, moments: bool) -> TrainState:
 
 
 def _parse(uri: str, moments: bool) -> TrainState:
-    manifest = storage.read_json(storage.join(uri, _MANIFEST))
+    manifest = storage.read_json(storage.join(uri, MANIFEST))
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{uri}: checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
 
@@ -185,17 +186,17 @@ def _parse(uri: str, moments: bool) -> TrainState:
     def vocabulary(name: str) -> Vocabulary:
         return Vocabulary.from_bytes(read(name), source=storage.join(uri, name))
 
-    facts = json.loads(read("state.json"))
+    facts, state_uri = json.loads(read(STATE)), storage.join(uri, STATE)
     return TrainState(
-        config=from_dict(TrainConfig, json.loads(read("config.json")), source=storage.join(uri, "config.json")),
-        progress=TrainProgress(**facts["progress"]),
+        config=from_dict(TrainConfig, json.loads(read(CONFIG)), source=storage.join(uri, CONFIG)),
+        progress=from_dict(TrainProgress, facts["progress"], source=state_uri),
         schedule=facts["schedule"],
-        rules=from_dict(ExampleRules, facts["rules"], source=storage.join(uri, "state.json")),
+        rules=from_dict(ExampleRules, facts["rules"], source=state_uri),
         mlflow_run_id=facts["mlflow_run_id"],
-        characters=vocabulary("characters.txt"),
-        persona_words=vocabulary("persona_words.txt"),
-        weights=safetensors.torch.load(read("weights.safetensors")),
-        moments=safetensors.torch.load(read("optimizer.safetensors")) if moments else {},
+        characters=vocabulary(CHARACTERS),
+        persona_words=vocabulary(PERSONA_WORDS),
+        weights=safetensors.torch.load(read(WEIGHTS)),
+        moments=safetensors.torch.load(read(MOMENTS)) if moments else {},
     )
 
 
@@ -212,7 +213,7 @@ def find(uri: str) -> str:
         return uri
     best, problem = _marked(uri)
     if best is not None:
-        return best.uri
+        return best.checkpoint
     complete = list_complete(uri)
     if not complete:
         raise UsageError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
@@ -223,7 +224,7 @@ def find(uri: str) -> str:
 
 def is_complete(uri: str) -> bool:
     """Whether ``uri`` is a complete checkpoint."""
-    return storage.exists(storage.join(uri, _MANIFEST))
+    return storage.exists(storage.join(uri, MANIFEST))
 
 
 def list_complete(run_uri: str) -> list[str]:
@@ -255,9 +256,7 @@ def newest(
 def mark_best(run_uri: str, checkpoint_uri: str, response_ppl: float) -> None:
     """Notes which checkpoint of the run is the best."""
     name = checkpoint_uri.rsplit("/", 1)[1]
-    storage.write_json(
-        storage.join(run_uri, "best.json"), {"checkpoint": f"checkpoints/{name}", "response_ppl": response_ppl}
-    )
+    _mark(run_uri).write(BestMark(checkpoint=f"checkpoints/{name}", response_ppl=response_ppl))
 
 
 def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> float | None:
@@ -273,9 +272,9 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> 
     lowest = progress.best_response_ppl
     own = None if progress.unvalidated else progress.validation.get("response_ppl")
     best, problem = _marked(run_uri)
-    if best is not None and best.uri != checkpoint_uri:
+    if best is not None and best.checkpoint != checkpoint_uri:
         try:
-            _read(best.uri, moments=False)
+            _read(best.checkpoint, moments=False)
         except (RefusedError, ResourceError):
             raise
         except UsageError as error:
@@ -301,7 +300,7 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
     What a later attempt than ``attempt`` has begun to write has not died.
     """
     best, _ = _marked(run_uri)
-    kept = None if best is None else best.uri
+    kept = None if best is None else best.checkpoint
     complete = list_complete(run_uri)
     incomplete = sorted(_folders(run_uri).keys() - set(complete))
     for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
@@ -309,32 +308,37 @@ def retain(run_uri: str, newest: int, *, attempt: int) -> None:
             _delete(uri)
 
 
-class _Best(NamedTuple):
-    """What ``best.json`` says."""
+@dataclass(frozen=True, kw_only=True)
+class BestMark:
+    """The content of ``best.json``."""
 
-    uri: str
+    checkpoint: str
+    """Its path in the run's folder, which may be moved."""
     response_ppl: float
 
 
-def _marked(run_uri: str) -> tuple[_Best | None, str | None]:
-    """The checkpoint that is marked as the best, and is there; else what is wrong with the mark, if there is one."""
-    file = storage.join(run_uri, "best.json")
+def _mark(run_uri: str) -> Document[BestMark]:
+    return Document(storage.join(run_uri, "best.json"), BestMark, patient=False)
+
+
+def _marked(run_uri: str) -> tuple[BestMark | None, str | None]:
+    """The mark, with the URI of a checkpoint that is there; else what is wrong with the mark, if there is one."""
+    file = _mark(run_uri)
     try:
-        best = storage.find_json(file)
+        mark = file.find()
     except (RefusedError, ResourceError):
         raise
     except UsageError as error:
         return None, str(error)
-    if best is None:
+    if mark is None:
         return None, None
-    name, ppl = (best.get(key) for key in ("checkpoint", "response_ppl")) if isinstance(best, dict) else (None, None)
-    folder, _, name = name.rpartition("/") if isinstance(name, str) else ("", "", "")
-    if folder != "checkpoints" or not _NAME.fullmatch(name) or not isinstance(ppl, int | float):
-        return None, f"{file}: names no checkpoint of the run"
+    folder, _, name = mark.checkpoint.rpartition("/")
+    if folder != "checkpoints" or not _NAME.fullmatch(name):
+        return None, f"{file.uri}: names no checkpoint of the run"
     uri = storage.join(run_uri, folder, name)
     if not is_complete(uri):
-        return None, f"{file}: the best checkpoint, {uri}, is not there any more, or not whole"
-    return _Best(uri, ppl), None
+        return None, f"{file.uri}: the best checkpoint, {uri}, is not there any more, or not whole"
+    return replace(mark, checkpoint=uri), None
 
 
 @functools.cache
@@ -354,17 +358,17 @@ def _folders(run_uri: str) -> dict[str, bool]:
     """A run's checkpoints, and whether each is complete; what else lies beside or in them does not count."""
     folder = storage.join(run_uri, "checkpoints")
     found: dict[str, bool] = {}
-    for file in storage.list_files(folder) if storage.exists(folder) else []:
+    for file in storage.list_files(folder, missing_ok=True):
         name, _, rest = file.removeprefix(f"{folder}/").partition("/")
         if rest and _NAME.fullmatch(name):
             uri = storage.join(folder, name)
-            found[uri] = found.get(uri, False) or rest == _MANIFEST
+            found[uri] = found.get(uri, False) or rest == MANIFEST
     return found
 
 
 def _delete(uri: str) -> None:
     # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
-    storage.delete(storage.join(uri, _MANIFEST))
+    storage.delete(storage.join(uri, MANIFEST))
     storage.delete(uri)
 
 

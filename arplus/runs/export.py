@@ -17,10 +17,7 @@ from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.text import Vocabulary
 
-_MARKS = {"manifest.json", "README.md"}
-"""Files that are together in an export alone."""
-_FILES = _MARKS | {"weights.safetensors", "optimizer.safetensors", "state.json", "config.json"}
-_FILES |= {"characters.txt", "persona_words.txt"}
+_CARD = "README.md"
 
 
 def export(config: ExportConfig) -> str:
@@ -35,7 +32,7 @@ def export(config: ExportConfig) -> str:
     _check_output(config, source)
     state = state or from_reference(config)
     state = replace(state, moments={}, mlflow_run_id=None)
-    return checkpoint.write(storage.absolute(config.output), state, {"README.md": model_card(state).encode()})
+    return checkpoint.write(storage.absolute(config.output), state, {_CARD: model_card(state).encode()})
 
 
 def from_reference(config: ExportConfig) -> TrainState:
@@ -90,10 +87,10 @@ Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (d
     import json
     from safetensors.torch import load_file
     from arplus.config import ModelConfig, VocabularySizes
-    from arplus.model.network import ARPlus
+    from arplus.model.network import PersonaTransformer
 
     config = json.load(open("config.json"))
-    model = ARPlus(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
+    model = PersonaTransformer(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
 persona_words={state.sizes.persona_words}))
     model.load_weights(load_file("weights.safetensors"))
 
@@ -110,8 +107,9 @@ def _check_output(config: ExportConfig, source: str | None) -> None:
     if source is not None and storage.within(source, output):
         raise UsageError(f"--output {config.output}: would replace the --checkpoint itself; name another folder")
     # A file's own URI has no folder before it, so a file in the folder's place is foreign too.
-    found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output)} if storage.exists(output) else set()
-    if found and not _MARKS <= found <= _FILES:
+    found = {uri.removeprefix(f"{output}/") for uri in storage.list_files(output, missing_ok=True)}
+    marks = {checkpoint.MANIFEST, _CARD}  # together in an export alone
+    if found and not marks <= found <= marks.union(checkpoint.FILES):
         raise UsageError(
             f"--output {config.output}: is there, and is not a previous export alone; name a new or an empty folder, "
             "or delete what is in it first"

@@ -3,12 +3,12 @@
 import logging
 from typing import NamedTuple
 
-from arplus import storage
-from arplus.config import EstimateConfig, TrainConfig, dotted_names, flat, from_dict
+from arplus.config import EstimateConfig, TrainConfig, dotted_names, flat
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
-from arplus.runs import attempt, checkpoint
+from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
+from arplus.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +42,25 @@ class ResumePoint(NamedTuple):
     """MLflow run to go on with; None for a new one."""
 
 
-def find_resume_point(config: TrainConfig, run_uri: str, dataset: Dataset) -> ResumePoint:
+def find_resume_point(config: TrainConfig, run: RunFolder, dataset: Dataset) -> ResumePoint:
     """Where ``config``, with its names and paths filled in, starts.
 
     Raises :class:`UsageError` for a run of this name where --resume forbids one, and for a checkpoint of other
     settings (which are listed) or other data.
     """
     if config.resume == "auto":
-        return _auto(config, run_uri, dataset)
-    started = storage.exists(storage.join(run_uri, "config.json")) or bool(checkpoint.list_complete(run_uri))
+        return _auto(config, run, dataset)
+    started = run.config.exists() or bool(run.checkpoints.list_complete())
     if config.resume == "never":
         if started:
             raise UsageError(
-                f"--resume never: {run_uri} exists; take another --run-name, or --resume auto to go on with it"
+                f"--resume never: {run.uri} exists; take another --run-name, or --resume auto to go on with it"
             )
         return ResumePoint(None, None)
-    own = config.resume.startswith(f"{run_uri}/")
+    own = config.resume.startswith(f"{run.uri}/")
     if started and not own:
         raise UsageError(
-            f"--resume {config.resume}: {run_uri} exists and is another run; take another --run-name, or --resume "
+            f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "
             "auto to go on with it"
         )
     if config.init_from is not None:
@@ -68,21 +68,21 @@ def find_resume_point(config: TrainConfig, run_uri: str, dataset: Dataset) -> Re
     return _from_checkpoint(config, dataset, own)
 
 
-def _auto(config: TrainConfig, run_uri: str, dataset: Dataset) -> ResumePoint:
-    found = checkpoint.newest(run_uri)
+def _auto(config: TrainConfig, run: RunFolder, dataset: Dataset) -> ResumePoint:
+    found = run.checkpoints.newest()
     if found is not None:
         uri, state = found
-        _check(state, config, dataset, run_uri, MAY_DIFFER)
+        _check(state, config, dataset, run.uri, MAY_DIFFER)
         log.info("going on with run %s from step %d", config.run_name, state.progress.step)
         return ResumePoint(uri, state.mlflow_run_id)
-    if checkpoint.list_complete(run_uri):
-        raise UsageError(f"{run_uri}: all its checkpoints are damaged; take another --run-name")
-    before, path = attempt.read(run_uri), storage.join(run_uri, "config.json")
-    if before is None or not storage.exists(path):
+    if run.checkpoints.list_complete():
+        raise UsageError(f"{run.uri}: all its checkpoints are damaged; take another --run-name")
+    before = run.read_attempt()
+    theirs = run.config.find() if before else None
+    if before is None or theirs is None:
         return ResumePoint(None, None)
     log.info("run %s has no checkpoint yet: it starts from the beginning", config.run_name)
-    theirs = from_dict(TrainConfig, storage.read_json(path), source=path)
-    return ResumePoint(None, None if differences(theirs, config, MAY_DIFFER) else before.mlflow_run_id)
+    return ResumePoint(None, None if find_differences(theirs, config, MAY_DIFFER) else before.mlflow_run_id)
 
 
 def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> ResumePoint:
@@ -100,7 +100,7 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
     return ResumePoint(uri, state.mlflow_run_id if own else None)
 
 
-def differences(theirs: TrainConfig, mine: TrainConfig, may_differ: frozenset[str]) -> list[str]:
+def find_differences(theirs: TrainConfig, mine: TrainConfig, may_differ: frozenset[str]) -> list[str]:
     """The settings in which two configurations differ and must not, with both values."""
     there, here = flat(theirs), flat(mine)
     differ = [name for name in here if name not in may_differ and there[name] != here[name]]
@@ -113,5 +113,5 @@ def _check(state: TrainState, config: TrainConfig, dataset: Dataset, what: str, 
             f"{what}: this run trained on data of fingerprint {state.progress.fingerprint}, and {config.data} has "
             f"{dataset.fingerprint}; take another --run-name"
         )
-    if different := differences(state.config, config, may_differ):
+    if different := find_differences(state.config, config, may_differ):
         raise UsageError(f"{what}: this run has other settings ({'; '.join(different)}); take another --run-name")

@@ -4,7 +4,6 @@ A run of the study is one row at one size with one seed. With tuned rates the fi
 first; the best of them is that seed's result, and its rate that of the other seeds.
 """
 
-import functools
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from arplus.model.cost import live_parameters
 from arplus.model.network import PersonaTransformer
 from arplus.study import execute, report, results
 from arplus.study.publish import publish_best
-from arplus.study.record import Study, Trial, resolve_study
+from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots
 from arplus.study.tune import with_budget
 from arplus.training.footprint import checkpoint_bytes
@@ -225,13 +224,15 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[R
     """Evaluates what has not been evaluated yet: the best checkpoint of every run that the tables have."""
     wanted = {row.name: row for row in rows}
     for trial in study.trials.values():
-        if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
+        if trial.name not in wanted or trial.outcome != "finished" or trial.evaluation is not None:
             continue
-        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
-        found = storage.with_retries(study.uri, functools.partial(evaluate, asked))
-        trial.final["evaluation"] = found["splits"]
-        trial.final["sessions"] = wanted[trial.name].sessions
-        trial.final["parameters"] = _parameters(trial.settings, dataset.sizes)
+        asked = EvaluateConfig(checkpoint=study.folder.run(trial.name).uri, data=config.data, device=config.device)
+        found = storage.with_retries(study.uri, evaluate, asked)
+        trial.evaluation = Evaluation(
+            splits=found["splits"],
+            sessions=wanted[trial.name].sessions,
+            parameters=_parameters(trial.config, dataset.sizes),
+        )
         study.save(trial)
         try:
             track(found, destination(asked))
@@ -262,10 +263,10 @@ def _conclude(
         "unfinished": unfinished,
     }
     page = report.page(config, rows, study_url=study_url, compare_url=compare_url, unfinished=unfinished)
-    study.write("report.html", page)
-    study.write("result.json", storage.as_json(result))
+    study.folder.write("report.html", page)
+    study.folder.write("result.json", storage.as_json(result))
     result["model"] = publish_best(study, dataset)  # with the tables safe: MLflow may be away
-    study.write("result.json", storage.as_json(result))
+    study.folder.write("result.json", storage.as_json(result))
     text = report.text(rows)
     tracker.log_text("report.html", page)
     tracker.log_text("tables.txt", text)
@@ -279,7 +280,7 @@ def _conclude(
 
 def _tracked(study: Study) -> Iterator[tracking.RunRef]:
     for trial in study.trials.values():
-        if "evaluation" in trial.final and (run := study.tracked_run(trial)) is not None:
+        if trial.evaluation is not None and (run := study.tracked_run(trial)) is not None:
             yield run
 
 

@@ -63,7 +63,7 @@ def execute(
     """
     adapter = _Adapter(study, source, room, again, scheduler, show)
     _set_environment()
-    filesystem, path = storage.resolve_lasting(storage.join(study.uri, "ray"))
+    filesystem, path = storage.resolve_lasting(study.folder.ray)
     tuner = tune.Tuner(
         tune.with_resources(TrialProcess, RESOURCES),
         tune_config=tune.TuneConfig(
@@ -90,7 +90,7 @@ def execute(
 
     with attempt.on_stop_signal(stop), _quiet():
         tuner.fit()
-    storage.with_retries(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
+    storage.with_retries(study.folder.ray, storage.delete, study.folder.ray)
     if len(adapter.failures) >= IN_A_ROW:
         raise RunError(
             f"study {study.name}: {IN_A_ROW} runs in a row failed, the last one so: {adapter.failures[-1]}; "
@@ -171,7 +171,7 @@ class _Adapter(Searcher):
         self.live[trial_id], self.names[trial_id] = trial, trial.name
         self.show()
         return {
-            "record": self.study.record_uri(trial.name),
+            "record": self.study.folder.trial(trial.name).uri,
             "study": self.study.name,
             "parent_run_id": self.study.tracked.run_id,
             **self.room._asdict(),
@@ -202,7 +202,8 @@ class _Adapter(Searcher):
             # A run that Tune ends in mid-way is one that ASHA has stopped.
             trial.outcome = "stopped" if told == "running" else told
             trial.problem = result.get("problem", "")
-            trial.final = {k.removeprefix("final/"): v for k, v in result.items() if k.startswith("final/")}
+            if trial.outcome == "finished":
+                trial.final = self.study.folder.run(trial.name).final.read()
         self.failures = [*self.failures, trial.problem] if trial.outcome == "failed" else []
         if trial.outcome in ("diverged", "failed"):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
@@ -218,7 +219,7 @@ class _Adapter(Searcher):
         self.stopping = True
         while self.live:
             for trial in list(self.live.values()):
-                run = self.study.run_uri(trial.name)
+                run = self.study.folder.run(trial.name).uri
                 try:
                     self.study.check_owner()
                     if (owner := attempt.read(run)) is not None and not owner.stop:
@@ -247,9 +248,10 @@ class _Adapter(Searcher):
 @contextmanager
 def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
-    tracker = tracking.Tracker(study.tracked, record=study.record, keep=study.records)
+    record, keep = tracking.record_of(study.tracked, study.uri), tracking.keep_of(study.uri)
+    tracker = tracking.Tracker(study.tracked, record=record, keep=keep)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
-    tracker.log_dataset(Path(study.config.data).name, study.fingerprint, study.config.data, study.kind)
+    tracker.log_dataset(Path(study.config.data).name, study.facts.fingerprint, study.config.data, study.facts.kind)
     status: tracking.Status | None = "FAILED"
     try:
         yield tracker

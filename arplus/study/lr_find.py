@@ -6,7 +6,6 @@ rates that are worth a sweep.
 """
 
 import csv
-import functools
 import io
 import itertools
 import json
@@ -26,6 +25,8 @@ from arplus.config import LrFindConfig, flat
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UsageError
+from arplus.runs import attempt
+from arplus.study.record import StudyFolder
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
@@ -52,10 +53,11 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     dataset = Dataset.open(config.data)
     scaling = preflight.scaling(config)
     preflight.check_nodes(config, dataset, 0)  # it writes no checkpoint
-    uri = storage.join(config.storage, config.run_name)
+    folder = StudyFolder(storage.join(config.storage, config.run_name))
+    uri = folder.uri
     if config.resume == "never" and storage.exists(storage.join(uri, FILE)):
         raise UsageError(f"--resume never: {uri} exists; take another --run-name, or --resume auto to make it anew")
-    if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
+    if attempt.read(uri) is not None or storage.exists(folder.facts.uri):
         raise UsageError(f"--run-name {config.run_name}: {uri} is a run or a study; take another name")
     assert config.mlflow is not None
     tracked = tracking.start_run(
@@ -89,7 +91,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
             "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
         }
         for name, text in files.items():
-            storage.with_retries(uri, functools.partial(storage.write_bytes, storage.join(uri, name), text.encode()))
+            folder.write(name, text)
             tracker.log_text(name, text)
         tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
@@ -194,7 +196,7 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
     config: LrFindConfig = arguments["config"]
     device = workers.set_up()
     try:
-        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(config.data, lambda: load(config, None)))
+        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(config.data, load, config, None))
     except RunEndedError as ended:
         error: UsageError = ended.args[0]
         return error

@@ -27,11 +27,11 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     assert best.score is not None
     run = study.tracked_run(best)
     assert run is not None
-    uri, tags = study.run_uri(best.name), {"study": study.name, "response_ppl": f"{best.score:.4f}"}
+    uri, tags = study.folder.run(best.name).uri, {"study": study.name, "response_ppl": f"{best.score:.4f}"}
     folder = Path(tempfile.mkdtemp(prefix="arplus-best-"))  # of the record, and of the files that it names
-    kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=study.records)
+    kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=tracking.keep_of(study.uri))
     try:
-        storage.with_retries(uri, lambda: log_best(kept, uri, dataset))
+        storage.with_retries(uri, log_best, kept, uri, dataset)
         if kept.close():
             raise ResourceError("its files did not reach MLflow")
         shutil.rmtree(folder)

@@ -3,24 +3,28 @@
 A study's folder holds::
 
     study.json              its kind, settings, data fingerprint, MLflow run, and the job that it belongs to
-    trials/NAME.json        one record a run, written before the run starts
-    runs/NAME/              the run's own folder (:mod:`arplus.runs.checkpoint`)
+    trials/NAME.json        one record per run, written before the run starts
+    runs/NAME/              the run's own folder (:mod:`arplus.runs.folder`)
+
+The study belongs to the newest job, as a run does (:mod:`arplus.runs.attempt`).
 
 Nothing of Ray Tune's own state is read again: it is pickled code, up to ten seconds old, and knows nothing of runs that
 were begun since.
 """
 
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from arplus import storage, tracking
 from arplus.cluster import node
 from arplus.config import StudyConfig, TrainConfig, flat, from_dict, run_settings, to_dict, with_values
+from arplus.config.checks import FREE_TEXT
+from arplus.documents import Document
 from arplus.errors import UsageError
-from arplus.runs import attempt, resume
+from arplus.runs import resume
 from arplus.runs.attempt import SupersededError
+from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.training.trainer import resolve
 
 C = TypeVar("C", bound=StudyConfig)
@@ -36,6 +40,18 @@ _RENEWED = MAY_DIFFER & resume.MAY_DIFFER - {"run_name", "storage"}
 
 
 @dataclass(kw_only=True)
+class Evaluation:
+    """What a finished run of an ablation came to, and what the tables say of it besides."""
+
+    splits: dict[str, Any]
+    """Groups of metrics by split, as :func:`arplus.evaluation.evaluate.evaluate` gives them."""
+    sessions: int
+    """Size of the training set."""
+    parameters: int
+    """Of the network."""
+
+
+@dataclass(kw_only=True)
 class Trial:
     """The record of one run of a study."""
 
@@ -43,15 +59,17 @@ class Trial:
     """Name of the run, unique within the study."""
     values: dict[str, Any]
     """What sets it apart from the study's other runs, by dotted name."""
-    config: dict[str, Any]
+    config: TrainConfig
     """Its settings."""
     outcome: Outcome = "running"
-    problem: str = ""
+    problem: str = field(default="", metadata=FREE_TEXT)
     """Why it diverged or failed."""
-    results: list[dict[str, float]] = field(default_factory=list)
-    """One entry a validation: ``examples``, ``response_ppl`` and the lowest so far."""
-    final: dict[str, Any] = field(default_factory=dict)
-    """What a finished run leaves in ``final_metrics.json``."""
+    results: list[dict[str, int | float]] = field(default_factory=list)
+    """One entry per validation: ``examples``, ``response_ppl`` and the lowest so far."""
+    final: FinalMetrics | None = None
+    """Of a run that finished."""
+    evaluation: Evaluation | None = None
+    """Of a run that was evaluated too, as an ablation's are."""
     mlflow_run_id: str | None = None
 
     @property
@@ -64,27 +82,65 @@ class Trial:
         """Its lowest response perplexity; None where it has none, or diverged."""
         return self.results[-1][OBJECTIVE] if self.results and self.outcome != "diverged" else None
 
-    @property
-    def settings(self) -> TrainConfig:
-        """Its settings, checked."""
-        return from_dict(TrainConfig, self.config, source=self.name)
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """The content of ``study.json``."""
+
+    kind: str
+    fingerprint: str
+    """Of the data."""
+    mlflow_run_id: str
+    owner: str
+    """The job that the study belongs to."""
+    config: dict[str, Any]
+    """Its settings, of the kind's own type."""
+
+
+class StudyFolder:
+    """What is in a study's folder, by name. All of it waits for storage that is away, so a caller need not."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.facts = Document(storage.join(uri, "study.json"), StudyFacts)
+        self.runs = storage.join(uri, "runs")
+        """The storage of its runs."""
+        self.ray = storage.join(uri, "ray")
+        """Ray Tune's own files, of no later use."""
+
+    def run(self, name: str) -> RunFolder:
+        """A run's own folder."""
+        return RunFolder(storage.join(self.runs, name))
+
+    def trial(self, name: str) -> Document[Trial]:
+        """The record of a run."""
+        return Document(storage.join(self.uri, "trials", f"{name}.json"), Trial)
+
+    def trials(self) -> list[Trial]:
+        """All records, in the order of their names."""
+        folder = storage.join(self.uri, "trials")
+        files = storage.with_retries(folder, storage.list_files, folder, missing_ok=True)
+        # A killed process may have left a file half-written, under another name.
+        return [Document(file, Trial).read() for file in files if file.endswith(".json")]
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file."""
+        uri = storage.join(self.uri, name)
+        storage.with_retries(uri, storage.write_bytes, uri, text.encode())
 
 
 @dataclass(kw_only=True)
 class Study:
     """A study that this process runs."""
 
-    uri: str
-    kind: str
+    folder: StudyFolder
+    facts: StudyFacts
+    """As this job has written them; another owner in the file means that another job goes on with the study."""
     config: StudyConfig
-    fingerprint: str
-    """Of the data."""
     tracked: tracking.RunRef
     """The study's own MLflow run, parent of its runs'."""
     trials: dict[str, Trial]
     """All records, by name, in the order in which they were made."""
-    owner: str
-    """This job, as ``study.json`` names it until another one goes on with the study."""
 
     @classmethod
     def begin(cls, config: StudyConfig, *, kind: str, fingerprint: str) -> "Study":
@@ -93,32 +149,29 @@ class Study:
         Raises :class:`UsageError` where the name is taken: by a run, by a study of other settings (which are listed) or
         other data, or by any study where --resume is never.
         """
-        uri = storage.join(config.storage, config.run_name)
-        file = storage.join(uri, "study.json")
-        before = storage.with_retries(file, lambda: _compatible(file, config, kind, fingerprint))
-        if before is None and storage.with_retries(uri, lambda: storage.exists(storage.join(uri, "config.json"))):
-            raise UsageError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
+        folder = StudyFolder(storage.join(config.storage, config.run_name))
+        before = folder.facts.find()
+        _check_same(folder.facts.uri, before, config, kind, fingerprint)
+        if before is None and RunFolder(folder.uri).config.exists():
+            raise UsageError(f"--run-name {config.run_name}: {folder.uri} is a training run; take another name")
         tracked = tracking.start_run(
             config.mlflow or tracking.default_uri(config.storage),
             config.experiment,
             config.run_name,
             tags={"kind": kind, "preset": config.preset, "fingerprint": fingerprint} | node.code_tags(),
             params=flat(config),
-            resume_run_id=before["mlflow_run_id"] if before else None,
+            resume_run_id=before.mlflow_run_id if before else None,
         )
-        study = cls(
-            uri=uri,
-            kind=kind,
-            config=config,
-            fingerprint=fingerprint,
-            tracked=tracked,
-            trials={},
-            owner=uuid4().hex,
-        )
-        facts = {"kind": kind, "fingerprint": fingerprint, "mlflow_run_id": tracked.run_id, "owner": study.owner}
-        storage.with_retries(file, lambda: storage.write_json(file, facts | {"config": to_dict(config)}))
-        study.trials = {trial.name: trial for trial in storage.with_retries(uri, lambda: _records(uri))}
-        return study
+        mine = StudyFacts(kind, fingerprint, tracked.run_id, owner=uuid4().hex, config=to_dict(config))
+
+        def take_over(there: StudyFacts | None) -> StudyFacts:
+            if there != mine:  # another job's that began at the same moment, or our own whose answer was lost
+                _check_same(folder.facts.uri, there, config, kind, fingerprint)
+            return mine
+
+        facts = folder.facts.update(take_over)
+        trials = {trial.name: trial for trial in folder.trials()}
+        return cls(folder=folder, facts=facts, config=config, tracked=tracked, trials=trials)
 
     @property
     def name(self) -> str:
@@ -126,14 +179,9 @@ class Study:
         return self.config.run_name
 
     @property
-    def record(self) -> Path:
-        """The local record of what is tracked on the study itself."""
-        return tracking.record_of(self.tracked, self.uri)
-
-    @property
-    def records(self) -> str | None:
-        """Where a record that MLflow lacks a part of is kept, for a study whose folder is remote."""
-        return tracking.keep_of(self.uri)
+    def uri(self) -> str:
+        """Its folder's."""
+        return self.folder.uri
 
     @property
     def best(self) -> Trial | None:
@@ -143,8 +191,7 @@ class Study:
 
     def add(self, name: str, values: dict[str, Any], config: TrainConfig) -> Trial:
         """Makes the record of a new run in the study's folder, which is durable before anything starts."""
-        config = replace(config, run_name=name, storage=self.runs_uri)
-        trial = Trial(name=name, values=values, config=to_dict(config))
+        trial = Trial(name=name, values=values, config=replace(config, run_name=name, storage=self.folder.runs))
         self.trials[name] = trial
         self.save(trial)
         return trial
@@ -152,74 +199,42 @@ class Study:
     def renew(self, trial: Trial) -> None:
         """Gives a run that is to go on the study's settings of today, where it may differ from those it began with."""
         today = {name: value for name, value in flat(run_settings(self.config)).items() if name in _RENEWED}
-        trial.config = to_dict(replace(with_values(trial.settings, today, source=trial.name), storage=self.runs_uri))
+        trial.config = replace(with_values(trial.config, today, source=trial.name), storage=self.folder.runs)
 
     def save(self, trial: Trial) -> None:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
         self.check_owner()
-        uri = self.record_uri(trial.name)
-        storage.with_retries(uri, lambda: storage.write_json(uri, asdict(trial)))
-
-    def write(self, name: str, text: str) -> None:
-        """Writes a file into the study's folder."""
-        uri = storage.join(self.uri, name)
-        storage.with_retries(uri, lambda: storage.write_bytes(uri, text.encode()))
+        self.folder.trial(trial.name).write(trial)
 
     def check_owner(self) -> None:
         """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
-        file = storage.join(self.uri, "study.json")
-        if storage.with_retries(file, lambda: storage.read_json(file))["owner"] != self.owner:
+        if self.folder.facts.read().owner != self.facts.owner:
             raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
-
-    def record_uri(self, name: str) -> str:
-        """Where a record is."""
-        return storage.join(self.uri, "trials", f"{name}.json")
-
-    @property
-    def runs_uri(self) -> str:
-        """The storage of its runs."""
-        return storage.join(self.uri, "runs")
-
-    def run_uri(self, name: str) -> str:
-        """A run's folder."""
-        return storage.join(self.runs_uri, name)
 
     def tracked_run(self, trial: Trial) -> tracking.RunRef | None:
         """A run's MLflow run; None where it has not got as far."""
-        if trial.mlflow_run_id is None:
-            uri = self.run_uri(trial.name)
-            if (owner := storage.with_retries(uri, lambda: attempt.read(uri))) is not None:
-                trial.mlflow_run_id = owner.mlflow_run_id
+        if trial.mlflow_run_id is None and (owner := self.folder.run(trial.name).read_attempt()) is not None:
+            trial.mlflow_run_id = owner.mlflow_run_id
         return self.tracked._replace(run_id=trial.mlflow_run_id) if trial.mlflow_run_id else None
 
 
-def _records(uri: str) -> list[Trial]:
-    """The records of a study, in the order of their names."""
-    folder = storage.join(uri, "trials")
-    files = storage.list_files(folder) if storage.exists(folder) else []
-    # A killed process may have left a file half-written.
-    return [Trial(**storage.read_json(file)) for file in files if file.endswith(".json")]
-
-
-def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> dict[str, Any] | None:
-    """What ``study.json`` holds, where ``config`` may go on with it; None where there is none yet."""
-    before: dict[str, Any] | None = storage.find_json(file)
-    if before is None:
-        return None
+def _check_same(file: str, there: StudyFacts | None, config: StudyConfig, kind: str, fingerprint: str) -> None:
+    """Raises :class:`UsageError` unless ``config`` may go on with what ``study.json`` says, if there is one."""
+    if there is None:
+        return
     other = "take another --run-name"
     if config.resume == "never":
         raise UsageError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
-    if before["kind"] != kind:
-        raise UsageError(f"--run-name {config.run_name}: {file} is of a study of kind {before['kind']}; {other}")
-    if before["fingerprint"] != fingerprint:
+    if there.kind != kind:
+        raise UsageError(f"--run-name {config.run_name}: {file} is of a study of kind {there.kind}; {other}")
+    if there.fingerprint != fingerprint:
         raise UsageError(
-            f"{file}: this study is on data of fingerprint {before['fingerprint']}, and {config.data} has "
+            f"{file}: this study is on data of fingerprint {there.fingerprint}, and {config.data} has "
             f"{fingerprint}; {other}"
         )
-    theirs = from_dict(type(config), before["config"], source=file)
-    if different := resume.differences(theirs, config, MAY_DIFFER):
+    theirs = from_dict(type(config), there.config, source=file)
+    if different := resume.find_differences(theirs, config, MAY_DIFFER):
         raise UsageError(f"{file}: this study has other settings ({'; '.join(different)}); {other}")
-    return before
 
 
 def resolve_study(config: C, kind: str) -> C:

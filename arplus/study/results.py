@@ -36,15 +36,17 @@ class Key(NamedTuple):
 
 def figures(trial: Trial) -> dict[str, float]:
     """All figures of a finished and evaluated run, by the names of :mod:`arplus.study.paper`'s columns."""
-    final = trial.final
+    final, evaluation = trial.final, trial.evaluation
+    assert final is not None
+    assert evaluation is not None
     found: dict[str, float] = {
-        "parameters_m": final["parameters"] / 1e6,
-        "peak_memory_mib": final["peak_memory_bytes"] / 2**20,
-        "train_minutes": final["train_seconds"] / 60,
-        "examples": final["examples"],
+        "parameters_m": evaluation.parameters / 1e6,
+        "peak_memory_mib": final.peak_memory_bytes / 2**20,
+        "train_minutes": final.train_seconds / 60,
+        "examples": final.examples,
     }
     for group in ("paper_compatible", "standard", "persona"):
-        found |= final["evaluation"]["test"][group]
+        found |= evaluation.splits["test"][group]
     return found
 
 
@@ -52,8 +54,8 @@ def rows(trials: Iterable[Trial]) -> dict[Key, dict[str, Cell]]:
     """The cells of every row of which a run was evaluated, by name."""
     seeds: dict[Key, list[dict[str, float]]] = {}
     for trial in trials:
-        if "evaluation" in trial.final:
-            key = Key(trial.final["sessions"], trial.values["preset"])
+        if trial.evaluation is not None:
+            key = Key(trial.evaluation.sessions, trial.values["preset"])
             seeds.setdefault(key, []).append(figures(trial))
     return {key: _cells(found) for key, found in sorted(seeds.items())}
 

@@ -10,9 +10,6 @@ the next trial starts (ray#58515).
 
 import logging
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +17,11 @@ import ray.train
 from ray import tune
 from ray.util.queue import Empty, Queue
 
-from arplus import storage, tracking
+from arplus import tracking
+from arplus.documents import Document
 from arplus.errors import ArplusError, RunError, UsageError
-from arplus.runs import attempt
-from arplus.runs.attempt import Attempt, StoppedError
+from arplus.runs.attempt import StoppedError
+from arplus.runs.folder import FinalMetrics
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
@@ -59,12 +57,11 @@ class TrialProcess(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Starts the run; it goes on from its newest checkpoint where it has one."""
-        self.record_uri: str = config["record"]
-        trial = self._record()
-        self.run = replace(trial.settings, cpus_per_worker=config["cpus_per_worker"], device=config["device"])
-        self.run_uri = storage.join(self.run.storage, self.run.run_name)
+        self.record = Document(config["record"], Trial)
+        trial = self.record.read()
+        self.run = replace(trial.config, cpus_per_worker=config["cpus_per_worker"], device=config["device"])
         self.best = trial.score
-        self.final: dict[str, Any] | None = None
+        self.final: FinalMetrics | None = None
         self.error: BaseException | None = None
         self.examples = 0
         self.queue = Queue(actor_options={"num_cpus": 0})
@@ -73,9 +70,7 @@ class TrialProcess(tune.Trainable):
             tags={"study": config["study"], "trial": trial.name},
             side_by_side=config["side_by_side"],
         )
-        before = storage.with_retries(self.run_uri, lambda: attempt.read(self.run_uri))
-        self.before = before and before.owner
-        self.owner: str | None = None
+        self.told_to_stop = threading.Event()
         self.thread = threading.Thread(target=self._train, name=trial.name, daemon=True)
         self.thread.start()
 
@@ -91,45 +86,28 @@ class TrialProcess(tune.Trainable):
 
     def cleanup(self) -> None:
         """Ends a run that is stopped early: its workers save and go, and so does its MLflow run."""
-        deadline = time.monotonic() + STOP_S
-        while self.thread.is_alive() and time.monotonic() < deadline:  # again and again: it may only just be starting
-            with _patience():
-                if (own := self._own()) is not None and not own.stop:
-                    attempt.request_stop(self.run_uri, own)
-            self.thread.join(0.5)
+        self.told_to_stop.set()
+        self.thread.join(STOP_S)
         if self.thread.is_alive():
-            log.warning("%s: did not end within %.0f s", self.run_uri, STOP_S)
+            log.warning("%s: did not end within %.0f s", self.run.run_name, STOP_S)
         self.queue.shutdown(force=True)
-        own = storage.with_retries(self.run_uri, self._own)
-        if self._record().outcome == "stopped" and own is not None:
+        trial = self.record.read()
+        if trial.outcome == "stopped" and trial.mlflow_run_id is not None:
             # The study has decided so; for the run itself it was the end of a process.
             assert self.run.mlflow is not None
-            run = tracking.RunRef(self.run.mlflow, "", own.mlflow_run_id)
-            with _patience():
+            run = tracking.RunRef(self.run.mlflow, "", trial.mlflow_run_id)
+            try:
                 tracking.end_run(run, "FINISHED", {"outcome": f"stopped early after {self.examples:,} examples"})
-
-    def _record(self) -> Trial:
-        """What the study has written down of the trial."""
-        return Trial(**storage.with_retries(self.record_uri, lambda: storage.read_json(self.record_uri)))
-
-    def _own(self) -> Attempt | None:
-        """The run's attempt, if it is one of this trial's; another job may have taken the run over."""
-        there = attempt.read(self.run_uri)
-        if there is None or there.owner == self.before:
-            return None
-        self.owner = self.owner or there.owner
-        return there if there.owner == self.owner else None
+            except (ArplusError, OSError) as error:  # the study ends what is left open
+                log.warning("%s", error)
 
     def _train(self) -> None:
         try:
-            self.final = train(self.run, self.part, [Validations(self.queue)])
+            self.final = train(self.run, self.part, [Validations(self.queue)], self.told_to_stop)
         except BaseException as error:  # raised again, or told to the study, by the trial's own thread
             self.error = error
 
     def _validation(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        if self.owner is None:
-            with _patience():
-                self._own()
         ppl = metrics["response_ppl"]
         self.best = ppl if self.best is None else min(self.best, ppl)
         self.examples = metrics["examples"]
@@ -138,8 +116,8 @@ class TrialProcess(tune.Trainable):
     def _end(self) -> dict[str, Any]:
         end: dict[str, Any] = {"examples": self.examples, OBJECTIVE: self.best or DIVERGED, "done": True}
         if self.final is not None:
-            ended = {"examples": self.final["examples"], OBJECTIVE: self.final[OBJECTIVE]}
-            return end | ended | {"outcome": "finished", "final": self.final}
+            ended = {"examples": self.final.examples, OBJECTIVE: self.final.best_response_ppl}
+            return end | ended | {"outcome": "finished"}
         if isinstance(self.error, NonFiniteLossError):
             return end | {"outcome": "diverged", "problem": str(self.error), OBJECTIVE: DIVERGED}
         if isinstance(self.error, StoppedError):
@@ -148,12 +126,3 @@ class TrialProcess(tune.Trainable):
             return end | {"outcome": "failed", "problem": str(self.error)}
         assert self.error is not None
         raise self.error
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Lets storage or MLflow be away for a moment, and a run be another job's."""
-    try:
-        yield
-    except (ArplusError, OSError) as error:
-        log.warning("%s", error)

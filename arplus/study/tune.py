@@ -218,7 +218,7 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     settings = with_values(run_settings(config), best.values, source="the best trial")
     settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
     file = storage.join(study.uri, "best_config.json")
-    study.write("best_config.json", storage.as_json(to_dict(settings)))
+    study.folder.write("best_config.json", storage.as_json(to_dict(settings)))
     compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]
     runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
     for trial in study.trials.values():
@@ -235,11 +235,12 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
         "compare_url": tracking.compare_url(runs),
         "trials": [asdict(trial) | {"config": None} for trial in study.trials.values()],
     }
-    study.write("trials.csv", as_csv(study))
-    study.write("result.json", storage.as_json(result))
+    study.folder.write("trials.csv", as_csv(study))
+    study.folder.write("result.json", storage.as_json(result))
     result["model"] = publish_best(study, dataset)  # with the numbers safe: MLflow may be away
-    study.write("result.json", storage.as_json(result))
-    figures = {key: value for key, value in best.final.items() if isinstance(value, int | float)}
+    study.folder.write("result.json", storage.as_json(result))
+    final = best.final.flat() if best.final else {}
+    figures = {key: value for key, value in final.items() if isinstance(value, int | float)}
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
     tracker.log_text("best_config.json", storage.as_json(to_dict(settings)))

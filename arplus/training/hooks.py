@@ -4,7 +4,6 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from arplus.runs import attempt
 from arplus.runs.attempt import Attempt, StoppedError, Watch
 from arplus.runs.audit import Audit
 from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.folder import FinalMetrics
 from arplus.training.engine import Engine
 from arplus.training.loop import Control, Hooks, describe, memory_bytes
 from arplus.training.saver import Saver
@@ -197,7 +197,7 @@ class RunHooks(Hooks):
             stood_still = self.saved_at - began
             self.tracker.log({"perf/checkpoint_seconds": stood_still}, step=progress.examples)
 
-    def finish(self, progress: TrainProgress) -> dict[str, Any]:
+    def finish(self, progress: TrainProgress) -> FinalMetrics:
         """Waits for the last checkpoint; what a finished run leaves in ``final_metrics.json``.
 
         Raises :class:`RunEndedError` where a checkpoint could not be written, and where the run is not at its end.
@@ -208,18 +208,18 @@ class RunHooks(Hooks):
                 raise RunEndedError(error)
         if progress.step < self.steps or progress.unvalidated:
             raise RunEndedError(StoppedError(f"stopped at step {progress.step}; the same command goes on from there"))
-        return {
-            "run_name": self.job.config.run_name,
-            "preset": self.job.config.preset,
-            "fingerprint": progress.fingerprint,
-            "steps": progress.step,
-            "examples": progress.examples,
-            "best_response_ppl": progress.best_response_ppl,
-            "train_seconds": progress.train_seconds,
-            "peak_memory_bytes": memory_bytes(),
-            "mlflow_run_id": self.job.tracked.run_id,
-            **{f"valid/{k}": v for k, v in progress.validation.items()},
-        }
+        return FinalMetrics(
+            run_name=self.job.config.run_name,
+            preset=self.job.config.preset,
+            fingerprint=progress.fingerprint,
+            steps=progress.step,
+            examples=progress.examples,
+            best_response_ppl=progress.best_response_ppl,
+            train_seconds=progress.train_seconds,
+            peak_memory_bytes=memory_bytes(),
+            mlflow_run_id=self.job.tracked.run_id,
+            valid=progress.validation,
+        )
 
     def close(self) -> None:
         """Lets a checkpoint that is being written end, and sends what waits; the driver ends the MLflow run itself."""

@@ -3,9 +3,8 @@
 import threading
 from collections.abc import Callable
 
-from arplus import storage
-from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
+from arplus.runs.folder import RunFolder
 
 
 class Saver:
@@ -13,7 +12,7 @@ class Saver:
 
     def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
         """``check`` raises when the run is no longer this attempt's; it is asked before each of the steps of a save."""
-        self.run_uri = run_uri
+        self.checkpoints = RunFolder(run_uri).checkpoints
         self.attempt = attempt
         self.keep = keep
         self.check = check
@@ -39,18 +38,11 @@ class Saver:
 
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
-            # Two parts: what fails after the manifest must not have the checkpoint written again.
-            self.newest = storage.with_retries(self.run_uri, lambda: self._write(state))
-            storage.with_retries(self.run_uri, lambda: self._tidy(best))
+            self.check()
+            self.newest = self.checkpoints.save(state, attempt=self.attempt, check=self.check)
+            self.check()  # best.json, and the checkpoints that go, are the run's, not this attempt's
+            if best is not None:
+                self.checkpoints.mark_best(self.newest, best)
+            self.checkpoints.retain(self.keep, attempt=self.attempt)
         except Exception as error:
             self.error = error
-
-    def _write(self, state: TrainState) -> str:
-        self.check()
-        return checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
-
-    def _tidy(self, best: float | None) -> None:
-        self.check()  # best.json, and the checkpoints that go, are the run's, not this attempt's
-        if best is not None and self.newest is not None:
-            checkpoint.mark_best(self.run_uri, self.newest, best)
-        checkpoint.retain(self.run_uri, self.keep, attempt=self.attempt)

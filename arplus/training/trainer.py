@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
-import json
 import logging
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import storage, tracking
 from arplus.cluster import elastic, node, preflight
-from arplus.config import TrainConfig, VocabularySizes, flag, flat, to_dict
+from arplus.config import TrainConfig, VocabularySizes, flag, flat
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
@@ -32,6 +32,7 @@ from arplus.model.network import PersonaTransformer
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
 from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
 from arplus.training import workers
@@ -47,65 +48,53 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def train(
-    config: TrainConfig, part: StudyContext | None = None, callbacks: Sequence[ray.train.UserCallback] = ()
-) -> dict[str, Any]:
+    config: TrainConfig,
+    part: StudyContext | None = None,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    told_to_stop: threading.Event | None = None,
+) -> FinalMetrics:
     """Runs a training job on the connected Ray cluster and returns what ``final_metrics.json`` holds.
 
-    A study says what ``part`` of it the run is, and follows it through Ray Train's ``callbacks``.
+    A study says what ``part`` of it the run is, follows it through Ray Train's ``callbacks``, and sets ``told_to_stop``
+    where it is to be saved and end early.
 
     Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small, and
     :class:`RunError` for a run that diverged, failed too often, was stopped, or was taken over by another job.
     """
     config = resolve(config)
-    # A study has read the data before; anyone else is to hear at once where it cannot be.
-    dataset = (
-        storage.with_retries(config.data, lambda: Dataset.open(config.data)) if part else Dataset.open(config.data)
-    )
-    scaling = preflight.scaling(config)
-    if part is None:  # a study has asked for all its runs
-        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
-    if not dataset.split("valid").examples:
-        log.warning(
-            "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
-            "run; to have some, prepare the data with a larger --valid",
-            config.data,
-        )
-    run_uri = storage.join(config.storage, config.run_name)
-    start = storage.with_retries(run_uri, lambda: find_resume_point(config, run_uri, dataset))
+    dataset, scaling = _check(config, part)
+    run = RunFolder(storage.join(config.storage, config.run_name))
+    start = find_resume_point(config, run, dataset)
     tracked = _tracked(config, dataset, start, part)
-    storage.with_retries(run_uri, lambda: storage.write_json(storage.join(run_uri, "config.json"), to_dict(config)))
+    run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
-        storage.with_retries(run_uri, lambda: storage.delete(storage.join(run_uri, "audit")))
+        run.delete_audit()
     job = RunContext(
         config=config,
-        run_uri=run_uri,
+        run_uri=run.uri,
         tracked=tracked,
-        attempt=storage.with_retries(run_uri, lambda: attempt.take_over(run_uri, tracked.run_id)),
+        attempt=run.take_over(tracked.run_id),
         start=start.checkpoint,
         progress_bar=part is None and sys.stderr.isatty(),
         versions=node.versions(),
         part=part,
     )
     tracker = tracking.Tracker(tracked, record=job.record, keep=job.records)
-    tracker.log_text("config.json", json.dumps(to_dict(config), ensure_ascii=False, indent=2))
-    tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
-    card = storage.join(config.data, "data_card.html")
-    if storage.with_retries(card, lambda: storage.exists(card)):
-        tracker.log_text("data_card.html", storage.with_retries(card, lambda: storage.read_bytes(card)).decode())
+    _log_inputs(tracker, run, config, dataset)
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
-        attempt.request_stop(run_uri, job.attempt)
+        run.request_stop(job.attempt)
         tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
 
     try:
         kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
-        with attempt.on_stop_signal(stop), kept:
-            outcome = _run_workers(job, scaling, callbacks)
-        storage.with_retries(run_uri, lambda: storage.write_json(storage.join(run_uri, "final_metrics.json"), outcome))
-        tracker.log_text("final_metrics.json", json.dumps(outcome, indent=2))
+        with attempt.on_stop_signal(stop, told_to_stop), kept:
+            final = _run_workers(job, scaling, callbacks)
+        run.final.write(final)
+        tracker.log_text(run.final.name, run.final.text(final))
         if part is None:
-            storage.with_retries(run_uri, lambda: log_best(tracker, run_uri, dataset))
+            storage.with_retries(run.uri, log_best, tracker, run.uri, dataset)
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -116,7 +105,23 @@ def train(
     finally:
         if tracker.close(status) == 0:
             shutil.rmtree(_copies(tracker), ignore_errors=True)
-    return outcome
+    return final
+
+
+def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, ScalingConfig]:
+    """The data set, and the workers that the cluster has room for."""
+    # A study has read the data before; anyone else is to hear at once where it cannot be.
+    dataset = storage.with_retries(config.data, Dataset.open, config.data) if part else Dataset.open(config.data)
+    scaling = preflight.scaling(config)
+    if part is None:  # a study has asked for all its runs
+        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
+    if not dataset.split("valid").examples:
+        log.warning(
+            "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
+            "run; to have some, prepare the data with a larger --valid",
+            config.data,
+        )
+    return dataset, scaling
 
 
 def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: StudyContext | None) -> tracking.RunRef:
@@ -149,9 +154,16 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: St
         return tracking.RunRef(absolute_uri(uri), "", start.mlflow_run_id)
 
 
-def _run_workers(
-    job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]
-) -> dict[str, Any]:
+def _log_inputs(tracker: tracking.Tracker, run: RunFolder, config: TrainConfig, dataset: Dataset) -> None:
+    """The settings, and which data it is, with its card."""
+    tracker.log_text(run.config.name, run.config.text(config))
+    tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+    card = storage.join(config.data, "data_card.html")
+    if page := storage.with_retries(card, storage.find_bytes, card):
+        tracker.log_text("data_card.html", page.decode())
+
+
+def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> FinalMetrics:
     """Runs the workers to the end of the run, starting them again where one dies; rank 0's final metrics."""
     config = job.config
     try:
@@ -164,9 +176,9 @@ def _run_workers(
             f"run {config.run_name}: its workers failed once more than --max-failures {config.max_failures} allows "
             "(the last failure is above); the same command goes on from the newest checkpoint"
         ) from error
-    if "error" in outcome:
-        raise outcome["error"]
-    return cast(dict[str, Any], outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return cast(FinalMetrics, outcome)
 
 
 def resolve(config: C) -> C:
@@ -216,8 +228,9 @@ def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
     """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
     folder, state = checkpoint.load_found(run_uri)
     tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
-    for name in ("weights.safetensors", "config.json", "characters.txt", "persona_words.txt", "state.json"):
-        tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
+    for name in checkpoint.FILES:
+        if name not in (checkpoint.MOMENTS, checkpoint.MANIFEST):
+            tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
 
 
 def _copies(tracker: tracking.Tracker) -> Path:
@@ -234,29 +247,28 @@ def _local(uri: str, folder: Path) -> str:
     return copy
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
+def _worker(arguments: dict[str, Any]) -> FinalMetrics | Exception:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
     job: RunContext = arguments["job"]
     try:
         return _run(job)
     except NonFiniteLossError as error:
         # Every worker is here. Returned, not raised: a retry would come to the same step and the same loss.
-        return {"error": error}
+        return error
     except RunEndedError as ended:
-        return {"error": ended.args[0]}
+        reason: Exception = ended.args[0]
+        return reason
 
 
-def _run(job: RunContext) -> dict[str, Any]:
-    config = job.config
+def _run(job: RunContext) -> FinalMetrics:
+    config, run = job.config, RunFolder(job.run_uri)
     device = workers.set_up(job.part.side_by_side if job.part else 1)
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    mine, start = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: _begin(job)), only_rank_0=True)
-    dataset, model, state = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: load(config, start)))
-    if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
-        best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        state.progress.best_response_ppl = on_all_ranks(
-            lambda: storage.with_retries(job.run_uri, best), only_rank_0=True
-        )
+    mine, start = on_all_ranks(lambda: _begin(job, run), only_rank_0=True)
+    dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
+    if state is not None and start is not None and start.startswith(f"{run.uri}/"):
+        restore = functools.partial(run.checkpoints.restore_best, start, state.progress)
+        state.progress.best_response_ppl = on_all_ranks(restore, only_rank_0=True)
     train_loader, valid_loader = loaders(config, dataset, device)
     engine = Engine(model, config, device)
     progress = TrainProgress(fingerprint=dataset.fingerprint)
@@ -272,10 +284,10 @@ def _run(job: RunContext) -> dict[str, Any]:
         hooks.close()
 
 
-def _begin(job: RunContext) -> tuple[Attempt, str | None]:
+def _begin(job: RunContext, run: RunFolder) -> tuple[Attempt, str | None]:
     """The attempt of this start, and the checkpoint to go on from: the job's newest, else the one it started from."""
-    mine = attempt.start(job.run_uri, job.attempt)
-    found = checkpoint.newest(job.run_uri, after=job.attempt.number)
+    mine = run.start_attempt(job.attempt)
+    found = run.checkpoints.newest(after=job.attempt.number)
     start, step = (found[0], found[1].progress.step) if found else (job.start, None)
     if mine.number > job.attempt.number + 1:
         where = "from where the job started" if step is None else f"from step {step}"

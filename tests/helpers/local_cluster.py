@@ -20,7 +20,7 @@ import pytest
 
 from arplus import storage
 from arplus.data.dataset import Dataset
-from arplus.runs import audit
+from helpers import audits
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "s3://arplus"
@@ -184,7 +184,7 @@ def assert_ended_right(
     uri = f"{BUCKET}/runs/{run_name}"
     final = storage.read_json(f"{uri}/final_metrics.json")
     assert job.result() == final
-    assert audit.problems(uri, example_ids(data), epochs) == []
+    assert audits.find_problems(uri, example_ids(data), epochs) == []
     (run,) = cluster.runs(run_name)
     assert run.info.run_id == final["mlflow_run_id"]
     assert run.info.status == "FINISHED"

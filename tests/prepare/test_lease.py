@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from arplus import storage
 from arplus.errors import UsageError
 from arplus.prepare.lease import FILE, Lease, is_unfinished
 
@@ -49,18 +51,19 @@ def test_it_is_renewed_while_its_holder_lives(output: str) -> None:
     first.release(finished=True)
 
 
-def test_one_that_ran_out_is_taken_and_its_holder_finds_out(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arplus.prepare.lease._this_process", lambda: None)  # as from another machine
-    held_up = Lease.take(output, lifetime=600)
-    entry = held_up._entry() | {"expires": time.time() - 1}
-    assert held_up._file.replace(entry, unless=lambda _: False) is None
+def change(output: str, **changes: Any) -> None:
+    """Writes into the lease, as its holder or another job may have."""
+    file = storage.join(output, FILE)
+    storage.write_bytes(file, json.dumps(storage.read_json(file) | changes).encode())
+
+
+def test_one_that_ran_out_is_taken_and_its_holder_finds_out(output: str) -> None:
+    held_up = Lease.take(output, lifetime=4.0)  # renewed every second
+    change(output, expires=0.0, process=None)  # as from another machine
     second = Lease.take(output)
-    held_up._lifetime = 0.1
-    monkeypatch.setattr(held_up._ended, "wait", lambda _: False)
-    held_up._renew()
-    with pytest.raises(UsageError, match="took over this output"):
+    time.sleep(2.0)
+    with pytest.raises(UsageError, match=f"process {os.getpid()} on .* took over this output"):
         held_up.check()
-    monkeypatch.undo()
     held_up.release(finished=True)
     assert is_unfinished(output), "it removed the lease of another"
     second.check()
@@ -70,16 +73,21 @@ def test_one_that_ran_out_is_taken_and_its_holder_finds_out(output: str, monkeyp
 def test_a_holder_that_slept_past_its_lease_looks_before_it_goes_on(
     output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arplus.prepare.lease._this_process", lambda: None)  # as from another machine
     slept = Lease.take(output, lifetime=600)
-    slept._file.replace(slept._entry() | {"expires": 0.0}, unless=lambda _: False)
-    second = Lease.take(output)
+    change(output, token="another", holder="process 1 elsewhere")
     slept.check()
-    slept._renewed -= 601
-    with pytest.raises(UsageError, match="took over this output"):
+    monkeypatch.setattr("arplus.prepare.lease.time", SimpleNamespace(time=lambda: time.time() + 601))
+    with pytest.raises(UsageError, match="process 1 elsewhere took over this output"):
         slept.check()
     slept.release(finished=True)
-    second.release(finished=True)
+    assert is_unfinished(output)
+
+
+def test_a_holder_that_never_looked_again_leaves_its_successors_lease(output: str) -> None:
+    slept = Lease.take(output, lifetime=600)
+    change(output, token="another")
+    slept.release(finished=True)
+    assert is_unfinished(output)
 
 
 def test_an_output_by_its_file_uri_has_its_lease_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

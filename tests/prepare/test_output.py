@@ -1,13 +1,16 @@
 """A preparation deletes what is its own, or was left by one that died; never its successor's work or a user's file."""
 
+import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from arplus.errors import UsageError
 from arplus.prepare import output
-from arplus.prepare.lease import FILE, Lease
+from arplus.prepare.lease import FILE, LIFETIME, Lease
 from arplus.text import Vocabulary
 
 WORDS = Vocabulary(["a"])
@@ -24,12 +27,16 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def lost(tmp_path: Path) -> Any:
+def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A lease that was lost, with files of its holder and of the successor."""
     lease = Lease.take(str(tmp_path))
-    lease._file.replace(lease._entry() | {"expires": 0.0}, unless=lambda _: False)
+    file = tmp_path / FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"expires": 0.0, "process": None}))
     successor = Lease.take(str(tmp_path))
-    lease._renew_now()
+    monkeypatch.setattr("arplus.prepare.lease.time", SimpleNamespace(time=lambda: time.time() + 2 * LIFETIME))
+    with pytest.raises(UsageError, match="took over"):
+        lease.check()
+    monkeypatch.undo()
     for token in (lease.token, successor.token):
         write(tmp_path, f"_temporary/{token}/0.arrow", f"train/part-00000-{token}.parquet")
     yield lease

@@ -3,10 +3,12 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from arplus.errors import RunError, UsageError
 from arplus.runs import attempt
 from arplus.runs.attempt import StoppedError, SupersededError, Watch
 
@@ -14,6 +16,26 @@ from arplus.runs.attempt import StoppedError, SupersededError, Watch
 @pytest.fixture
 def run(tmp_path):
     return str(tmp_path / "run")
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_run(request, tmp_path):
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_server").uri(tmp_path.name)
+
+
+def at_once(*calls):
+    """What calls come to that are made at the same moment: results, or errors."""
+    barrier = threading.Barrier(len(calls))
+
+    def work(call):
+        barrier.wait()
+        try:
+            return call()
+        except RunError as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(work, calls))
 
 
 def wait_for(happened):
@@ -65,6 +87,48 @@ def test_the_word_to_stop_reaches_this_start_and_the_next(run):
     with pytest.raises(StoppedError):
         attempt.start(run, job)
     assert attempt.start(run, attempt.take_over(run, "m")).stop is False, "a new job begins afresh"
+
+
+def test_starts_at_the_same_moment_are_all_counted(any_run):
+    job = attempt.take_over(any_run, "m")
+    found = at_once(*[lambda: attempt.start(any_run, job)] * 8)
+    assert sorted(each.number for each in found) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("round", range(3))
+def test_of_jobs_that_take_a_run_over_at_the_same_moment_one_has_it(any_run, round):
+    """Also where the job before starts its workers meanwhile, which must not bring the run back to it."""
+    old = attempt.take_over(any_run, "m")
+    *jobs, start = at_once(*[lambda: attempt.take_over(any_run, "m")] * 3, lambda: attempt.start(any_run, old))
+    owner = attempt.read(any_run)
+    assert owner.owner in [job.owner for job in jobs]
+    assert owner.number == (0 if isinstance(start, SupersededError) else 1)
+    for job in jobs:
+        if job.owner == owner.owner:
+            assert attempt.start(any_run, job).number == owner.number + 1
+        else:
+            with pytest.raises(SupersededError):
+                attempt.start(any_run, job)
+
+
+@pytest.mark.parametrize("round", range(3))
+def test_a_word_to_stop_is_not_lost_in_a_start_nor_a_start_in_it(any_run, round):
+    job = attempt.take_over(any_run, "m")
+    start, _ = at_once(lambda: attempt.start(any_run, job), lambda: attempt.request_stop(any_run, job))
+    now = attempt.read(any_run)
+    assert now.stop
+    assert now.number == (0 if isinstance(start, StoppedError) else 1)
+
+
+def test_what_another_version_wrote_is_refused_by_name(run):
+    attempt.take_over(run, "m")
+    path = Path(run, "attempt.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopp": True}))
+    with pytest.raises(UsageError, match=r"attempt.json: unknown key 'stopp' \(did you mean 'stop'\?\)"):
+        attempt.read(run)
+    path.write_text('["owner"]')
+    with pytest.raises(UsageError, match=r"attempt.json: holds \['owner'\], not the names and values of Attempt"):
+        attempt.read(run)
 
 
 def test_the_watch_sees_both(run):

@@ -2,9 +2,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import audits
 
 from arplus.data.loader import Step
-from arplus.runs import audit
 from arplus.runs.audit import Audit
 
 
@@ -45,15 +45,15 @@ def test_flushes_do_not_overwrite_each_other(run):
     for step in range(3):
         written.add(0, step, Step([Ids([step])], 1))
         written.flush()
-    assert audit.problems(run, np.arange(3), 1) == []
+    assert audits.find_problems(run, np.arange(3), 1) == []
 
 
 def test_the_last_attempt_of_a_step_counts(run):
     write(run, 1, [(0, 0, [1, 2]), (0, 1, [3, 4]), (0, 2, [5])])  # the other worker died before it wrote its [6]
     write(run, 2, [(0, 1, [4]), (0, 2, [5])])
     write(run, 2, [(0, 1, [3]), (0, 2, [6])], rank=1)
-    assert len(audit.read(run)) == 6
-    assert audit.problems(run, np.arange(1, 7), 1) == []
+    assert len(audits.read(run)) == 6
+    assert audits.find_problems(run, np.arange(1, 7), 1) == []
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_the_last_attempt_of_a_step_counts(run):
 )
 def test_what_is_not_exactly_once_is_found(run, rows, problem):
     write(run, 1, rows)
-    assert audit.problems(run, np.array([1, 2, 3]), 1) == [problem]
+    assert audits.find_problems(run, np.array([1, 2, 3]), 1) == [problem]
 
 
 def test_every_epoch_is_looked_at(run):
     write(run, 1, [(0, 0, [1, 2]), (1, 0, [1]), (2, 0, [1])])
-    assert audit.problems(run, np.array([1, 2]), 2) == ["epoch 1: 1 examples missing, such as [2]"]
+    assert audits.find_problems(run, np.array([1, 2]), 2) == ["epoch 1: 1 examples missing, such as [2]"]

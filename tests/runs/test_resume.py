@@ -7,11 +7,12 @@ import torch
 from helpers.prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 
 from arplus import storage
-from arplus.config import PAPER_ROWS, ExampleRules, TrainConfig, preset, tiny, to_dict
+from arplus.config import PAPER_ROWS, ExampleRules, TrainConfig, preset, tiny
 from arplus.errors import RefusedError, ResourceError, UsageError
 from arplus.model.network import PersonaTransformer
 from arplus.runs import attempt, checkpoint
 from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.folder import RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.training.trainer import load
 
@@ -43,12 +44,12 @@ def save(config: TrainConfig, step: int, number: int = 1, **changes) -> str:
         moments={"exp_avg.a": torch.tensor([1.0])},
         mlflow_run_id=f"mlflow-{config.run_name}",
     )
-    storage.write_json(storage.join(run_uri(config), "config.json"), to_dict(config))
+    RunFolder(run_uri(config)).config.write(config)
     return checkpoint.save(run_uri(config), replace(state, **changes), attempt=number)
 
 
 def start(config, data) -> ResumePoint:
-    return find_resume_point(config, run_uri(config), data)
+    return find_resume_point(config, RunFolder(run_uri(config)), data)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -143,7 +144,7 @@ def test_storage_that_is_away_is_not_damage(config, data, monkeypatch, error):
 
 
 def test_a_run_without_checkpoint_starts_again_in_its_mlflow_run(config, data):
-    storage.write_json(storage.join(run_uri(config), "config.json"), to_dict(config))
+    RunFolder(run_uri(config)).config.write(config)
     attempt.take_over(run_uri(config), "abc")
     assert start(config, data) == ResumePoint(None, "abc")
     assert start(replace(config, seed=1), data) == ResumePoint(None, None), "its parameters would be wrong there"

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers import faults
+from helpers import audits, faults
 from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
 
 from arplus import tracking
 from arplus.config import TrainConfig
-from arplus.runs import audit, checkpoint
+from arplus.runs import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def worker_counts(config: TrainConfig) -> list[int]:
 def assert_ended_right(config: TrainConfig, job: subprocess.Popen[str]) -> str:
     said, _ = job.communicate(timeout=600)
     assert job.returncode == 0, said
-    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), config.epochs) == []
+    assert audits.find_problems(str(faults.folder(config)), np.arange(EXAMPLES), config.epochs) == []
     found = checkpoint.newest(str(faults.folder(config)))
     assert found is not None
     assert found[1].progress.step == config.epochs * -(-EXAMPLES // config.batch_size)

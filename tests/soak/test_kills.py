@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import faults
+from helpers import audits, faults
 from helpers.prepared import write_dataset
 
 from arplus.config import TrainConfig
-from arplus.runs import audit
 from arplus.training.trainer import train
 
 EXAMPLES = 500
@@ -65,10 +64,10 @@ def test_a_kill_at_any_moment_changes_nothing(
     with faults.disturbed(kill, lambda: faults.steps_logged(config) > 0):
         final = train(config)
     assert faults.attempts(config) == 2
-    assert final["steps"] == STEPS
+    assert final.steps == STEPS
     found = faults.newest_weights(config)
     assert all(torch.equal(found[name], value) for name, value in weights.items())
-    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), 2) == []
+    assert audits.find_problems(str(faults.folder(config)), np.arange(EXAMPLES), 2) == []
 
 
 def test_five_kills_then_one_worker_then_four(data: str, storage: Path) -> None:
@@ -77,8 +76,8 @@ def test_five_kills_then_one_worker_then_four(data: str, storage: Path) -> None:
     chance = random.Random(5)
     with ExitStack() as kills:
         faults.kill_in_turn(config, kills, chance.sample(range(1, 85), 5), chance)
-        assert train(config)["steps"] == 90
+        assert train(config).steps == 90
     assert faults.attempts(config) == 6
-    assert train(replace(config, workers=1, max_steps=105))["steps"] == 105
-    assert train(replace(config, workers=4, zero_stage=3, max_steps=None))["steps"] == STEPS
-    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), 2) == []
+    assert train(replace(config, workers=1, max_steps=105)).steps == 105
+    assert train(replace(config, workers=4, zero_stage=3, max_steps=None)).steps == STEPS
+    assert audits.find_problems(str(faults.folder(config)), np.arange(EXAMPLES), 2) == []

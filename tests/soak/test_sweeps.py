@@ -1,6 +1,5 @@
 """The long proofs of a sweep: about 20 minutes on two quiet cores (reckoned, not yet measured in one go)."""
 
-import json
 import os
 import shlex
 import signal
@@ -21,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from arplus.config import TuneConfig, preset, study_settings, tiny
 from arplus.runs import attempt
 from arplus.study import tune
-from arplus.study.record import Trial
+from arplus.study.record import StudyFolder, Trial
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +45,7 @@ def environment() -> dict[str, str]:
 
 
 def records(storage: Path) -> dict[str, Trial]:
-    files = sorted((storage / "eight" / "trials").glob("trial-*.json"))
-    return {file.stem: Trial(**json.loads(file.read_text())) for file in files}
+    return {trial.name: trial for trial in StudyFolder(str(storage / "eight")).trials()}
 
 
 def starts(storage: Path, trial: str) -> int:

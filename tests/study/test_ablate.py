@@ -8,13 +8,12 @@ from typing import Any, cast
 import pytest
 from helpers.prepared import write_dataset
 
-from arplus import storage
-from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, preset, tiny, to_dict, validate
+from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, TrainConfig, preset, tiny, validate
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.study import ablate, execute
 from arplus.study.ablate import RunSpec
-from arplus.study.record import Study, Trial
+from arplus.study.record import Study, StudyFacts, StudyFolder, Trial
 from arplus.tracking import RunRef
 
 
@@ -25,11 +24,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def study(**trials: Trial) -> Study:
     return Study(
-        uri="",
-        kind="ablation",
+        folder=StudyFolder(""),
+        facts=StudyFacts(kind="ablation", fingerprint="", mlflow_run_id="", owner="", config={}),
         config=AblateConfig(run_name="s"),
-        fingerprint="",
-        owner="",
         tracked=RunRef("", "", ""),
         trials=trials,
     )
@@ -37,7 +34,7 @@ def study(**trials: Trial) -> Study:
 
 def done(row: RunSpec, ppl: float) -> Trial:
     results = [{"examples": 1.0, "best_response_ppl": ppl}]
-    return Trial(name=row.name, values=row.values, config={}, outcome="finished", results=results)
+    return Trial(name=row.name, values=row.values, config=TrainConfig(), outcome="finished", results=results)
 
 
 def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
@@ -89,9 +86,9 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     config = AblateConfig(row=("arplus",), seeds=1, data=dataset.uri)
     (row,) = rows = ablate._rows(config, dataset.split("train"), study())
     trial = done(row, 30.0)
-    trial.config = to_dict(ablate.settings(config, row))
-    mine = replace(study(**{row.name: trial}), uri=str(tmp_path))
-    storage.write_json(str(tmp_path / "study.json"), {"owner": ""})
+    trial.config = ablate.settings(config, row)
+    mine = replace(study(**{row.name: trial}), folder=StudyFolder(str(tmp_path)))
+    mine.folder.facts.write(mine.facts)
 
     def away(*_: object) -> None:
         raise ResourceError("MLflow cannot be used")
@@ -100,9 +97,14 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
     monkeypatch.setattr(ablate, "destination", away)
     ablate._evaluate(config, mine, dataset, rows)
-    record = storage.read_json(mine.record_uri(row.name))
-    assert record["final"]["evaluation"] == splits
-    assert f"jobs/evaluate.py --checkpoint {mine.run_uri(row.name)} --data {dataset.uri} logs: MLflow" in caplog.text
+    record = mine.folder.trial(row.name).read()
+    assert record == trial
+    assert record.evaluation is not None
+    assert record.evaluation.splits == splits
+    assert (
+        f"jobs/evaluate.py --checkpoint {mine.folder.run(row.name).uri} --data {dataset.uri} logs: MLflow"
+        in caplog.text
+    )
 
 
 def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from arplus import storage
-from arplus.config import StudyConfig, TuneConfig, run_settings
-from arplus.errors import RefusedError
-from arplus.study.record import Study
+from arplus.config import StudyConfig, TrainConfig, TuneConfig, run_settings
+from arplus.errors import RefusedError, UsageError
+from arplus.runs.attempt import SupersededError
+from arplus.study.record import OBJECTIVE, Study, StudyFolder, Trial
 from arplus.tracking import RunRef
 
 
@@ -46,16 +47,15 @@ def test_a_study_waits_for_storage_that_refuses(
     with refusing():
         study = begin(config)
     with refusing():
-        trial = study.add("trial-0001", {}, config)
+        trial = study.add("trial-0001", {}, run_settings(config))
     with refusing():
         trial.outcome = "finished"
         study.save(trial)
     with refusing():
-        study.write("trials.csv", "table")
+        study.folder.write("trials.csv", "table")
     assert storage.read_bytes(f"{study.uri}/trials.csv") == b"table"
     with refusing():
         assert begin(config).trials["trial-0001"].outcome == "finished"
-    assert study.records == f"{study.uri}/tracking"
 
 
 def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path) -> None:
@@ -70,4 +70,40 @@ def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path)
     trial = study.trials["t"]
     study.renew(trial)
     today = replace(run, workers=2, zero_stage=1, storage=f"{study.uri}/runs", log_every=began.log_every)
-    assert trial.settings == today
+    assert trial.config == today
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = StudyFolder(str(tmp_path)).trial("t")
+    results: list[dict[str, int | float]] = [{"examples": 56, "response_ppl": 3.5, OBJECTIVE: 3.0}]
+    trial = Trial(
+        name="t", values={"seed": 3}, config=TrainConfig(), outcome="failed", problem="at s3://me:x@h", results=results
+    )
+    record.write(trial)
+    assert record.read() == trial
+    assert record.text(record.read()) == record.text(trial), "a whole number stays one"
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 3}])
+def test_another_job_that_begins_at_the_same_moment_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The newer job has the study; but one of other settings does not overwrite what the other has just begun."""
+    config = TuneConfig(storage=str(tmp_path), run_name="s", mlflow="http://127.0.0.1:9")
+    others: list[Study] = []
+
+    def start_run(*_: object, **__: object) -> RunRef:
+        if not others:  # after this job has looked, and before it writes
+            others.append(cast(Any, None))
+            others[0] = begin(replace(config, **changes))
+        return RunRef("", "", "run")
+
+    monkeypatch.setattr("arplus.tracking.start_run", start_run)
+    if changes:
+        with pytest.raises(UsageError, match=r"this study has other settings .*seed: 3 there, 0 here"):
+            begin(config)
+        others[0].check_owner()
+    else:
+        begin(config).check_owner()
+        with pytest.raises(SupersededError, match="another job has taken this study over"):
+            others[0].check_owner()

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from arplus.config import AblateConfig
+from arplus.config import AblateConfig, TrainConfig
+from arplus.runs.folder import FinalMetrics
 from arplus.study import report
 from arplus.study.paper import COLUMNS, FIGURES, LABELS, STANDARD_COLUMNS, TABLES
-from arplus.study.record import Trial
+from arplus.study.record import Evaluation, Trial
 from arplus.study.results import Cell, Key, effect, rows, within_noise
 
 
@@ -19,15 +20,27 @@ def trial(preset: str, seed: int, ppl: float, sessions: int = 1000) -> Trial:
         "paper_compatible": {"paper_ppl": 3 * ppl, "paper_bleu": 0.001},
         "persona": {"questions": 4, "agreement": 0.5},
     }
-    final = {
-        "parameters": 31e6,
-        "peak_memory_bytes": 2**30,
-        "train_seconds": 90.0,
-        "examples": 5000,
-        "sessions": sessions,
-        "evaluation": {"test": {"examples": 10, **groups}},
-    }
-    return Trial(name=f"{preset}-{sessions}-{seed}", values={"preset": preset}, config={}, final=final)
+    final = FinalMetrics(
+        run_name="a",
+        preset=preset,
+        fingerprint="",
+        steps=10,
+        examples=5000,
+        best_response_ppl=ppl,
+        train_seconds=90.0,
+        peak_memory_bytes=2**30,
+        mlflow_run_id="",
+        valid={},
+    )
+    return replace(
+        not_evaluated(preset, f"{preset}-{sessions}-{seed}"),
+        final=final,
+        evaluation=Evaluation(splits={"test": {"examples": 10, **groups}}, sessions=sessions, parameters=31_000_000),
+    )
+
+
+def not_evaluated(preset: str, name: str) -> Trial:
+    return Trial(name=name, values={"preset": preset}, config=TrainConfig())
 
 
 TRIALS = [
@@ -41,7 +54,7 @@ TRIALS = [
 
 
 def test_rows_are_means_over_seeds_by_size() -> None:
-    found = rows([*TRIALS, Trial(name="not evaluated", values={"preset": "ar"}, config={})])
+    found = rows([*TRIALS, not_evaluated("ar", "another")])
     assert list(found) == sorted(found)
     assert found[Key(1000, "ar")]["response_ppl"] == Cell(41.0, 1.0, 3)
     assert found[Key(100, "ar")]["response_ppl"] == Cell(50.0, None, 1)

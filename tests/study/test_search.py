@@ -9,6 +9,7 @@ import pytest
 
 from arplus.config import (
     Dimension,
+    TrainConfig,
     TuneConfig,
     parse_space,
     preset,
@@ -30,7 +31,7 @@ LR = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-1))]
 
 def ended(values: dict[str, Any], ppl: float, outcome: Any = "finished", examples: int = 800) -> Trial:
     result = {"examples": examples, "response_ppl": ppl, OBJECTIVE: ppl}
-    return Trial(name="t", values=values, config={}, outcome=outcome, results=[result])
+    return Trial(name="t", values=values, config=TrainConfig(), outcome=outcome, results=[result])
 
 
 def bowl(values: dict[str, Any]) -> float:
@@ -91,7 +92,7 @@ def test_optuna_keeps_away_from_what_diverged_and_knows_what_runs() -> None:
     known = {
         n: ended(v, bowl(v), "diverged" if v["optimizer.lr"] > 1e-2 else "finished") for n, v in enumerate(values, 1)
     }
-    known[6] = Trial(name="t", values={"optimizer.lr": 2e-3}, config={})
+    known[6] = Trial(name="t", values={"optimizer.lr": 2e-3}, config=TrainConfig())
     search = make_search(replace(CONFIG, trials=6), LR, known)
     proposed = [search.choose(number) for number in range(7, 19)]
     assert sum(p is not None and p["optimizer.lr"] > 1e-2 for p in proposed) <= 3

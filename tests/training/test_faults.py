@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import faults
+from helpers import audits, faults
 from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
 
 from arplus import tracking
 from arplus.config import TrainConfig
 from arplus.errors import RunError
-from arplus.runs import attempt, audit, checkpoint
+from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import SupersededError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.trainer import train
@@ -42,13 +42,13 @@ def undisturbed(data: str, storage: Path) -> dict[str, torch.Tensor]:
     """The final weights of a run with dropout that nothing happens to."""
     config = faults.settings(data, storage, run_name="undisturbed")
     assert config.model.dropout > 0
-    assert train(config)["steps"] == STEPS
+    assert train(config).steps == STEPS
     assert_each_example_once_an_epoch(config)
     return faults.newest_weights(config)
 
 
 def assert_each_example_once_an_epoch(config: TrainConfig, epochs: int = 2) -> None:
-    assert audit.problems(str(faults.folder(config)), np.arange(EXAMPLES), epochs) == []
+    assert audits.find_problems(str(faults.folder(config)), np.arange(EXAMPLES), epochs) == []
 
 
 def mlflow_status(config: TrainConfig, run_id: str) -> str:
@@ -74,13 +74,13 @@ def test_kills_change_nothing(
         faults.kill_in_turn(config, kills, steps, chance)
         final = train(config)
     assert faults.attempts(config) == 1 + times
-    assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
-    assert "valid/response_ppl" in final
+    assert (final.steps, final.examples) == (STEPS, 2 * EXAMPLES)
+    assert "response_ppl" in final.valid
     weights = faults.newest_weights(config)
     assert weights.keys() == undisturbed.keys()
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
     assert_each_example_once_an_epoch(config)
-    assert mlflow_status(config, final["mlflow_run_id"]) == "FINISHED"
+    assert mlflow_status(config, final.mlflow_run_id) == "FINISHED"
 
 
 @pytest.mark.soak
@@ -102,10 +102,10 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     assert mlflow_status(config, before.mlflow_run_id) == "KILLED"
 
     alone = train(replace(config, workers=1, max_steps=stopped + 9))
-    assert alone["steps"] == stopped + 9
-    assert alone["mlflow_run_id"] == before.mlflow_run_id
+    assert alone.steps == stopped + 9
+    assert alone.mlflow_run_id == before.mlflow_run_id
     final = train(replace(config, workers=4, zero_stage=3))
-    assert (final["steps"], final["examples"]) == (STEPS, 2 * EXAMPLES)
+    assert (final.steps, final.examples) == (STEPS, 2 * EXAMPLES)
     assert_each_example_once_an_epoch(config)
     assert faults.attempts(config) == 3
 

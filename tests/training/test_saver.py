@@ -147,7 +147,7 @@ def test_what_the_next_attempt_is_writing_stays(run):
 
 
 def test_a_failure_after_the_manifest_leaves_the_checkpoint_alone(s3_server, tmp_path, monkeypatch):
-    mine = a_saver(s3_server.uri(tmp_path.name))
+    run = s3_server.uri(tmp_path.name)
     mark, save, saved = checkpoint.mark_best, checkpoint.save, []
     failures = iter([ResourceError("away")])
 
@@ -158,11 +158,12 @@ def test_a_failure_after_the_manifest_leaves_the_checkpoint_alone(s3_server, tmp
 
     monkeypatch.setattr(checkpoint, "mark_best", failing_once)
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: saved.append(1) or save(*a, **k))
+    mine = a_saver(run)
     mine.save(state(10), 3.0)
     mine.wait()
     assert mine.error is None
     assert len(saved) == 1
-    assert storage.read_json(f"{mine.run_uri}/best.json")["response_ppl"] == 3.0
+    assert storage.read_json(f"{run}/best.json")["response_ppl"] == 3.0
 
 
 def test_what_an_earlier_save_left_half_written_is_removed(run):
@@ -177,14 +178,15 @@ def test_what_an_earlier_save_left_half_written_is_removed(run):
 def test_s3_that_refuses_for_a_while_costs_no_checkpoint(s3_server, tmp_path, monkeypatch):
     """As it does when it is asked too often (ray#55055), or when a token has run out before the next one is there."""
     right = s3_server.environment["AWS_SECRET_ACCESS_KEY"]
-    mine = a_saver(s3_server.uri(tmp_path.name))
+    run = s3_server.uri(tmp_path.name)
+    mine = a_saver(run)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(RefusedError):
-        storage.exists(mine.run_uri)
+        storage.exists(run)
     again = threading.Timer(2.0, monkeypatch.setenv, ("AWS_SECRET_ACCESS_KEY", right))
     again.start()
     mine.save(state(10), 3.0)
     mine.wait()
     again.join()
     assert mine.error is None
-    assert steps(mine.run_uri) == [10]
+    assert steps(run) == [10]

@@ -48,23 +48,23 @@ def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Train
 def test_a_run_leaves_metrics_checkpoints_and_its_configuration(finished: tuple) -> None:
     config, final = finished
     folder = Path(config.storage) / "two"
-    assert json.loads((folder / "final_metrics.json").read_text()) == final
-    assert final["steps"] == 2 * math.ceil(EXAMPLES / 8)
-    assert final["examples"] == 2 * EXAMPLES
-    assert final["valid/examples"] == VALID
-    assert final["valid/response_ppl"] == pytest.approx(math.exp(final["valid/dialogue_loss"]))
+    assert json.loads((folder / "final_metrics.json").read_text()) == final.flat()
+    assert final.steps == 2 * math.ceil(EXAMPLES / 8)
+    assert final.examples == 2 * EXAMPLES
+    assert final.valid["examples"] == VALID
+    assert final.valid["response_ppl"] == pytest.approx(math.exp(final.valid["dialogue_loss"]))
     newest = checkpoint.load(checkpoint.list_complete(str(folder))[-1], moments=True)
     assert newest.config.data == config.data
-    assert newest.progress.step == final["steps"]
+    assert newest.progress.step == final.steps
     assert len(newest.moments) == 2 * len(newest.weights)
     best = checkpoint.load(str(folder))
-    assert best.progress.best_response_ppl == final["best_response_ppl"]
+    assert best.progress.best_response_ppl == final.best_response_ppl
 
 
 def test_mlflow_has_the_run(finished: tuple) -> None:
     config, final = finished
     client = MlflowClient(tracking.default_uri(config.storage))
-    run = client.get_run(final["mlflow_run_id"])
+    run = client.get_run(final.mlflow_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.lr"] == "0.002"
     assert run.data.tags["fingerprint"] == "test"
@@ -72,7 +72,7 @@ def test_mlflow_has_the_run(finished: tuple) -> None:
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps[-1] == 2 * EXAMPLES
     assert steps == sorted(steps)
-    assert run.data.metrics["valid/response_ppl"] == pytest.approx(final["valid/response_ppl"])
+    assert run.data.metrics["valid/response_ppl"] == pytest.approx(final.valid["response_ppl"])
     assert {"perf/examples_per_second", "perf/data_wait_share", "train/grad_norm"} <= run.data.metrics.keys()
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "sample_replies.txt", "final_metrics.json"} <= artifacts
@@ -83,11 +83,11 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
 ) -> None:
     _, final = finished
     first = settings(data, tmp_path, run_name="two", workers=2, max_steps=14)
-    assert train(first)["steps"] == 14
+    assert train(first).steps == 14
     resumed = train(replace(first, max_steps=None, workers=2))
-    assert resumed["mlflow_run_id"] != final["mlflow_run_id"]
+    assert resumed.mlflow_run_id != final.mlflow_run_id
     for name in ("steps", "examples", "valid/response_ppl", "best_response_ppl"):
-        assert resumed[name] == final[name], "the same number of workers resumes to the bit"
+        assert resumed.flat()[name] == final.flat()[name], "the same number of workers resumes to the bit"
 
 
 def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(finished: tuple, tmp_path: Path) -> None:
