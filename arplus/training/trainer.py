@@ -84,8 +84,9 @@ def train(
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
-        run.request_stop(job.attempt)
-        tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, which may not be enough for what follows
+        with contextlib.suppress(SupersededError):  # another job's run is not ours to stop
+            run.request_stop(job.attempt)
+            tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, perhaps too few for what follows
 
     try:
         kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()

@@ -123,8 +123,8 @@ def test_a_word_to_stop_is_not_lost_in_a_start_nor_a_start_in_it(any_run, round)
 def test_what_another_version_wrote_is_refused_by_name(run):
     attempt.take_over(run, "m")
     path = Path(run, "attempt.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopp": True}))
-    with pytest.raises(UsageError, match=r"attempt.json: unknown key 'stopp' \(did you mean 'stop'\?\)"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_": True}))
+    with pytest.raises(UsageError, match=r"attempt.json: unknown key 'stop_' \(did you mean 'stop'\?\)"):
         attempt.read(run)
     path.write_text('["owner"]')
     with pytest.raises(UsageError, match=r"attempt.json: holds \['owner'\], not the names and values of Attempt"):
