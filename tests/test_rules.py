@@ -28,6 +28,7 @@ from arplus.evaluation.replies import Responder, raw_profile
 from arplus.prepare.pipeline import prepare
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
+from arplus.runs.folder import FinalMetrics
 from arplus.study import ablate, tune
 from arplus.training.trainer import train
 
@@ -50,7 +51,7 @@ class Road:
 
     data: Dataset
     config: TrainConfig
-    final: dict[str, Any]
+    final: FinalMetrics
     warnings: list[str]
 
     @property

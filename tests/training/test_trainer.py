@@ -17,6 +17,7 @@ from arplus.config import TrainConfig, preset, tiny
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.runs import checkpoint
+from arplus.runs.folder import FinalMetrics
 from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
@@ -39,7 +40,7 @@ def settings(data: str, storage: Path, **changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, Any]]:
+def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, FinalMetrics]:
     """A run of two workers."""
     config = settings(data, tmp_path_factory.mktemp("storage"), run_name="two", workers=2)
     return config, train(config)
