@@ -36,6 +36,7 @@ _NOT_A_TRIALS = frozenset(
         ),  # how it is computed
         *("epochs", "max_steps", "validate_every"),  # the budget, which is equal for all
         *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "audit"),
+        *("patience", "profile_steps", "collective_timeout_minutes"),
     }
 )
 """Settings of a run in which trials cannot differ."""

@@ -45,6 +45,8 @@ class StudyConfig(TrainConfig):
             yield "resume", f"must be auto or never for a study (got {self.resume!r})"
         if self.max_steps is not None:
             yield "max_steps", "is not a study's: --examples is the budget of its runs (pass --max-steps None)"
+        if self.patience is not None:
+            yield "patience", "is not a study's: its runs have one budget, to be compared (pass --patience None)"
         if self.validate_every is not None:
             yield "validate_every", "is not a study's: --validations counts them (pass --validate-every None)"
 

@@ -24,7 +24,8 @@ MAY_DIFFER = frozenset(
             "compile",
             "feed.prefetch",
         ),  # how it is computed
-        *("epochs", "max_steps"),  # a run may be extended
+        *("epochs", "max_steps", "patience"),  # a run may be extended
+        *("profile_steps", "collective_timeout_minutes"),
         *("validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"),
         *("resume", "max_failures", "audit"),
         *(f"estimate.{name}" for name in dotted_names(EstimateConfig)),

@@ -12,6 +12,8 @@ to 3 wait for the norm of the gradient themselves.)
 import math
 import os
 import shutil
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.training.footprint import BUCKET
+from arplus.training.group import limit_waiting
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCHEDULE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -135,6 +138,10 @@ class Engine:
         )[0]
         # Stage 0 would flatten and copy all gradients to reduce them over one worker, for nothing.
         self.engine.enable_backward_allreduce = self.stage > 0 or dist.get_world_size() > 1
+        self.before_reduction: Callable[[], None] = lambda: None
+        """Called when this worker has its own part of a step's gradient, before it is added up over the workers."""
+        self._tell_of_reductions()
+        limit_waiting(timedelta(minutes=config.collective_timeout_minutes), self.engine.seq_data_parallel_group)
         self.module: nn.Module = self.engine.module
         self.schedule = ReduceLROnPlateau(
             self.optimizer,
@@ -172,18 +179,20 @@ class Engine:
         bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
         return self.reads_each_step or len(self.unread) > bad_steps_left
 
-    def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
-        """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.
+    def read(self, number: int = 0) -> tuple[list[StepResult], int]:
+        """What the steps since the last reading computed; a collective call.
+
+        A ``number`` of the caller's goes along in the same collective, and its sum over the workers comes back.
 
         Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
         Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
         """
         unread, self.unread = self.unread, []
-        asked = torch.full((1,), ask, dtype=torch.float64, device=self.device)
-        together = torch.cat([asked, *(step.nats for step in unread)])
+        own_number = torch.full((1,), number, dtype=torch.float64, device=self.device)
+        together = torch.cat([own_number, *(step.nats for step in unread)])
         dist.all_reduce(together)
         norms = [step.grad_norm.double().reshape(1) for step in unread]
-        asked_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
+        number_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
         n, results = len(unread), []
         for i, step in enumerate(unread):
             dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
@@ -196,7 +205,7 @@ class Engine:
                 raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
             self.schedule.step(total)
             results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
-        return results, int(asked_sum)
+        return results, int(number_sum)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -254,6 +263,15 @@ class Engine:
             group["lr"] = state["lr"]
         for key in SCHEDULE:
             setattr(self.schedule, key, state[key])
+
+    def _tell_of_reductions(self) -> None:
+        reduce = self.engine.allreduce_gradients
+
+        def told(*arguments: Any, **named: Any) -> None:
+            self.before_reduction()
+            reduce(*arguments, **named)
+
+        self.engine.allreduce_gradients = told
 
     def _forward(self, batch: Batch) -> Losses:
         losses: Losses = self.engine(batch.to(self.device))
