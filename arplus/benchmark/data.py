@@ -117,7 +117,7 @@ def bytes_read(sampler: EpochSampler, spec: BatchSpec, steps: int) -> int:
     wanted = set(spec.columns)
     sizes: dict[str, list[int]] = {}
     total = 0
-    for window in range(-(-steps // sampler.shuffle_window_batches)):
+    for window in range(-(-steps // sampler.window_batches)):
         for group, _, _ in sampler.pieces(0, window):
             if group.file not in sizes:
                 filesystem, path = storage.resolve(group.file)
@@ -166,7 +166,7 @@ def first_batches(sampler: EpochSampler, spec: BatchSpec, steps: int) -> tuple[l
     tables: list[pa.Table] = []
     batches: list[list[int]] = []
     first = 0
-    for window in range(-(-steps // sampler.shuffle_window_batches)):
+    for window in range(-(-steps // sampler.window_batches)):
         table = sampler.read(0, window, spec.columns)
         lengths = Window(table, spec).context.lengths
         batches += [(first + rows).tolist() for rows in sampler.batches(0, window, lengths)]

@@ -86,7 +86,7 @@ def _torch_step(model: nn.Module, loss: Callable[[Padded], torch.Tensor], config
     def take(batch: Padded) -> None:
         optimizer.zero_grad()
         loss(batch.to(device())).backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
 
     return take
