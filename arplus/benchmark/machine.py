@@ -15,6 +15,8 @@ import psutil
 import ray
 import torch
 
+from arplus.cluster import ray_private
+
 SIDE = 1024
 _INTERVAL_S = 0.5
 
@@ -49,11 +51,11 @@ def processes() -> list[psutil.Process]:
     roots = [psutil.Process()]
     if ray.is_initialized():
         # A cluster that was there before us is not among our children; its processes name its session's folder.
-        node: Any = ray._private.worker._global_node
-        session = Path(node.get_session_dir_path()).name
+        logs = ray_private.logs_folder()
+        session = logs.parent.name if logs else ""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if session in " ".join(process.cmdline()):
+                if session and session in " ".join(process.cmdline()):
                     roots.append(process)
     found = {root.pid: root for root in roots}
     for root in roots:
