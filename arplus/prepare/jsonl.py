@@ -161,7 +161,7 @@ def _read_file(index: int, uri: str, block_bytes: int) -> Iterator[pa.Table]:
         yield _row(index, line, b"", 0, 0, error)
 
 
-def _row(index: int, line: int, lines: bytes, left_out: int, read: int, error: UsageError | None) -> pa.Table:
+def _row(index: int, line: int, lines: bytes, left_out: int, read: int, error: ArplusError | None) -> pa.Table:
     problem = None if error is None else str(error)
     columns = [[index], [line], [lines], [left_out], [read], [problem], [isinstance(error, ResourceError)]]
     return pa.table(columns, schema=SCHEMA)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from arplus.errors import RunError
+from arplus.kernels import torch_private
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class HangError(RunError):
 class Note(NamedTuple):
     """Where a worker is."""
 
-    count: int
+    passed: int
     """Places that it has come by."""
     host: str
     place: str
@@ -52,13 +52,13 @@ class RollCall:
     def __init__(self, timeout: timedelta) -> None:
         self.timeout = timeout
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.store = distributed_c10d._get_default_store()  # torch 2.13 has no public function for it
+        self.store = torch_private.default_store()
         self.here = Note(0, socket.gethostname(), "starts")
         self.closed = threading.Event()
 
     def at(self, place: str) -> None:
         """Notes that this worker has come to a place, such as "computes step 3"."""
-        self.here = Note(self.here.count + 1, self.here.host, place)
+        self.here = Note(self.here.passed + 1, self.here.host, place)
 
     def notes(self) -> list[Note]:
         """Where every worker is, as far as is known."""
@@ -71,7 +71,7 @@ class RollCall:
         behind = [
             f"worker {rank} on {note.host} {note.place}"
             for rank, note in enumerate(notes)
-            if note.count < furthest.count
+            if note.passed < furthest.passed
         ]
         if not behind:
             return f"none is behind the others, each worker {furthest.place}"
@@ -117,21 +117,12 @@ class RollCall:
         return Note(int(count), host, place)
 
 
-def limit_waiting(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """Gives a group that a library made the timeout of ours; it has torch's default, whatever the first group has.
-
-    Neither does DeepSpeed 0.19 hand a timeout on to its groups, nor has torch 2.13 a public function for it.
-    """
-    distributed_c10d._set_pg_timeout(timeout, group)
-
-
 @contextmanager
 def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = None) -> Iterator[None]:
     """Makes this process worker ``rank`` of ``workers``, which meet at the file ``rendezvous``; one alone needs none.
 
     For whoever trains without Ray Train, which has its own: benchmarks and tests.
-    At the end it is of no group any more, in DeepSpeed's eyes too: DeepSpeed keeps groups of its own beside torch's,
-    and an engine made later would talk to one that is gone.
+    At the end it is of no group any more, in DeepSpeed's eyes too.
     """
     variables = {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}  # DeepSpeed looks for them
     before = {name: os.environ.get(name) for name in variables}
@@ -156,9 +147,9 @@ def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = Non
 
 
 def _end() -> None:
-    deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
-    if deepspeed is None or deepspeed.cdb is None:  # no engine was made
-        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from arplus.training import deepspeed_private  # seconds, for whoever made no engine
+
+        deepspeed_private.end_groups()
     else:
-        deepspeed.destroy_process_group()
-        deepspeed.cdb = None
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ class OwnTime:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.marks: list[list[torch.cuda.Event] | list[float]] = []
+        self.marks: list[list[Any]] = []
         self.seconds, self.steps = 0.0, 0
 
     def start(self) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from arplus.data.loader import RankLoader, Step
+from arplus.kernels import torch_private
 from arplus.runs.checkpoint import TrainProgress
-from arplus.training.group import HangError, limit_waiting
+from arplus.training.group import HangError
 from arplus.training.hooks import Hook
 from helpers.engine_worker import SIZES, config, engine_steps, initial_model
 
@@ -46,7 +47,7 @@ def slow_then_gone(slow_steps: int) -> tuple[dict[str, float], str]:
     valid = SimpleNamespace(sampler=SimpleNamespace(split=SimpleNamespace(examples=0)))
     hook, said = Recorder(), ""
     dist.barrier()
-    limit_waiting(timedelta(seconds=TIMEOUT_S), cast(Any, dist.group.WORLD))
+    torch_private.set_timeout(timedelta(seconds=TIMEOUT_S), cast(Any, dist.group.WORLD))
     try:
         fit(engine, cast(RankLoader, train), cast(RankLoader, valid), TrainProgress(fingerprint=""), c, [hook])
     except HangError as error:

@@ -2,8 +2,7 @@
 
 import logging
 
-from ray.experimental import tqdm_ray
-
+from arplus.cluster import ray_private
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.hooks.base import Hook
 
@@ -39,7 +38,7 @@ class ProgressBar(Hook):
     """A bar in the driver's terminal; rank 0's."""
 
     def __init__(self, total_steps: int, name: str) -> None:
-        self.bar = tqdm_ray.tqdm(total=total_steps, desc=name)
+        self.bar = ray_private.progress_bar(total_steps, name)
 
     def on_log(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         """Moves the bar."""

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from arplus import storage, tracking
 from arplus.data.loader import Step
+from arplus.kernels import torch_private
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.hooks.base import Hook
 
@@ -47,7 +48,7 @@ class Profiler(Hook):
         """Starts in the first of the steps that this start of the workers makes."""
         if self.writing is None and self.profile is None and progress.step + 1 in self.steps:
             if self.on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+                torch_private.record_allocations(ALLOCATIONS)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
             self.profile = profile(activities=activities)
             self.profile.start()
@@ -76,8 +77,7 @@ class Profiler(Hook):
         try:
             self.stem.parent.mkdir(parents=True, exist_ok=True)
             if self.on_gpu:
-                torch.cuda.memory._dump_snapshot(f"{self.stem}.memory.pickle")
-                torch.cuda.memory._record_memory_history(enabled=None)
+                torch_private.dump_allocations(f"{self.stem}.memory.pickle")
             done.export_chrome_trace(f"{self.stem}.trace.json.gz")
             order = f"self_{'cuda' if self.on_gpu else 'cpu'}_time_total"
             table = done.key_averages().table(sort_by=order, row_limit=OPERATIONS, max_name_column_width=80)
