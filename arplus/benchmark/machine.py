@@ -15,6 +15,8 @@ import psutil
 import ray
 import torch
 
+from arplus.config.gpus import peak_flops
+
 SIDE = 1024
 _INTERVAL_S = 0.5
 
@@ -122,13 +124,6 @@ def _processor() -> str:
     return platform.machine()
 
 
-_PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
-"""Dense bf16 peak of GPUs (SXM where there are several) by a part of their name, NVIDIA's data sheets."""
-
-
 def peak_bf16_flops() -> float | None:
     """Float operations per second that the GPU could do at best in bf16; None without a GPU, or for one not known."""
-    if not torch.cuda.is_available():
-        return None
-    words = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((tflops * 1e12 for name, tflops in _PEAK_BF16_TFLOPS.items() if name in words), None)
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
