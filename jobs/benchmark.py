@@ -1,23 +1,13 @@
 """Measures one subject on this machine or cluster: ``python jobs/benchmark.py SUBJECT [settings]``."""
 
+import importlib
 import sys
-from typing import Any
 
 from arplus import cli
-from arplus.benchmark import data, faults, generate, machine, prepare, report, scale, train
-from arplus.cluster import connection
+from arplus.benchmark.settings import SUBJECTS
 from arplus.errors import UsageError
 
 PROG = "jobs/benchmark.py"
-SUBJECTS: dict[str, tuple[Any, Any]] = {
-    "train": (train.TrainBenchmark(), train.measure),
-    "generate": (generate.GenerateBenchmark(), generate.measure),
-    "scale": (scale.ScaleBenchmark(), scale.measure),
-    "data": (data.DataBenchmark(), data.measure),
-    "prepare": (prepare.PrepareBenchmark(), prepare.measure),
-    "faults": (faults.FaultsBenchmark(), faults.measure),
-}
-"""What can be measured: its settings, and the function that measures it."""
 
 
 def main() -> None:
@@ -28,8 +18,11 @@ def main() -> None:
         return
     if subject not in SUBJECTS:
         raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
-    default, measure = SUBJECTS[subject]
-    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}", description=type(default).__doc__)
+    settings = cli.parse(SUBJECTS[subject](), arguments, prog=f"{PROG} {subject}")
+    from arplus.benchmark import machine, report
+    from arplus.cluster import connection
+
+    measure = importlib.import_module(f"arplus.benchmark.{subject}").measure
     described = machine.describe()
     connection.connect()
     result = measure(settings)

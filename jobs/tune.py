@@ -3,8 +3,7 @@
 import sys
 
 from arplus import cli
-from arplus.cluster import connection
-from arplus.config import TuneConfig, study_settings
+from arplus.config import TuneConfig
 
 PROG = "jobs/tune.py"
 
@@ -13,11 +12,12 @@ def main() -> None:
     """Reads the command line and searches; with ``--dry-run`` prints what would be tried and starts nothing."""
     command = cli.preset_command(
         sys.argv[1:],
-        lambda run: study_settings(TuneConfig, run),
+        lambda run: TuneConfig(run=run),
         prog=PROG,
         description="Searches the best settings of a training run by its response perplexity on validation.",
     )
-    from arplus.study import tune  # seconds of imports that --help does without
+    from arplus.cluster import connection
+    from arplus.study import tune
 
     if command.dry_run:
         print(tune.plan(command.config))

@@ -18,7 +18,6 @@ from arplus.config import (
     TrainConfig,
     TuneConfig,
     preset,
-    study_settings,
     tiny,
 )
 from arplus.data.dataset import Dataset
@@ -153,6 +152,6 @@ def test_a_run_without_validation_ends_and_keeps_its_last_checkpoint(roads: dict
 def test_a_study_needs_validation(roads: dict[int, Road]) -> None:
     run = roads[7].config
     for config, begin in ((TuneConfig, tune.sweep), (TuneConfig, tune.plan), (AblateConfig, ablate.ablate)):
-        settings: Any = replace(study_settings(config, replace(run, max_steps=None)), run_name="study")
+        settings: Any = config(run=replace(run, max_steps=None, run_name="study"))
         with pytest.raises(UsageError, match=r"has no example in the split valid, and .*; prepare .* --valid"):
             begin(settings)

@@ -6,52 +6,27 @@ do: rows to Python lists, padded in Python.
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from annotated_types import Ge, Gt
 from torch.utils.data import DataLoader
 
 from arplus import storage
 from arplus.benchmark.machine import Usage
 from arplus.benchmark.plain import Collate
-from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
-from arplus.config import FeedConfig, ModelConfig
+from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
+from arplus.benchmark.settings import DataBenchmark
+from arplus.config import ModelConfig
 from arplus.data.collate import BatchSpec, Window
 from arplus.data.dataset import Dataset
 from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataBenchmark(Output):
-    """Measures the data feed of one training worker."""
-
-    data: str = ""
-    """URI of a prepared data set; its training split is read."""
-    batch_size: Annotated[int, Gt(0)] = 64
-    """Examples a batch."""
-    shuffle_window_batches: Annotated[int, Gt(0)] = FeedConfig.shuffle_window_batches
-    """Batches a window; see jobs/train.py."""
-    passes: Annotated[int, Gt(0)] = 5
-    """Passes that the median is taken of, after one that is not counted."""
-    max_steps: Annotated[int, Gt(0)] | None = None
-    """Batches a pass at most; by default a whole epoch."""
-    compared_steps: Annotated[int, Ge(0)] = 512
-    """Batches a pass of the datasets + DataLoader side, which is slower; 0 leaves it out."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if not self.data:
-            yield "data", "is required: the URI of a prepared data set (make one with jobs/prepare.py)"
 
 
 def measure(config: DataBenchmark) -> Result:

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import ray
-from annotated_types import Ge, Gt
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from arplus import storage
-from arplus.benchmark.report import Output, Result, size
+from arplus.benchmark.report import Result, size
+from arplus.benchmark.settings import FaultsBenchmark
 from arplus.config import PrepareConfig, SynthesizeConfig, TrainConfig, preset, tiny
 from arplus.errors import RunError
 from arplus.prepare.pipeline import prepare
@@ -37,24 +37,6 @@ log = logging.getLogger(__name__)
 
 STALL = "perf/checkpoint_seconds"
 """The metric of how long training stood still for a checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultsBenchmark(Output):
-    """Kills a worker of a training run and measures how the run goes on."""
-
-    preset: str = "arplus"
-    """The model that is trained, at its full size."""
-    tiny: bool = False
-    """Train the preset's tiny form instead."""
-    workers: Annotated[int, Gt(0)] = 2
-    """Training workers; one of them is killed."""
-    batch_size: Annotated[int, Gt(0)] = 16
-    """Examples an optimizer step."""
-    steps: Annotated[int, Ge(8)] = 24
-    """Optimizer steps of the run; the kill falls in their middle."""
-    records: Annotated[int, Gt(0)] = 2_000
-    """Records generated to train on."""
 
 
 @dataclass(frozen=True)

@@ -4,44 +4,25 @@ Ours are a window's batches as evaluation takes them: in order of context length
 several times in cost. The paper's loop gets random ones.
 """
 
-from dataclasses import dataclass
 from statistics import median
-from typing import Annotated
 
 import torch
-from annotated_types import Gt, Le
 
 from arplus import kernels
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops
 from arplus.benchmark.padded import Padded
 from arplus.benchmark.paper import PaperARPlus, paper_replies
-from arplus.benchmark.pool import PoolBenchmark
+from arplus.benchmark.pool import Pool
 from arplus.benchmark.report import Result, rate
+from arplus.benchmark.settings import WINDOW, GenerateBenchmark
 from arplus.benchmark.train import timed
-from arplus.config import ExampleRules, ModelConfig, Sampling, VocabularySizes, special_ids
+from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.evaluation.evaluate import autocast
 from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
-
-WINDOW = 64
-"""Batches of the window that ours are taken from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateBenchmark(PoolBenchmark):
-    """Measures replies of AR+ at its real size with random weights, all of the same length."""
-
-    characters: Annotated[int, Gt(0)] = ExampleRules.max_utterance_characters
-    """Characters of every reply."""
-    batches: Annotated[int, Gt(0), Le(WINDOW)] = 8
-    """Batches of the window that are timed in every round."""
-    rounds: Annotated[int, Gt(0)] = 3
-    """Rounds that the medians are taken of, after one batch of ours that is not counted."""
-    compare: bool = True
-    """Whether the paper's loop is measured too, which takes most of the time."""
 
 
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
@@ -50,7 +31,7 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     network, sizes, device = model_config or ModelConfig(), VocabularySizes(), sides.device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
-    pool = config.pool(network, sizes, WINDOW * config.batch_size)
+    pool = Pool.of(config, network, sizes, WINDOW * config.batch_size)
     mine = [batch.to(device) for batch in pool.by_length(config.batches)]
     pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
     theirs = [Padded.of(step.micro_batches[0], *pads).to(device) for step in pool.random(min(config.rounds, WINDOW))]

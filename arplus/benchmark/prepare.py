@@ -6,40 +6,19 @@ Beside it, duckdb and polars drop the repeated lines of the same files and do no
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
-
-from annotated_types import Ge, Gt
+from typing import NamedTuple
 
 from arplus import storage
 from arplus.benchmark.machine import Usage
-from arplus.benchmark.report import NOT_INSTALLED, Output, Result, rate, size
+from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
+from arplus.benchmark.settings import PrepareBenchmark
 from arplus.config import PrepareConfig, SynthesizeConfig
 from arplus.prepare.pipeline import prepare
 from arplus.process import peak_memory_bytes
 from arplus.synthetic.write import synthesize
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareBenchmark(Output):
-    """Measures the preparation of raw records."""
-
-    input: str | None = None
-    """URI of raw records; by default they are generated."""
-    output: str | None = None
-    """URI of the data set to make, which stays; by default a temporary folder."""
-    records: Annotated[int, Gt(0)] = 400_000
-    """Records generated where there is no input."""
-    duplicates: Annotated[int, Ge(0)] = 18_000
-    """How many of them repeat an earlier one."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if self.input is None and self.duplicates >= self.records:
-            yield "duplicates", f"must be fewer than records = {self.records} (got {self.duplicates})"
 
 
 class Deduplicated(NamedTuple):

@@ -6,21 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from arplus import storage, tracking
+from arplus.benchmark.settings import Output
 from arplus.config import flat
 
 NOT_INSTALLED = "not installed (make benchmark-deps)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where a benchmark's figures go beside the table."""
-
-    json: str | None = None
-    """URI of a JSON file to write."""
-    mlflow: str | None = None
-    """MLflow tracking URI; the figures become a run there."""
-    experiment: str = "benchmark"
-    """MLflow experiment."""
 
 
 @dataclass(kw_only=True)

@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from annotated_types import Ge, Gt
 
 from arplus.benchmark import sides
 from arplus.benchmark.pool import Pool, random_examples
-from arplus.benchmark.report import Output, Result, rate
+from arplus.benchmark.report import Result, rate
+from arplus.benchmark.settings import ScaleBenchmark
 from arplus.config import TrainConfig, VocabularySizes
 from arplus.model.network import PersonaTransformer
 from arplus.training.group import process_group
@@ -39,37 +39,6 @@ WORKERS = (1, 2, 4, 8, 16, 32, 64)
 GUESSED_RATES = {64: 2_600.0, 512: 14_500.0, 2048: 16_000.0}
 """Examples per second of one H100 by batch size, its step not compiled: guessed from counts of its kernels and of the
 bytes that they move, ±25 %. Nothing of it was measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaleBenchmark(Output):
-    """Measures one and two workers on this machine and predicts more of them, on GPUs."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
-    batch_size: Annotated[int, Gt(1)] = 32
-    """Examples per worker and step in what is measured."""
-    steps: Annotated[int, Gt(0)] = 4
-    """Steps that a median is taken of, after one that is not counted."""
-    gpu_examples_per_second: Annotated[float, Gt(0)] | None = None
-    """One GPU's rate at gpu_batch_size in what is predicted; take the figure of jobs/benchmark.py train --batch-size
-    on that GPU. By default a guess for an H100."""
-    gpu_batch_size: Annotated[int, Gt(0)] = 1024
-    """Examples per GPU and step."""
-    gpus_per_node: Annotated[int, Gt(0)] = 8
-    """GPUs that share a machine."""
-    node_bandwidth_gb: Annotated[float, Gt(0)] = 300
-    """GB/s that a GPU sends to others of its machine (NVLink)."""
-    network_bandwidth_gb: Annotated[float, Gt(0)] = 40
-    """GB/s that a GPU sends to other machines."""
-    latency_us: Annotated[float, Ge(0)] = 30
-    """Microseconds of one collective call on GPUs."""
-    feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
-    """Examples per second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
-    feed_cores: Annotated[int, Gt(0)] = 8
-    """Cores per GPU that the feed may use; a window is read by one of all these cores, once for all GPUs."""
-    checkpoint_seconds: Annotated[float, Ge(0)] = 5
-    """Seconds in which training waits for one checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,16 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from annotated_types import Gt
 
 from arplus.benchmark import sides
 from arplus.benchmark.machine import matmul_gflops, peak_bf16_flops
-from arplus.benchmark.pool import PoolBenchmark, mean_lengths, padding
+from arplus.benchmark.pool import Pool, mean_lengths, padding
 from arplus.benchmark.report import NOT_INSTALLED, Result, rate, size
+from arplus.benchmark.settings import TrainBenchmark
 from arplus.benchmark.sides import Side
 from arplus.cluster import node
 from arplus.config import TrainConfig, VocabularySizes
@@ -40,24 +39,6 @@ MEMORY_STEPS = 4
 """Most steps of a process whose peak memory is read."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainBenchmark(PoolBenchmark):
-    """Measures the train step of AR+ at its real size."""
-
-    precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
-    """Arithmetic of our forward pass; the others run in fp32."""
-    compile: Literal["auto", "on", "off"] = TrainConfig.compile
-    """Our step compiled, on batches of one shape; auto does on GPUs."""
-    zero_stage: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero_stage
-    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
-    batches: Annotated[int, Gt(0)] = 2
-    """Batches that each side takes per round."""
-    rounds: Annotated[int, Gt(0)] = 4
-    """Rounds that the medians are taken of, after steps of each side that are not counted."""
-    compare: bool = True
-    """Whether the other sides are measured too, which takes most of the time."""
-
-
 def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in this process; ``run`` replaces AR+ at its real size (tests do)."""
     run = run or sides.run_config(config.precision, config.zero_stage, config.batch_size, compiled=config.compile)
@@ -66,7 +47,7 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     sizes = VocabularySizes()
     warm_up = 3 if torch.cuda.is_available() else 1  # a GPU's step is compiled, perhaps recorded
     count = warm_up + config.rounds * config.batches
-    steps = config.pool(run.model, sizes, count * config.batch_size).random(count)
+    steps = Pool.of(config, run.model, sizes, count * config.batch_size).random(count)
     with process_group():
         taken: dict[Side, sides.TrainStep] = {"ours": sides.train_step("ours", run, sizes)}
         if config.compare:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from arplus.config.checks import FREE_TEXT
+from arplus.config.settings import FREE_TEXT
 from arplus.config.training import Device
 from arplus.errors import UsageError
 
@@ -228,11 +228,11 @@ class ChatConfig:
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
     gender: Literal["男", "女", "male", "female", ""] = ""
     """Gender of the model's persona; empty is unknown."""
-    location: str = field(default="", metadata=FREE_TEXT)
+    location: Annotated[str, FREE_TEXT] = ""
     """Place of the model's persona, as in "四川 成都"; empty is unknown."""
-    tags: str = field(default="", metadata=FREE_TEXT)
+    tags: Annotated[str, FREE_TEXT] = ""
     """Interests of the model's persona, joined by ";"."""
-    say: str | None = field(default=None, metadata=FREE_TEXT)
+    say: Annotated[str | None, FREE_TEXT] = None
     """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""

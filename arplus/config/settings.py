@@ -1,0 +1,91 @@
+"""What a field of a configuration says of itself in its annotation, and where it is in the tree."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+class Role(Enum):
+    """What a setting is to a run, and so when it may change. A setting that says nothing is IDENTITY."""
+
+    IDENTITY = auto()
+    """What is computed: another value makes another run. Trials of a sweep may differ in it."""
+    LABEL = auto()
+    """What the run is called: another value makes another run, but no trials can differ in it."""
+    BUDGET = auto()
+    """How far a run goes: may change when the run goes on, but not within a study, whose runs are compared."""
+    OPERATION = auto()
+    """Where things are, how they are computed, saved and logged: may change when a run or a study goes on."""
+
+
+INLINE = tyro.conf.arg(name="")
+"""Of a field that holds settings: they are named as if they stood beside it."""
+FREE_TEXT = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="STR",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [str(value)],
+)
+"""Of anybody's words. An address in them is part of what is said, and the word None is a text like any other on the
+command line, where elsewhere it unsets a setting."""
+
+
+class Setting(NamedTuple):
+    """One setting of a configuration's class."""
+
+    name: str
+    """Its dotted name, as in ``optimizer.lr``."""
+    path: tuple[str, ...]
+    """The attributes that lead to it."""
+    role: Role
+    free_text: bool
+
+    def of(self, config: Any) -> Any:
+        """Its value in ``config``."""
+        return functools.reduce(getattr, self.path, config)
+
+
+@functools.cache
+def settings_of(cls: type) -> tuple[Setting, ...]:
+    """All settings of a configuration's class, in the order of its fields."""
+    return tuple(_walk(cls, (), (), Role.IDENTITY))
+
+
+def _walk(cls: Any, names: tuple[str, ...], path: tuple[str, ...], outer: Role) -> Iterator[Setting]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        role = next((mark for mark in marks if isinstance(mark, Role)), outer)
+        here = names if INLINE in marks else (*names, f.name)
+        if dataclasses.is_dataclass(kind):
+            yield from _walk(kind, here, (*path, f.name), role)
+        else:
+            yield Setting(".".join(here), (*path, f.name), role, FREE_TEXT in marks)
+
+
+def dotted_names(cls: type) -> list[str]:
+    """The names of all settings, as in ``optimizer.lr``."""
+    return [setting.name for setting in settings_of(cls)]
+
+
+def names_of_role(cls: type, *roles: Role) -> list[str]:
+    """The names of the settings that have one of ``roles``."""
+    return [setting.name for setting in settings_of(cls) if setting.role in roles]
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {setting.name: setting.of(config) for setting in settings_of(type(config))}
+
+
+def flag(name: str) -> str:
+    """A setting's dotted name as it is written on the command line."""
+    return name.replace("_", "-")
