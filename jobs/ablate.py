@@ -5,15 +5,13 @@ import sys
 from arplus import cli
 from arplus.config import AblateConfig
 
-PROG = "jobs/ablate.py"
-
 
 def main() -> None:
     """Reads the command line and runs the study; with ``--dry-run`` prints what would be run and starts nothing."""
     command = cli.preset_command(
         sys.argv[1:],
         lambda run: AblateConfig(run=run),
-        prog=PROG,
+        prog="jobs/ablate.py",
         description="Trains AR, AR+ and AR+ less each method, and makes the paper's tables.",
         only="arplus",
     )

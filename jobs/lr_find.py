@@ -6,15 +6,13 @@ import sys
 from arplus import cli
 from arplus.config import LrFindConfig, to_dict
 
-PROG = "jobs/lr_find.py"
-
 
 def main() -> None:
     """Reads the command line, runs the test, and says which rates are worth a sweep."""
     command = cli.preset_command(
         sys.argv[1:],
         lambda run: LrFindConfig(run=run),
-        prog=PROG,
+        prog="jobs/lr_find.py",
         description="Finds the learning rates at which a model learns, by training it at one that grows step by step.",
     )
     if command.dry_run:

@@ -5,12 +5,10 @@ import sys
 
 from arplus import cli
 
-PROG = "jobs/train.py"
-
 
 def main() -> None:
     """Reads the command line and trains; with ``--dry-run`` prints what would be trained and starts nothing."""
-    command = cli.train_command(sys.argv[1:], prog=PROG)
+    command = cli.train_command(sys.argv[1:], prog="jobs/train.py")
     if command.dry_run:
         from arplus.training import estimate
 

@@ -5,15 +5,13 @@ import sys
 from arplus import cli
 from arplus.config import TuneConfig
 
-PROG = "jobs/tune.py"
-
 
 def main() -> None:
     """Reads the command line and searches; with ``--dry-run`` prints what would be tried and starts nothing."""
     command = cli.preset_command(
         sys.argv[1:],
         lambda run: TuneConfig(run=run),
-        prog=PROG,
+        prog="jobs/tune.py",
         description="Searches the best settings of a training run by its response perplexity on validation.",
     )
     from arplus.cluster import connection

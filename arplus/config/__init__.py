@@ -33,7 +33,7 @@ from arplus.config.model import (
     VocabularySizes,
     special_ids,
 )
-from arplus.config.settings import INLINE, Role, dotted_names, flag, flat, names_of_role
+from arplus.config.settings import INLINE, Required, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
 from arplus.config.studies import AblateConfig, LrFindConfig, StudyConfig, TuneConfig
 from arplus.config.training import (
@@ -50,49 +50,3 @@ from arplus.config.training import (
     preset,
     tiny,
 )
-
-__all__ = [
-    "AR",
-    "INLINE",
-    "MIN_WORKER_CPUS",
-    "PAPER_ROWS",
-    "PEAK_TFLOPS",
-    "PRESETS",
-    "RESERVED_SPLITS",
-    "SPECIAL_TOKENS",
-    "AblateConfig",
-    "ChatConfig",
-    "Device",
-    "Dimension",
-    "EstimateConfig",
-    "EvaluateConfig",
-    "ExampleRules",
-    "ExportConfig",
-    "FeedConfig",
-    "LrFindConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "PrepareConfig",
-    "Role",
-    "Sampling",
-    "SpecialIds",
-    "StudyConfig",
-    "SynthesizeConfig",
-    "TrainConfig",
-    "TuneConfig",
-    "VocabularySizes",
-    "dotted_names",
-    "flag",
-    "flat",
-    "from_dict",
-    "names_of_role",
-    "parse_space",
-    "preset",
-    "special_ids",
-    "tiny",
-    "to_dict",
-    "unknown_key",
-    "validate",
-    "with_values",
-]

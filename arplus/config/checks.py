@@ -6,12 +6,12 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from arplus.config.settings import dotted_names, flag, flat, settings_of
+from arplus.config.settings import FREE_TEXT, Required, flag, flat, settings_of
 from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact
 
 T = TypeVar("T")
@@ -54,15 +54,17 @@ def unknown_key(key: str, valid: list[str]) -> str:
 
 
 def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], source: str) -> T:
-    found = []
-    for key, value in (*base.items(), *_leaves(values, dotted_names(cls))):
-        if (path := _path(cls, key)) is None:
-            raise UsageError(f"{source}: {unknown_key(key, dotted_names(cls))}")
-        found.append((path, value))
+    paths = {setting.name: setting.path for setting in settings_of(cls)}
+    found = {**base, **dict(_leaves(values, paths))}
+    if unknown := [key for key in found if key not in paths]:
+        raise UsageError(f"{source}: {unknown_key(unknown[0], list(paths))}")
     try:
-        config = TypeAdapter(cls).validate_python(_nested(found))
+        config = TypeAdapter(cls).validate_python(_nested((paths[name], value) for name, value in found.items()))
     except ValidationError as error:
-        problems = [(_name(cls, e["loc"]), f"{_lower(e['msg'])} (got {e['input']!r})") for e in error.errors()]
+        problems = [
+            (_name(paths, e["loc"]), f"{e['msg'][0].lower()}{e['msg'][1:]} (got {e['input']!r})")
+            for e in error.errors()
+        ]
     else:
         problems = list(_check(config))
     if problems:
@@ -71,7 +73,7 @@ def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], sou
     return config
 
 
-def _leaves(values: Mapping[str, Any], names: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], names: Container[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values by dotted name; an empty section has none, and one of ``names`` may itself be a mapping."""
     for key, value in values.items():
         if isinstance(value, Mapping) and prefix + key not in names:
@@ -81,28 +83,17 @@ def _leaves(values: Mapping[str, Any], names: list[str], prefix: str = "") -> It
 
 
 def _nested(values: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
-    """Values by the names on the way to them, a dict a section; a later one takes an earlier one's place."""
+    """Values by the names on the way to them, a dict a section."""
     found: dict[str, Any] = {}
     for (*sections, last), value in values:
         functools.reduce(lambda section, name: section.setdefault(name, {}), sections, found)[last] = value
     return found
 
 
-def _path(cls: type, key: str) -> tuple[str, ...] | None:
-    """The attributes that lead to the setting, or the section, of that dotted name."""
-    for name, path, *_ in settings_of(cls):
-        if f"{name}.".startswith(f"{key}."):
-            return path[: len(path) + key.count(".") - name.count(".")]
-    return None
-
-
-def _name(cls: type, location: tuple[int | str, ...]) -> str:
-    """The name of what a pydantic error is about: the longest start of its location (unions add type names)."""
-    for n in range(len(location), 0, -1):
-        for name, path, *_ in settings_of(cls):
-            if path[:n] == location[:n]:
-                return name.rsplit(".", len(path) - n)[0]
-    return ".".join(map(str, location))
+def _name(paths: Mapping[str, tuple[str, ...]], location: tuple[int | str, ...]) -> str:
+    """The setting that a pydantic error is about: the start of its location, as unions add type names."""
+    found = (name for name, path in paths.items() if path == location[: len(path)])
+    return next(found, ".".join(map(str, location)))
 
 
 def _check(config: Any) -> Iterator[tuple[str, str]]:
@@ -111,7 +102,12 @@ def _check(config: Any) -> Iterator[tuple[str, str]]:
     for setting in settings_of(type(config)):
         value = setting.of(config)
         sections[setting.path[:-1]] = setting.name.rpartition(".")
-        if not setting.free_text and any(map(_with_credentials, value if isinstance(value, tuple) else (value,))):
+        required = next((mark for mark in setting.marks if isinstance(mark, Required)), None)
+        if required and not value:
+            yield setting.name, f"is required: {required.what}"
+        if FREE_TEXT not in setting.marks and any(
+            map(_with_credentials, value if isinstance(value, tuple) else (value,))
+        ):
             yield setting.name, NO_CREDENTIALS
         elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
             yield setting.name, f"must be finite (got {value})"
@@ -123,7 +119,3 @@ def _check(config: Any) -> Iterator[tuple[str, str]]:
 
 def _with_credentials(value: Any) -> bool:
     return isinstance(value, str) and _ADDRESS.match(value) is not None and mask(value) != value
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -37,6 +37,13 @@ FREE_TEXT = PrimitiveConstructorSpec(
 command line, where elsewhere it unsets a setting."""
 
 
+class Required(NamedTuple):
+    """Of a setting whose default, nothing, is not a value."""
+
+    what: str
+    """What it is to name, for the error."""
+
+
 class Setting(NamedTuple):
     """One setting of a configuration's class."""
 
@@ -44,8 +51,13 @@ class Setting(NamedTuple):
     """Its dotted name, as in ``optimizer.lr``."""
     path: tuple[str, ...]
     """The attributes that lead to it."""
-    role: Role
-    free_text: bool
+    marks: tuple[Any, ...]
+    """What its annotation holds, and that of the sections around it."""
+
+    @property
+    def role(self) -> Role:
+        """The nearest role."""
+        return next((mark for mark in self.marks if isinstance(mark, Role)), Role.IDENTITY)
 
     def of(self, config: Any) -> Any:
         """Its value in ``config``."""
@@ -55,20 +67,19 @@ class Setting(NamedTuple):
 @functools.cache
 def settings_of(cls: type) -> tuple[Setting, ...]:
     """All settings of a configuration's class, in the order of its fields."""
-    return tuple(_walk(cls, (), (), Role.IDENTITY))
+    return tuple(_walk(cls, (), (), ()))
 
 
-def _walk(cls: Any, names: tuple[str, ...], path: tuple[str, ...], outer: Role) -> Iterator[Setting]:
+def _walk(cls: Any, names: tuple[str, ...], path: tuple[str, ...], outer: tuple[Any, ...]) -> Iterator[Setting]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-        role = next((mark for mark in marks if isinstance(mark, Role)), outer)
         here = names if INLINE in marks else (*names, f.name)
         if dataclasses.is_dataclass(kind):
-            yield from _walk(kind, here, (*path, f.name), role)
+            yield from _walk(kind, here, (*path, f.name), (*marks, *outer))
         else:
-            yield Setting(".".join(here), (*path, f.name), role, FREE_TEXT in marks)
+            yield Setting(".".join(here), (*path, f.name), (*marks, *outer))
 
 
 def dotted_names(cls: type) -> list[str]:

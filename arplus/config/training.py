@@ -171,16 +171,12 @@ class TrainConfig:
         """The ZeRO stage of so many workers."""
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
-    def run_name_problem(self) -> str | None:
-        """What is wrong with the run's name."""
-        return run_name_problem(self.run_name)
-
     def name_problems(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for names that MLflow or a file system would refuse.
 
         Apart from :meth:`check`, which a checkpoint of a run that began under such a name must pass, to be read.
         """
-        if problem := self.run_name_problem():
+        if problem := run_name_problem(self.run_name):
             yield "run_name", problem
         if problem := experiment_name_problem(self.experiment):
             yield "experiment", problem
