@@ -4,10 +4,19 @@ import importlib
 import sys
 
 from arplus import cli
-from arplus.benchmark.settings import SUBJECTS
+from arplus.benchmark import options
 from arplus.errors import UsageError
 
 PROG = "jobs/benchmark.py"
+SUBJECTS: dict[str, tuple[options.Output, str]] = {
+    "train": (options.TrainBenchmark(), "step_speed"),
+    "generate": (options.GenerateBenchmark(), "reply_speed"),
+    "scale": (options.ScaleBenchmark(), "scaling"),
+    "data": (options.DataBenchmark(), "feed_speed"),
+    "prepare": (options.PrepareBenchmark(), "prepare_speed"),
+    "faults": (options.FaultsBenchmark(), "recovery"),
+}
+"""What can be measured: its settings, and the module that measures it."""
 
 
 def main() -> None:
@@ -18,16 +27,17 @@ def main() -> None:
         return
     if subject not in SUBJECTS:
         raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
-    settings = cli.parse(SUBJECTS[subject](), arguments, prog=f"{PROG} {subject}")
-    from arplus.benchmark import machine, report
+    default, module = SUBJECTS[subject]
+    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}")
+    from arplus.benchmark import figures, usage
     from arplus.cluster import connection
 
-    measure = importlib.import_module(f"arplus.benchmark.{subject}").measure
-    described = machine.describe()
+    measure = importlib.import_module(f"arplus.benchmark.{module}").measure
+    described = usage.describe()
     connection.connect()
     result = measure(settings)
-    print(report.text(described, result))
-    report.write(subject, settings, described, result)
+    print(figures.text(described, result))
+    figures.write(subject, settings, described, result)
 
 
 if __name__ == "__main__":

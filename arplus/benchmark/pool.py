@@ -1,14 +1,13 @@
 """Examples with the lengths of PersonalDialog's, in memory, and the batches that all sides of a comparison take."""
 
 from itertools import chain
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.benchmark.settings import PoolBenchmark
+from arplus.benchmark.options import PoolBenchmark
 from arplus.config import ExampleRules, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
@@ -74,14 +73,14 @@ def examples_of(uri: str, n: int) -> pa.Table:
     return EpochSampler(split=split, batch_size=n, window_batches=1, seed=0, shuffled=True).read(0, 0, SCHEMA.names)
 
 
+def pool_of(config: PoolBenchmark, model: ModelConfig, sizes: VocabularySizes, examples: int) -> "Pool":
+    """So many examples for a model."""
+    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
+    return Pool(table, model, sizes, config.batch_size)
+
+
 class Pool:
     """Examples, and batches of them."""
-
-    @classmethod
-    def of(cls, config: PoolBenchmark, model: ModelConfig, sizes: VocabularySizes, examples: int) -> Self:
-        """So many examples for a model."""
-        table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
-        return cls(table, model, sizes, config.batch_size)
 
     def __init__(self, table: pa.Table, model: ModelConfig, sizes: VocabularySizes, batch_size: int) -> None:
         self.window = Window(table, BatchSpec.of(model, sizes))
@@ -100,10 +99,8 @@ class Pool:
         """``count`` batches as evaluation takes them: evenly spaced ones of all examples in order of context length."""
         rows = np.argsort(self.window.context.lengths, kind="stable")
         places = ((np.arange(count) + 0.5) * (len(rows) // self.batch_size) / count).astype(np.int64)
-        return [self._batch(rows[i * self.batch_size :][: self.batch_size]) for i in places]
-
-    def _batch(self, rows_B: NDArray[np.int64]) -> Batch:
-        return self.window.batch(rows_B, ExampleRng(0, 0))
+        taken = (rows[i * self.batch_size :][: self.batch_size] for i in places)
+        return [self.window.batch(rows_B, ExampleRng(0, 0)) for rows_B in taken]
 
 
 def padding(batches: list[Batch]) -> float:

@@ -230,8 +230,6 @@ def _parse(
         stage.context.enable_progress_bars = False
         stage.context.issue_detectors_config.detectors = []
         stage.context.target_max_block_size = max(1, block_bytes // 2)  # pass every block of lines on at once
-    for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)  # our own lines tell the progress
     blocks, parsed, records = [], [], 0
     for bundle in dataset.iter_internal_ref_bundles():
         for block in bundle.block_refs:

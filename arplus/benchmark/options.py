@@ -1,6 +1,5 @@
-"""What ``jobs/benchmark.py`` asks for, a class a subject; apart from what measures, for ``--help`` without torch."""
+"""What can be set of each benchmark. Nothing heavy is imported here: a command line is read before Ray and torch."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,7 +8,7 @@ from annotated_types import Ge, Gt, Le
 from arplus.config import ExampleRules, FeedConfig, Required, TrainConfig
 
 WINDOW = 64
-"""Batches of the window that ours are taken from."""
+"""Batches of the window that replies are given to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,8 @@ class PoolBenchmark(Output):
     """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per batch."""
+    compare: bool = True
+    """Whether the other sides are measured too, which takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,10 @@ class TrainBenchmark(PoolBenchmark):
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: Literal["auto", "on", "off"] = TrainConfig.compile
     """Our step compiled, on batches of one shape; auto does on GPUs."""
-    zero_stage: Literal["auto", 0, 1, 2, 3] = TrainConfig.zero_stage
-    """DeepSpeed ZeRO stage of our engine; the one worker has nothing to partition, so auto is 0."""
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
     rounds: Annotated[int, Gt(0)] = 4
     """Rounds that the medians are taken of, after steps of each side that are not counted."""
-    compare: bool = True
-    """Whether the other sides are measured too, which takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +59,6 @@ class GenerateBenchmark(PoolBenchmark):
     """Batches of the window that are timed in every round."""
     rounds: Annotated[int, Gt(0)] = 3
     """Rounds that the medians are taken of, after one batch of ours that is not counted."""
-    compare: bool = True
-    """Whether the paper's loop is measured too, which takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +82,6 @@ class ScaleBenchmark(Output):
     """GB/s that a GPU sends to others of its machine (NVLink)."""
     network_bandwidth_gb: Annotated[float, Gt(0)] = 40
     """GB/s that a GPU sends to other machines."""
-    latency_us: Annotated[float, Ge(0)] = 30
-    """Microseconds of one collective call on GPUs."""
     feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
     """Examples per second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
     feed_cores: Annotated[int, Gt(0)] = 8
@@ -104,15 +97,15 @@ class DataBenchmark(Output):
     data: Annotated[str, Required("the URI of a prepared data set (make one with jobs/prepare.py)")] = ""
     """URI of a prepared data set; its training split is read."""
     batch_size: Annotated[int, Gt(0)] = 64
-    """Examples a batch."""
+    """Examples per batch."""
     shuffle_window_batches: Annotated[int, Gt(0)] = FeedConfig.shuffle_window_batches
-    """Batches a window; see jobs/train.py."""
+    """Batches per window; see jobs/train.py."""
     passes: Annotated[int, Gt(0)] = 5
     """Passes that the median is taken of, after one that is not counted."""
     max_steps: Annotated[int, Gt(0)] | None = None
-    """Batches a pass at most; by default a whole epoch."""
+    """Batches per pass at most; by default a whole epoch."""
     compared_steps: Annotated[int, Ge(0)] = 512
-    """Batches a pass of the datasets + DataLoader side, which is slower; 0 leaves it out."""
+    """Batches per pass of the datasets + DataLoader side, which is slower; 0 leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +117,7 @@ class PrepareBenchmark(Output):
     output: str | None = None
     """URI of the data set to make, which stays; by default a temporary folder."""
     records: Annotated[int, Gt(0)] = 400_000
-    """Records generated where there is no input."""
-    duplicates: Annotated[int, Ge(0)] = 18_000
-    """How many of them repeat an earlier one."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if self.input is None and self.duplicates >= self.records:
-            yield "duplicates", f"must be fewer than records = {self.records} (got {self.duplicates})"
+    """Records generated where there is no input; 4.5 % of them repeat an earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +131,8 @@ class FaultsBenchmark(Output):
     workers: Annotated[int, Gt(0)] = 2
     """Training workers; one of them is killed."""
     batch_size: Annotated[int, Gt(0)] = 16
-    """Examples an optimizer step."""
+    """Examples per optimizer step."""
     steps: Annotated[int, Ge(8)] = 24
     """Optimizer steps of the run; the kill falls in their middle."""
     records: Annotated[int, Gt(0)] = 2_000
     """Records generated to train on."""
-
-
-SUBJECTS: dict[str, type[Output]] = {
-    "train": TrainBenchmark,
-    "generate": GenerateBenchmark,
-    "scale": ScaleBenchmark,
-    "data": DataBenchmark,
-    "prepare": PrepareBenchmark,
-    "faults": FaultsBenchmark,
-}
-"""What can be measured; the module of that name does."""

@@ -1,4 +1,4 @@
-"""Scaling: one and two workers measured, and a small model that predicts examples per second up to 64 GPUs.
+"""Whether a cluster scales: one and two workers measured, and a small model that predicts up to 64 GPUs.
 
 A step of W workers of b examples each takes
 
@@ -15,30 +15,36 @@ import math
 import multiprocessing
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from arplus.benchmark import sides
+from arplus.benchmark.figures import Result, rate
+from arplus.benchmark.options import ScaleBenchmark
 from arplus.benchmark.pool import Pool, random_examples
-from arplus.benchmark.report import Result, rate
-from arplus.benchmark.settings import ScaleBenchmark
+from arplus.benchmark.step_speed import engine_step, run_config
+from arplus.benchmark.usage import seconds
 from arplus.config import TrainConfig, VocabularySizes
 from arplus.model.network import PersonaTransformer
 from arplus.training.group import process_group
+
+T = TypeVar("T")
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are predicted."""
 GUESSED_RATES = {64: 2_600.0, 512: 14_500.0, 2048: 16_000.0}
 """Examples per second of one H100 by batch size, its step not compiled: guessed from counts of its kernels and of the
 bytes that they move, ±25 %. Nothing of it was measured."""
+LATENCY = 30e-6
+"""Seconds of one collective call on GPUs, assumed."""
 
 
 @dataclass(frozen=True)
@@ -79,45 +85,44 @@ def step_seconds(costs: Costs, stage: int, workers: int, batch_size: int, parame
 
 def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in processes of their own; ``run`` replaces AR+ at its real size (tests do)."""
-    run = replace(run or sides.run_config("fp32", config.zero_stage, config.batch_size), zero_stage=config.zero_stage)
-    b = config.batch_size
+    run = replace(run or run_config(config.batch_size, precision="fp32"), zero_stage=config.zero_stage)
+    b, stage = config.batch_size, config.zero_stage
     with torch.device("meta"):
         n = sum(p.numel() for p in PersonaTransformer(run.model, VocabularySizes()).parameters())
-    half, one = (_workers(1, run, size, config.steps) for size in (b // 2, b))
-    two = _workers(2, run, b, config.steps)
-    example = max((one["step"] - half["step"]) / (b - b // 2), 0.0)
-    here = Costs(one["step"] - b * example, example, _bandwidth(two["reduce"], n), two["latency"])
-    predicted, seen = ({w: w * b / s for w, s in seconds.items()} for seconds in (
-        {w: step_seconds(here, config.zero_stage, w, b, n) for w in (1, 2)}, {1: one["step"], 2: two["step"]},
-    ))  # fmt: skip
+    half, one, two = (_measured(w, run, size, config.steps) for w, size in ((1, b // 2), (1, b), (2, b)))
+    example = max((one.step - half.step) / (b - b // 2), 0.0)
+    here = Costs(one.step - b * example, example, bytes_sent(0, 2, n) / two.reduce, two.latency)
+    seen, predicted = b / one.step, 2 * b / step_seconds(here, stage, 2, b, n)
+    seen_2 = 2 * b / two.step
     minutes = run.checkpoint_minutes or 10.0
     gpus = {w: predict(config, minutes, w, n) for w in WORKERS}
+    guessed = "a guess for an H100" if config.gpu_examples_per_second is None else "as given"
     return Result(
         figures={
-            "examples_per_second_1": seen[1],
-            "examples_per_second_2": seen[2],
-            "predicted_2": predicted[2],
-            "prediction_error_2": predicted[2] / seen[2] - 1,
+            "examples_per_second_1": seen,
+            "examples_per_second_2": seen_2,
+            "predicted_2": predicted,
+            "prediction_error_2": predicted / seen_2 - 1,
             **{f"predicted_gpus_{w}": value for w, value in gpus.items()},
         },
         table=[
-            ("measured here", f"{run.precision}, ZeRO {config.zero_stage}, {b} examples and a thread per worker, gloo"),
-            ("1 worker", f"{seen[1]:.3g} examples/s"),
-            ("2 workers", f"{seen[2]:.3g} examples/s, predicted {predicted[2]:.3g} ({predicted[2] / seen[2]:.0%})"),
+            ("measured here", f"{run.precision}, ZeRO {stage}, {b} examples and a thread per worker, gloo"),
+            ("1 worker", f"{seen:.3g} examples/s"),
+            ("2 workers", f"{seen_2:.3g} examples/s, predicted {predicted:.3g} ({predicted / seen_2:.0%})"),
             ("the model here", f"{here.fixed:.3g} s + {example:.3g} s per example, {here.bandwidth / 1e9:.2g} GB/s"),
             ("predicted for GPUs", "nothing of it is measured; it assumes"),
-            ("  one GPU", f"{rate(gpu_rate(config))} examples/s at {config.gpu_batch_size} per step, "
-                          + ("a guess for an H100" if config.gpu_examples_per_second is None else "as given")),
-            ("  sent", f"{bytes_sent(config.zero_stage, 64, n) / 1e6:.0f} MB per step by each of 64, no overlap"),
-            ("  links", f"{config.node_bandwidth_gb:g} GB/s in a machine of {config.gpus_per_node}, "
-                        f"{config.network_bandwidth_gb:g} GB/s per GPU beyond it, {config.latency_us:g} µs per call"),
-            ("  feed", f"{config.feed_cores} cores per GPU, {rate(config.feed_examples_per_second)} examples/s each; "
-                       "a window is read once, and handing out its parts costs nothing"),
+            ("  one GPU", f"{rate(gpu_rate(config))} examples/s at {config.gpu_batch_size} per step, {guessed}"),
+            ("  sent", f"{bytes_sent(stage, 64, n) / 1e6:.0f} MB per step by each of 64, no overlap"),
+            ("  in a machine", f"{config.gpus_per_node} GPUs, {config.node_bandwidth_gb:g} GB/s"),
+            ("  beyond it", f"{config.network_bandwidth_gb:g} GB/s per GPU"),
+            ("  feed", f"{config.feed_cores} cores per GPU, {rate(config.feed_examples_per_second)} examples/s each"),
             ("  checkpoints", f"{config.checkpoint_seconds:g} s every {minutes:g} minutes"),
-            *((f"  {w} GPUs", f"{rate(value)} examples/s, {value / w / gpus[1]:.0%} of {w} times one")
-              for w, value in gpus.items()),
+            *(
+                (f"  {w} GPUs", f"{rate(v)} examples/s, {v / w / gpus[1]:.0%} of {w} times one")
+                for w, v in gpus.items()
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 def gpu_rate(config: ScaleBenchmark) -> float:
@@ -138,7 +143,7 @@ def predict(config: ScaleBenchmark, checkpoint_minutes: float, workers: int, par
         fixed=0.0,
         example=1 / gpu_rate(config),
         bandwidth=1e9 * (config.node_bandwidth_gb if one_machine else config.network_bandwidth_gb),
-        latency=config.latency_us * 1e-6,
+        latency=LATENCY,
         feed=workers * config.feed_cores * config.feed_examples_per_second,
         checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
     )
@@ -146,68 +151,56 @@ def predict(config: ScaleBenchmark, checkpoint_minutes: float, workers: int, par
     return workers * b / step_seconds(costs, config.zero_stage, workers, b, parameters)
 
 
-def _bandwidth(seconds: float, parameters: int) -> float:
-    """Bytes per second that each of two workers sends while all gradients are reduced in ``seconds``."""
-    return bytes_sent(0, 2, parameters) / seconds
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds, medians."""
+
+    step: float
+    reduce: float = 0.0
+    """Of adding up all gradients over the workers."""
+    latency: float = 0.0
 
 
-def _workers(workers: int, run: TrainConfig, batch_size: int, steps: int) -> dict[str, float]:
-    """Seconds of a step, and of two workers' collectives, in fresh processes of one thread each."""
+def _measured(workers: int, run: TrainConfig, batch_size: int, steps: int) -> _Measured:
     run = replace(run, workers=workers, batch_size=workers * batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        result = _SPAWN.SimpleQueue()
-        _run_in_processes(_worker, [(rank, workers, folder, run, batch_size, steps, result) for rank in range(workers)])
-        found: dict[str, float] = result.get()
-    return found
+        return in_processes(workers, partial(_work, workers, Path(folder, "rendezvous"), run, batch_size, steps))
 
 
-_SPAWN = multiprocessing.get_context("spawn")
+def in_processes(workers: int, work: Callable[[int], T]) -> T:
+    """Calls ``work`` with each worker's number in a fresh process of its own; gives what the first one returns.
 
-
-def _run_in_processes(work: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
-    """Runs ``work`` once with each of the arguments, in fresh processes that see no GPU: there may be one for all."""
-    processes = [_SPAWN.Process(target=work, args=a, daemon=True) for a in arguments]
+    The processes see no GPU: there may be one for all.
+    """
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it must be so before they import torch
     try:
-        for process in processes:
-            process.start()
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            first, *_ = pool.map(work, range(workers))
+            return first
     finally:
         del os.environ["CUDA_VISIBLE_DEVICES"]
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-    for process in processes:
-        process.join()
-    assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
+        os.environ |= {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
 
 
-def _worker(rank: int, workers: int, folder: str, run: TrainConfig, batch_size: int, steps: int, result: Any) -> None:
+def _work(workers: int, rendezvous: Path, run: TrainConfig, batch_size: int, steps: int, rank: int) -> _Measured:
     torch.set_num_threads(1)
-    with process_group(rank, workers, Path(folder, "rendezvous")):
-        found = _measured(workers, run, batch_size, steps)
-    if rank == 0:
-        result.put(found)
-
-
-def _measured(workers: int, run: TrainConfig, batch_size: int, steps: int) -> dict[str, float]:
-    """Seconds of a step, and of collectives of its group, in one of the workers."""
     sizes = VocabularySizes()
-    # The same examples for every worker: the model has no word for one that waits for another.
-    batches = Pool(random_examples((1 + steps) * batch_size, sizes), run.model, sizes, batch_size).random(1 + steps)
-    waiting = iter(step._replace(targets=workers * step.targets) for step in batches)
-    take = sides.engine_step(run, sizes)
-    found = {"step": median(_seconds(lambda: take(next(waiting)), steps)), "reduce": 0.0, "latency": 0.0}
-    if workers > 1:
+    with process_group(rank, workers, rendezvous):
+        # The same examples for every worker: the model has no word for one that waits for another.
+        batches = Pool(random_examples((1 + steps) * batch_size, sizes), run.model, sizes, batch_size).random(1 + steps)
+        waiting = iter(step._replace(targets=workers * step.targets) for step in batches)
+        take = engine_step(run, sizes)
+        step = _median(lambda: take(next(waiting)), steps)
+        if workers == 1:
+            return _Measured(step)
         n = sum(p.numel() for p in PersonaTransformer(run.model, sizes).parameters())
         gradients, one = torch.zeros(n), torch.zeros(1)
-        found["reduce"] = median(_seconds(lambda: dist.all_reduce(gradients), steps))
-        found["latency"] = median(_seconds(lambda: dist.all_reduce(one), 20))
-    return found
+        return _Measured(
+            step, _median(lambda: dist.all_reduce(gradients), steps), _median(lambda: dist.all_reduce(one), 20)
+        )
 
 
-def _seconds(function: Callable[[], object], times: int) -> Iterator[float]:
+def _median(function: Callable[[], object], times: int) -> float:
     function()
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        yield time.perf_counter() - start
+    return median(seconds(function) for _ in range(times))
