@@ -191,7 +191,7 @@ class EvaluateConfig:
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
     batch_size: Annotated[int, Gt(0)] | None = None
-    """Examples that a worker takes at a time, which is no matter for the metrics; by default 512 on a GPU, 64 on a CPU.
+    """Examples that a worker takes at a time, which does not change the metrics; by default 512 on a GPU, 64 on a CPU.
     """
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""

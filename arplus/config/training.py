@@ -73,13 +73,13 @@ class EstimateConfig:
     """What ``--dry-run`` takes for granted of machines that it does not see; training itself does not look at it."""
 
     examples_per_second: Annotated[float | None, Gt(0)] = None
-    """Examples a second of one worker, such as a first run's log line says; by default gpu and utilisation give it."""
+    """Examples per second of one worker, as a first run's log line says; by default gpu and mfu give it."""
     gpu: GPU = "L4"
     """A worker's GPU, for its peak rate."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of that peak that training reaches: an assumption, and a careful one for a small model."""
     price: Annotated[float | None, Gt(0)] = None
-    """Price of a worker an hour, in any currency."""
+    """Price of a worker per hour, in any currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,10 @@ class TrainConfig:
     """Training workers, one GPU each where they train on GPUs: N, or MIN:MAX for as many of them as the cluster has
     room for at any time, which may change in mid-run."""
     device: Annotated[Device, Role.OPERATION] = "auto"
-    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one a worker and waits until the cluster
-    has started them; cpu takes none."""
+    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one per worker and waits until the
+    cluster has started them; cpu takes none."""
     cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
-    """CPUs a worker; by default what leaves one whole CPU to the data feed."""
+    """CPUs per worker; by default all but one, which is for the data feed, in equal shares."""
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
@@ -114,7 +114,7 @@ class TrainConfig:
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per optimizer step, over all workers."""
     gradient_accumulation_steps: Annotated[int, Gt(0), Role.OPERATION] = 1
-    """Micro-batches a worker an optimizer step."""
+    """Micro-batches per worker and optimizer step."""
     epochs: Annotated[int, Gt(0), Role.BUDGET] = 3
     """Passes over the training set."""
     max_steps: Annotated[int | None, Gt(0), Role.BUDGET] = None
