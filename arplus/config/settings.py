@@ -64,20 +64,17 @@ class Setting(NamedTuple):
         return functools.reduce(getattr, self.path, config)
 
 
-@functools.cache
-def settings_of(cls: type) -> tuple[Setting, ...]:
-    """All settings of a configuration's class, in the order of its fields."""
-    return tuple(_walk(cls, (), (), ()))
-
-
-def _walk(cls: Any, names: tuple[str, ...], path: tuple[str, ...], outer: tuple[Any, ...]) -> Iterator[Setting]:
+def settings_of(
+    cls: Any, names: tuple[str, ...] = (), path: tuple[str, ...] = (), outer: tuple[Any, ...] = ()
+) -> Iterator[Setting]:
+    """All settings of a configuration's class, in the order of its fields; below ``path``, where it is a section."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         here = names if INLINE in marks else (*names, f.name)
         if dataclasses.is_dataclass(kind):
-            yield from _walk(kind, here, (*path, f.name), (*marks, *outer))
+            yield from settings_of(kind, here, (*path, f.name), (*marks, *outer))
         else:
             yield Setting(".".join(here), (*path, f.name), (*marks, *outer))
 
