@@ -86,7 +86,7 @@ class _Loop:
 
     def run(self) -> None:
         """Trains, validates and saves until the end."""
-        progress, config = self.progress, self.config
+        progress = self.progress
         if progress.unvalidated:
             if not self._validated():
                 return
@@ -96,23 +96,8 @@ class _Loop:
             self.roll.at(f"waits for the data of step {progress.step + 1}")
             for step in self.meter.measure(self.train.batches(progress.epoch, progress.epoch_step, last)):
                 self._make(step)
-                at_end = progress.step >= self.total or progress.epoch_step == self.train.steps
-                due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
-                logs = progress.step % config.log_every == 0 or at_end
-                if logs or due or self.engine.wants_reading:
-                    requested = self._read(logs)
-                    if progress.epoch_step == self.train.steps:
-                        progress.epoch += 1
-                        progress.epoch_step = 0
-                    if self.validates and (at_end or _due(config.validate_every, progress.step)):
-                        progress.unvalidated = True
-                        if Request.END in requested or not self._validated():
-                            requested |= Request.END
-                        self.meter.restart()
-                    if at_end or due or requested & (Request.SAVE | Request.END):
-                        self._save()
-                    if Request.END in requested or self._is_over():
-                        return
+                if self._ends():
+                    return
                 self.roll.at(f"waits for the data of step {progress.step + 1}")
 
     def _is_over(self) -> bool:
@@ -131,6 +116,27 @@ class _Loop:
         progress.step += 1
         progress.epoch_step += 1
         progress.examples = _examples_seen(progress, self.train)
+
+    def _ends(self) -> bool:
+        """Reads, logs, validates and saves what is due after a step; whether the run ends with it."""
+        progress, config = self.progress, self.config
+        at_end = progress.step >= self.total or progress.epoch_step == self.train.steps
+        due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
+        logs = progress.step % config.log_every == 0 or at_end
+        if not (logs or due or self.engine.wants_reading):
+            return False
+        requested = self._read(logs)
+        if progress.epoch_step == self.train.steps:
+            progress.epoch += 1
+            progress.epoch_step = 0
+        if self.validates and (at_end or _due(config.validate_every, progress.step)):
+            progress.unvalidated = True
+            if Request.END in requested or not self._validated():
+                requested |= Request.END
+            self.meter.restart()
+        if at_end or due or requested & (Request.SAVE | Request.END):
+            self._save()
+        return Request.END in requested or self._is_over()
 
     def _before_reduction(self) -> None:
         self.meter.own.stop()
@@ -168,7 +174,7 @@ class _Loop:
         itself: what rank 0 asks for is done in it, and a checkpoint that is saved in it holds that it is still due.
         """
         assert self.progress.unvalidated
-        metrics = validate(self.engine, self.valid, self.config, self._ended)
+        metrics = validate(self.engine, self.valid, self.config, self._asks_to_end)
         if metrics is None:
             return False
         self.progress.add_validation(metrics)
@@ -176,7 +182,7 @@ class _Loop:
             hook.on_validation(self.progress, metrics)
         return True
 
-    def _ended(self) -> bool:
+    def _asks_to_end(self) -> bool:
         """Whether rank 0 asks to end; all workers ask at the same batch, so that they leave, or save, at the same."""
         self.roll.at(f"validates at step {self.progress.step}")
         asked = torch.tensor(int(self._request()), device=self.engine.device)
