@@ -1,12 +1,11 @@
 """What can be set of each benchmark. Nothing heavy is imported here: a command line is read before Ray and torch."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from arplus.config import ExampleRules, FeedConfig, TrainConfig
+from arplus.config import ExampleRules, FeedConfig, Required, TrainConfig
 
 WINDOW = 64
 """Batches of the window that replies are given to."""
@@ -95,7 +94,7 @@ class ScaleBenchmark(Output):
 class DataBenchmark(Output):
     """Measures the data feed of one training worker."""
 
-    data: str = ""
+    data: Annotated[str, Required("the URI of a prepared data set (make one with jobs/prepare.py)")] = ""
     """URI of a prepared data set; its training split is read."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per batch."""
@@ -107,11 +106,6 @@ class DataBenchmark(Output):
     """Batches per pass at most; by default a whole epoch."""
     compared_steps: Annotated[int, Ge(0)] = 512
     """Batches per pass of the datasets + DataLoader side, which is slower; 0 leaves it out."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if not self.data:
-            yield "data", "is required: the URI of a prepared data set (make one with jobs/prepare.py)"
 
 
 @dataclass(frozen=True, kw_only=True)

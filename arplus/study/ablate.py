@@ -23,7 +23,6 @@ from arplus.config import (
     EvaluateConfig,
     TrainConfig,
     VocabularySizes,
-    run_settings,
     tiny,
     to_dict,
 )
@@ -84,7 +83,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
     room = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
-    preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
+    preflight.check_nodes(config.run, dataset, config.runs * checkpoint_bytes(config.run.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
@@ -102,15 +101,15 @@ def plan(config: AblateConfig) -> str:
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
     of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
-    if config.data:
+    if config.run.data:
         for size in _sizes(config, _dataset(config)):
-            budget = config.examples or config.epochs * size.examples
+            budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
     return "\n".join(lines)
 
 
 def _dataset(config: AblateConfig) -> Dataset:
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
     return dataset
 
@@ -130,7 +129,9 @@ def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
     """The first seed's runs of every row at all rates."""
     step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
     rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
-    return [RunSpec(preset, size.sessions, size.examples, config.seed, lr) for preset in config.rows for lr in rates]
+    return [
+        RunSpec(preset, size.sessions, size.examples, config.run.seed, lr) for preset in config.rows for lr in rates
+    ]
 
 
 def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
@@ -145,8 +146,8 @@ def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
                 continue
             lr = min(scores, key=lambda rate: scores[rate])
         else:
-            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.optimizer.lr
-        found += [RunSpec(preset, size.sessions, size.examples, config.seed + i, lr) for i in range(config.seeds)]
+            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.run.optimizer.lr
+        found += [RunSpec(preset, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]
     return found
 
 
@@ -159,14 +160,14 @@ def settings(config: AblateConfig, row: RunSpec) -> TrainConfig:
     """The settings of a run."""
     own = tiny(PRESETS[row.preset]) if config.tiny else PRESETS[row.preset]
     run = replace(
-        run_settings(config),
+        config.run,
         preset=row.preset,
         model=own.model,
-        optimizer=replace(config.optimizer, lr=row.lr, eps=own.optimizer.eps),
+        optimizer=replace(config.run.optimizer, lr=row.lr, eps=own.optimizer.eps),
         seed=row.seed,
-        feed=replace(config.feed, max_examples=row.examples),
+        feed=replace(config.run.feed, max_examples=row.examples),
     )
-    return with_budget(run, config.examples or config.epochs * row.examples, config.validations, row.examples)
+    return with_budget(run, config.examples or config.run.epochs * row.examples, config.validations, row.examples)
 
 
 class _Rows(execute.Source):
@@ -215,7 +216,7 @@ def _run(config: AblateConfig, study: Study, room: Slots, rows: list[RunSpec], t
             source,
             room,
             again=again,
-            max_failures=config.max_failures,
+            max_failures=config.run.max_failures,
             show=source.show,
             on_stop=lambda: tracker.mark("KILLED"),
         )
@@ -227,7 +228,7 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[R
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
-        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
+        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.run.data, device=config.run.device)
         found = storage.with_retries(study.uri, functools.partial(evaluate, asked))
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions

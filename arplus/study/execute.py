@@ -249,7 +249,8 @@ def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
     tracker = tracking.Tracker(study.tracked, record=study.record, keep=study.records)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
-    tracker.log_dataset(Path(study.config.data).name, study.fingerprint, study.config.data, study.kind)
+    data = study.config.run.data
+    tracker.log_dataset(Path(data).name, study.fingerprint, data, study.kind)
     status: tracking.Status | None = "FAILED"
     try:
         yield tracker

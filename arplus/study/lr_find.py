@@ -48,23 +48,25 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small and
     :class:`RunError` where the loss never fell or the workers died.
     """
-    config = resolve_lr_find(config)
-    dataset = Dataset.open(config.data)
-    scaling = preflight.scaling(config)
-    preflight.check_nodes(config, dataset, 0)  # it writes no checkpoint
-    uri = storage.join(config.storage, config.run_name)
-    if config.resume == "never" and storage.exists(storage.join(uri, FILE)):
+    run = resolve(replace(config.run, run_name=config.run.run_name or f"lr-{config.run.preset}"))
+    run = replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage))
+    config = replace(config, run=run)
+    dataset = Dataset.open(run.data)
+    scaling = preflight.scaling(run)
+    preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
+    uri = storage.join(run.storage, run.run_name)
+    if run.resume == "never" and storage.exists(storage.join(uri, FILE)):
         raise UsageError(f"--resume never: {uri} exists; take another --run-name, or --resume auto to make it anew")
     if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
-        raise UsageError(f"--run-name {config.run_name}: {uri} is a run or a study; take another name")
-    assert config.mlflow is not None
+        raise UsageError(f"--run-name {run.run_name}: {uri} is a run or a study; take another name")
+    assert run.mlflow is not None
     tracked = tracking.start_run(
-        config.mlflow,
-        config.experiment,
-        config.run_name,
+        run.mlflow,
+        run.experiment,
+        run.run_name,
         tags={
             "kind": "lr range test",
-            "preset": config.preset,
+            "preset": run.preset,
             "fingerprint": dataset.fingerprint,
         }
         | node.code_tags(),
@@ -72,12 +74,12 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     )
     record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
     with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
-        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+        tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")
         points = _run(config, scaling, uri)
         for number, point in enumerate(points):
             tracker.log({f"lr_range/{key}": value for key, value in point.items()}, step=number)
         result: dict[str, Any] = {
-            "preset": config.preset,
+            "preset": run.preset,
             "fingerprint": dataset.fingerprint,
             "mlflow_url": tracking.run_url(tracked),
             "lr": analyse([p["lr"] for p in points], [p["dialogue_loss"] for p in points]),
@@ -86,19 +88,13 @@ def find(config: LrFindConfig) -> dict[str, Any]:
         files = {
             FILE: json.dumps(result, indent=2) + "\n",
             "lr_range.csv": as_csv(points),
-            "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
+            "lr_range.svg": plot(points, result["lr"], f"{run.preset}: learning-rate range test"),
         }
         for name, text in files.items():
             storage.with_retries(uri, functools.partial(storage.write_bytes, storage.join(uri, name), text.encode()))
             tracker.log_text(name, text)
         tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
-
-
-def resolve_lr_find(config: LrFindConfig) -> LrFindConfig:
-    """The settings with every name and path filled in."""
-    config = resolve(replace(config, run_name=config.run_name or f"lr-{config.preset}"))
-    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))
 
 
 def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, float]:
@@ -192,14 +188,15 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
 
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
     config: LrFindConfig = arguments["config"]
+    run = config.run
     device = workers.set_up()
     try:
-        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(config.data, lambda: load(config, None)))
+        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(run.data, lambda: load(run, None)))
     except RunEndedError as ended:
         error: UsageError = ended.args[0]
         return error
-    loader, _ = loaders(config, dataset, device)
-    return curve(Engine(model, config, device), loader.batches, loader.steps, config)
+    loader, _ = loaders(run, dataset, device)
+    return curve(Engine(model, run, device), loader.batches, loader.steps, config)
 
 
 def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
@@ -216,7 +213,7 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
             rate = config.lr_from * factor ** len(points)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-            seed_dropout(config.seed, len(points))
+            seed_dropout(config.run.seed, len(points))
             engine.train_step(step)
             try:
                 (result,), _ = engine.read()

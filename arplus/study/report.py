@@ -37,11 +37,11 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
     seeds = f"{config.seeds} seed{'s'[: config.seeds != 1]}"
     rate = {
         "paper": "each row at the rate that the paper's code used for it",
-        "common": f"all rows at the rate {config.optimizer.lr:g}",
+        "common": f"all rows at the rate {config.run.optimizer.lr:g}",
         "tuned": f"each row at the best of {config.rates} rates",
     }[config.lr]
     parts = [
-        f"<h1>Ablation {_escaped(config.run_name)}</h1>",
+        f"<h1>Ablation {_escaped(config.run.run_name)}</h1>",
         f"<p>{', '.join(f'{n:,}' for n in sizes)} training sessions, {seeds}, {rate}"
         f"{'; networks shrunk by --tiny' if config.tiny else ''}. "
         f'<a href="{_escaped(study_url)}">Runs</a> · <a href="{_escaped(compare_url)}">compared</a> in MLflow.</p>',
@@ -63,7 +63,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
                 parts += [f"<h3>The paper's {name}, as its code computed it</h3>", _table(listed, here, COLUMNS, True)]
     parts += ["<h2>What compares with the paper's figures</h2>", "<ul>"]
     parts += [*(f"<li>{_escaped(line)}</li>" for line in COMPARES), "</ul>"]
-    head = f'<meta charset="utf-8"><title>Ablation {_escaped(config.run_name)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>Ablation {_escaped(config.run.run_name)}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 

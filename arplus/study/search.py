@@ -67,7 +67,7 @@ class Random:
         """The trial's values."""
         if number == 1 and (own := own_values(self.config, self.dimensions)) is not None:
             return own
-        shares = np.random.default_rng([self.config.seed, number]).random(len(self.dimensions)).tolist()
+        shares = np.random.default_rng([self.config.run.seed, number]).random(len(self.dimensions)).tolist()
         return {d.name: d.at(share) for d, share in zip(self.dimensions, shares, strict=True)}
 
     def learn(self, number: int, trial: Trial) -> None:
@@ -84,7 +84,7 @@ class Tpe:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = {dimension.name: _distribution(dimension) for dimension in dimensions}
         # A search that goes on must not draw again what it drew at first.
-        seed = int(np.random.SeedSequence([config.seed, len(known)]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([config.run.seed, len(known)]).generate_state(1)[0])
         start = min(max(3, config.trials // 4), 10)  # Optuna's 10 random trials would be all of a small sweep
         sampler = optuna.samplers.TPESampler(n_startup_trials=start, seed=seed)
         self.study = optuna.create_study(sampler=sampler)

@@ -17,7 +17,6 @@ from arplus.config import (
     TrainConfig,
     TuneConfig,
     parse_space,
-    run_settings,
     to_dict,
     with_values,
 )
@@ -44,12 +43,12 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     config = resolve_study(config, "tune")
     dataset = _dataset(config)
     dimensions = space(config, dataset)
-    examples = dataset.split("train", config.feed.max_examples).examples
-    budget = config.examples or config.epochs * examples
+    examples = dataset.split("train", config.run.feed.max_examples).examples
+    budget = config.examples or config.run.epochs * examples
     room = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
-    asked = replace(config, precision="bf16") if varied else config
-    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
+    asked = replace(config.run, precision="bf16") if varied else config.run
+    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.run.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         source = _Trials(config, study, dimensions, budget, examples, tracker)
@@ -69,7 +68,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
             room,
             again=[trial for trial in study.trials.values() if not trial.ended],
             scheduler=asha if config.scheduler == "asha" else None,
-            max_failures=config.max_failures,
+            max_failures=config.run.max_failures,
             show=source.show,
             on_stop=lambda: tracker.mark("KILLED"),
         )
@@ -84,34 +83,34 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     """
     dimensions = parse_space(config.space)
     if config.lr_bounds is not None:
-        bounds = lr_find.read_bounds(config.lr_bounds, config.preset, dataset.fingerprint if dataset else None)
+        bounds = lr_find.read_bounds(config.lr_bounds, config.run.preset, dataset.fingerprint if dataset else None)
         rate = Dimension("optimizer.lr", "loguniform", bounds)
         dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
     for dimension in dimensions:
         ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
         for value in ends:
-            with_values(run_settings(config), {dimension.name: value}, source=f"--space {dimension.text}")
+            with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
     return dimensions
 
 
 def _dataset(config: TuneConfig) -> Dataset:
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
     return dataset
 
 
 def plan(config: TuneConfig) -> str:
     """What a sweep would try, as text, computed without starting anything."""
-    dataset = _dataset(config) if config.data else None
+    dataset = _dataset(config) if config.run.data else None
     dimensions = space(config, dataset)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
     lines += [f"  {dimension.text}" for dimension in dimensions]
     lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
     if dataset is None:
         return "\n".join([*lines, "examples a trial: unknown without --data"])
-    examples = dataset.split("train", config.feed.max_examples).examples
-    budget = config.examples or config.epochs * examples
-    run = with_budget(run_settings(config), budget, config.validations, examples)
+    examples = dataset.split("train", config.run.feed.max_examples).examples
+    budget = config.examples or config.run.epochs * examples
+    run = with_budget(config.run, budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
     return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
 
@@ -159,7 +158,7 @@ class _Trials(execute.Source):
             return None
         name = f"trial-{number:04d}"
         self.numbers[name] = number
-        run = with_values(run_settings(self.config), values, source=f"--space: {name} ({_shown(values)})")
+        run = with_values(self.config.run, values, source=f"--space: {name} ({_shown(values)})")
         run = with_budget(run, self.budget, self.config.validations, self.examples)
         return self.study.add(name, values, run)
 
@@ -215,8 +214,8 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     assert best.score is not None
     run = study.tracked_run(best)
     assert run is not None
-    settings = with_values(run_settings(config), best.values, source="the best trial")
-    settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
+    settings = with_values(config.run, best.values, source="the best trial")
+    settings = replace(settings, run_name=f"{study.name}-best", experiment="")
     file = storage.join(study.uri, "best_config.json")
     study.write("best_config.json", storage.as_json(to_dict(settings)))
     compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]

@@ -43,7 +43,6 @@ from arplus.training.loop import fit, total_steps
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-C = TypeVar("C", bound=TrainConfig)
 
 
 def train(
@@ -169,7 +168,7 @@ def _run_workers(
     return cast(dict[str, Any], outcome)
 
 
-def resolve(config: C) -> C:
+def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
@@ -180,7 +179,7 @@ def resolve(config: C) -> C:
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
-        experiment=config.experiment or TrainConfig().experiment,
+        experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
     )
 

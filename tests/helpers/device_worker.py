@@ -33,8 +33,10 @@ def main(local: Cluster, joining: int) -> dict[str, Any]:
     for device in DEVICES:
         scaling = preflight.scaling(TrainConfig(workers=2, device=device))
         found["scaling"][device] = scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker
-        found["side_by_side"][device] = find_slots(TuneConfig(workers=2, device=device), 8).side_by_side
-    found["two_asked_for"] = find_slots(TuneConfig(workers=2, device="gpu", concurrency=2), 8)
+        found["side_by_side"][device] = find_slots(
+            TuneConfig(run=TrainConfig(workers=2, device=device)), 8
+        ).side_by_side
+    found["two_asked_for"] = find_slots(TuneConfig(run=TrainConfig(workers=2, device="gpu"), concurrency=2), 8)
     found["compile"] = [bool(connection.offer(device, 1).gpus) for device in DEVICES]
     with ThreadPoolExecutor(1) as pool:  # a node is added by the main thread alone
         evaluation = pool.submit(evaluate, config)

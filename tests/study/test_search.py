@@ -12,8 +12,6 @@ from arplus.config import (
     TuneConfig,
     parse_space,
     preset,
-    run_settings,
-    study_settings,
     tiny,
     to_dict,
     with_values,
@@ -24,7 +22,7 @@ from arplus.study.record import OBJECTIVE, Trial
 from arplus.study.search import make_search
 from arplus.study.tune import with_budget
 
-CONFIG: TuneConfig = study_settings(TuneConfig, tiny(preset("arplus")))
+CONFIG = TuneConfig(run=tiny(preset("arplus")))
 LR = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-1))]
 
 
@@ -74,12 +72,12 @@ def test_random_values_depend_on_seed_and_number_alone() -> None:
     whole = {n: t.values for n, t in run(config, 6).items()}
     assert {n: t.values for n, t in run(config, 6, dict(list(run(config, 3).items()))).items()} == whole
     assert len({t["optimizer.lr"] for t in whole.values()}) == 6
-    assert run(replace(config, seed=1), 6)[2].values != whole[2]
+    assert run(with_values(config, {"seed": 1}, source="test"), 6)[2].values != whole[2]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_optuna_finds_the_best_rate_and_goes_on_without_repeating_itself(seed: int) -> None:
-    config = replace(CONFIG, trials=16, seed=seed, optimizer=replace(CONFIG.optimizer, lr=1e-5))
+    config = with_values(CONFIG, {"trials": 16, "seed": seed, "optimizer.lr": 1e-5}, source="test")
     first = run(config, 6)
     whole = run(config, 16, first)
     assert len({t.values["optimizer.lr"] for t in whole.values()}) == 16
@@ -143,7 +141,7 @@ def test_one_validation_leaves_nothing_to_stop() -> None:
 
 @pytest.mark.parametrize(("batch_size", "budget"), [(8, 200), (32, 200), (8, 83), (8, 40), (7, 83 * 3)])
 def test_a_budget_is_examples_whatever_the_batch_size(batch_size: int, budget: int) -> None:
-    run = with_budget(replace(run_settings(CONFIG), batch_size=batch_size), budget, 4, 83)
+    run = with_budget(replace(CONFIG.run, batch_size=batch_size), budget, 4, 83)
     assert run.max_steps is not None
     epochs, left = divmod(run.max_steps, -(-83 // batch_size))
     seen = epochs * 83 + min(left * batch_size, 83)
@@ -154,9 +152,7 @@ def test_a_budget_is_examples_whatever_the_batch_size(batch_size: int, budget: i
 
 
 def test_values_go_to_their_places_and_wrong_ones_name_the_source() -> None:
-    run = with_values(run_settings(CONFIG), {"optimizer.lr": 0.5, "batch_size": 4}, source="here")
-    assert to_dict(run) == to_dict(
-        replace(run_settings(CONFIG), batch_size=4, optimizer=replace(CONFIG.optimizer, lr=0.5))
-    )
+    run = with_values(CONFIG.run, {"optimizer.lr": 0.5, "batch_size": 4}, source="here")
+    assert to_dict(run) == to_dict(replace(CONFIG.run, batch_size=4, optimizer=replace(CONFIG.run.optimizer, lr=0.5)))
     with pytest.raises(UsageError, match=r"^here: --model.heads: must divide"):
         with_values(run, {"model.heads": 5}, source="here")
