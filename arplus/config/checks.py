@@ -33,7 +33,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     Raises :class:`UsageError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
     """
     valid = list(dotted_names(cls))
-    for key in _leaves(values):
+    for key in _leaves(values, valid):
         if key not in valid and not any(name.startswith(key + ".") for name in valid):
             raise UsageError(f"{source}: {unknown_key(key, valid)}")
     try:
@@ -79,10 +79,10 @@ def unknown_key(key: str, valid: list[str]) -> str:
     return f"unknown key {key!r}{f' (did you mean {near[0]!r}?)' if near else ''}; valid keys: {', '.join(valid)}"
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(values: Mapping[str, Any], valid: list[str], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and prefix + key not in valid:  # one that is valid is a mapping itself
+            yield from _leaves(value, valid, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
