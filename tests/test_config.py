@@ -336,6 +336,12 @@ def test_workers_are_a_number_or_a_range(workers: int | str, sizes: list[int]) -
     assert list(from_dict(TrainConfig, {"workers": workers}, source="file").world_sizes) == sizes
 
 
+@pytest.mark.parametrize("steps", ["3", "0:2", "5:4", "1:101", "a:b", "1:2:3", ""])
+def test_other_steps_are_not_profiled(steps: str) -> None:
+    problem = "--profile-steps: must be A:B, the first and the last step, counted from 1, and at most 100 in all"
+    assert message_of(TrainConfig, {"profile_steps": steps}).startswith(f"settings.json: {problem}")
+
+
 @pytest.mark.parametrize("workers", [0, -2, "4:1", "0:2", "2", "1:", ":2", "1:2:3", "1.5", "all"])
 def test_other_workers_are_refused(workers: int | str) -> None:
     problem = f"--workers: must be a number N or a range MIN:MAX, at least 1 (got {workers!r})"
@@ -350,6 +356,7 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"tied_head": True}}, "--model.embedding-size: must equal d_model = 512"),
         (TrainConfig, {"compile": "on", "zero_stage": 3}, "--compile: on needs --zero-stage 0, 1 or 2"),
         (TrainConfig, {"compile": "on", "device": "cpu"}, "--compile: on needs GPUs, and --device cpu takes none"),
+        (TuneConfig, {"patience": 2}, "--patience: cannot be set for a study: its runs have one budget"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
         (PrepareConfig, {"input": "i", "output": "o", "test": 1.5}, "--test: must be a share below 1 or a whole"),
@@ -418,7 +425,7 @@ def test_what_makes_a_training_run_the_run_it_is() -> None:
         "feed.max_examples",
     ]
     assert names_of_role(TrainConfig, Role.LABEL) == ["preset", "experiment"]
-    assert names_of_role(TrainConfig, Role.BUDGET) == ["epochs", "max_steps", "validate_every"]
+    assert names_of_role(TrainConfig, Role.BUDGET) == ["epochs", "max_steps", "validate_every", "patience"]
     own = [name for name in names_of_role(TuneConfig, Role.OPERATION) if name not in dotted_names(TrainConfig)]
     assert own == ["concurrency", "trials"]
 

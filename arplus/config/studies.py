@@ -38,6 +38,8 @@ class StudyConfig:
             yield "resume", f"must be auto or never for a study (got {self.run.resume!r})"
         if self.run.max_steps is not None:
             yield "max_steps", "cannot be set for a study: --examples is the budget of its runs (pass --max-steps None)"
+        if self.run.patience is not None:
+            yield "patience", "cannot be set for a study: its runs have one budget (pass --patience None)"
         if self.run.validate_every is not None:
             yield (
                 "validate_every",

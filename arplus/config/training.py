@@ -15,6 +15,8 @@ from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
 """What workers compute on; :func:`arplus.cluster.connection.offer` makes resources of it."""
+MOST_PROFILED_STEPS = 100
+"""A trace holds every operation of its steps: some thousand each."""
 MIN_WORKER_CPUS = 0.2
 """The smallest share of a CPU that a worker is given."""
 
@@ -129,6 +131,14 @@ class TrainConfig:
     """Newest checkpoints kept, beside the best one."""
     log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
     """Steps between log lines and tracked points."""
+    patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
+    """Validations in a row without a better response perplexity after which the run ends; by default it goes on."""
+    profile_steps: Annotated[str | None, Role.OPERATION] = None
+    """Profile the steps A to B, given as A:B and counted from 1, on the first worker: a trace, the dearest operations
+    and, on a GPU, a snapshot of its memory, in the run's folder profile and in MLflow."""
+    collective_timeout_minutes: Annotated[float, Gt(0), Role.OPERATION] = 10.0
+    """Minutes that a worker waits for the others before the workers are started again. Outages of the storage may take
+    up to 10."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
     resume: Annotated[str, Role.OPERATION] = "auto"
@@ -163,6 +173,12 @@ class TrainConfig:
         found = re.fullmatch("([0-9]{1,6}):([0-9]{1,6})", self.workers)
         return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to profile, counted from 1; empty where there are none or ``profile_steps`` is not valid."""
+        found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", self.profile_steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
     def micro_batch_size(self, workers: int) -> int:
         """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
@@ -191,6 +207,12 @@ class TrainConfig:
                 f"must be at least workers × gradient_accumulation_steps = {self.world_sizes[-1]} × "
                 f"{self.gradient_accumulation_steps} = {parts}, "
                 f"an example for each (got {self.batch_size})",
+            )
+        if self.profile_steps is not None and not 1 <= len(self.profiled_steps) <= MOST_PROFILED_STEPS:
+            yield (
+                "profile_steps",
+                f"must be A:B, the first and the last step, counted from 1, and at most {MOST_PROFILED_STEPS} in all, "
+                f"since a trace holds every operation (got {self.profile_steps!r})",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"

@@ -135,6 +135,22 @@ def test_a_job_whose_run_was_taken_over_stops_and_writes_nothing_more(data: str,
     assert mlflow_status(config, now.mlflow_run_id) == "RUNNING", "it is the other job's"
 
 
+@pytest.mark.soak
+def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
+    data: str, storage: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    config = faults.settings(data, storage, run_name="hangs", collective_timeout_minutes=0.3)
+    job = faults.start_job(config)
+    faults.wait_for_steps(config, 5, job)
+    faults.train_workers()[1].suspend()
+    said = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, said
+    assert "no answer for 0.3 minutes (--collective-timeout-minutes): worker 1 on " in said
+    assert faults.attempts(config) == 2
+    weights = faults.newest_weights(config)
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
+
+
 def test_a_run_that_fails_too_often_says_so(data: str, storage: Path) -> None:
     config = faults.settings(data, storage, run_name="fails", max_failures=0)
     with (
