@@ -174,7 +174,7 @@ def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> st
 def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[str, float]]:
     try:
         outcome = workers.run(
-            _worker, {"config": config}, scaling, uri, timeout_minutes=config.collective_timeout_minutes
+            _worker, {"config": config}, scaling, uri, timeout_minutes=config.run.collective_timeout_minutes
         )
     except TrainingFailedError as error:
         log.error("%s", error)
