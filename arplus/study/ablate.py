@@ -7,8 +7,6 @@ first; the best of them is that seed's result, and its rate that of the other se
 import functools
 import json
 import logging
-import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,8 +42,6 @@ log = logging.getLogger(__name__)
 
 LOWEST_RATE, HIGHEST_RATE = 1.5e-4, 1e-2
 """Between them lie the rates that are tried; the lowest is the floor of the paper's schedule."""
-TABLE_S = 60.0
-"""Seconds between two progress lines at least, unless a run has ended."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +79,15 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     config = resolve_study(config, "ablate")
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
-    room = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
+    slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
     preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
-            _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
+            _run(config, study, slots, [row for size in sizes for row in _rate_rows(config, size)], tracker)
         # Once: the tables are of these rows, whichever rates an earlier command chose.
         rows = [row for size in sizes for row in _rows(config, size, study)]
-        _run(config, study, room, rows, tracker)
+        _run(config, study, slots, rows, tracker)
         execute.check_outcome(study)
         _evaluate(config, study, dataset, rows)
         return _conclude(study, config, tracker, dataset, rows)
@@ -176,9 +172,6 @@ class _Rows(execute.Source):
         self.config = config
         self.study = study
         self.left = [row for row in rows if row.name not in study.trials]
-        self.rows = len(rows)
-        self.shown_at = -math.inf
-        self.ended = -1
 
     def next(self) -> Trial | None:
         """The record of the next row's run."""
@@ -190,35 +183,20 @@ class _Rows(execute.Source):
     def tell(self, trial: Trial) -> None:
         """Nothing to learn."""
 
-    def show(self) -> None:
-        """Logs how far the study is where a run has ended, or some time after the last line."""
-        ended = [t for t in self.study.trials.values() if t.outcome != "running"]
-        if len(ended) == self.ended and time.monotonic() - self.shown_at < TABLE_S:
-            return
-        self.ended, self.shown_at = len(ended), time.monotonic()
-        running = [f"{t.name} {_progress(t)}" for t in self.study.trials.values() if t.outcome == "running"]
+    def progress(self) -> str:
+        """How many runs have ended, and how far the others are."""
+        running = [t for t in self.study.trials.values() if t.outcome == "running"]
+        now = [f"{t.name} " + (f"PPL {t.results[-1]['response_ppl']:.2f}" if t.results else "begins") for t in running]
         left = f", {len(self.left)} to come" if self.left else ""
-        log.info("%d runs have ended%s; now %s", len(ended), left, "; ".join(running) or "none")
+        return f"{len(self.study.trials) - len(running)} runs have ended{left}; now {'; '.join(now) or 'none'}"
 
 
-def _progress(trial: Trial) -> str:
-    return f"PPL {trial.results[-1]['response_ppl']:.2f}" if trial.results else "begins"
-
-
-def _run(config: AblateConfig, study: Study, room: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
+def _run(config: AblateConfig, study: Study, slots: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
     source = _Rows(config, study, rows)
     again = [study.trials[row.name] for row in rows if row.name in study.trials and not study.trials[row.name].ended]
-    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), room.side_by_side)
+    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), slots.side_by_side)
     if source.left or again:
-        execute.execute(
-            study,
-            source,
-            room,
-            again=again,
-            max_failures=config.max_failures,
-            show=source.show,
-            on_stop=lambda: tracker.mark("KILLED"),
-        )
+        execute.execute(study, source, slots, tracker, again=again)
 
 
 def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[RunSpec]) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,14 +24,11 @@ from arplus.data.dataset import Dataset
 from arplus.study import execute, lr_find
 from arplus.study.publish import publish_best
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
-from arplus.study.search import make_search
+from arplus.study.search import Search
 from arplus.study.slots import find_slots
 from arplus.training.footprint import checkpoint_bytes
 
 log = logging.getLogger(__name__)
-
-TABLE_S = 20.0
-"""Seconds between two tables at least, unless a trial has ended."""
 
 
 def sweep(config: TuneConfig) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     dimensions = space(config, dataset)
     examples = dataset.split("train", config.feed.max_examples).examples
     budget = config.examples or config.epochs * examples
-    room = find_slots(config, config.trials)
+    slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config, precision="bf16") if varied else config
     preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
@@ -58,21 +54,14 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
             study.name,
             config.trials,
             f"{budget:,}",
-            room.side_by_side,
+            slots.side_by_side,
             ", ".join(d.text for d in dimensions),
         )
         known = [trial for trial in study.trials.values() if trial.ended and trial.score is not None]
         asha = execute.asha(budget, config.validations, config.reduction, known)
-        execute.execute(
-            study,
-            source,
-            room,
-            again=[trial for trial in study.trials.values() if not trial.ended],
-            scheduler=asha if config.scheduler == "asha" else None,
-            max_failures=config.max_failures,
-            show=source.show,
-            on_stop=lambda: tracker.mark("KILLED"),
-        )
+        again = [trial for trial in study.trials.values() if not trial.ended]
+        scheduler = asha if config.scheduler == "asha" else None
+        execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
         return _conclude(config, study, tracker, dataset)
 
@@ -147,9 +136,7 @@ class _Trials(execute.Source):
         self.tracker = tracker
         self.numbers = {name: number for number, name in enumerate(study.trials, 1)}
         known = {number: study.trials[name] for name, number in self.numbers.items()}
-        self.search = make_search(config, dimensions, known)
-        self.shown_at = -math.inf
-        self.ended = 0
+        self.search = Search(config, dimensions, known)
 
     def next(self) -> Trial | None:
         """The next trial, up to ``--trials`` of them."""
@@ -170,13 +157,10 @@ class _Trials(execute.Source):
             ended = sum(t.ended for t in self.study.trials.values())
             self.tracker.log({"best/response_ppl": self.study.best.score}, step=ended)
 
-    def show(self) -> None:
-        """Logs the table where a trial has ended, or some time after the last one."""
+    def progress(self) -> str:
+        """How many trials have ended, and the table."""
         ended = sum(t.outcome != "running" for t in self.study.trials.values())
-        if ended == self.ended and time.monotonic() - self.shown_at < TABLE_S:
-            return
-        self.ended, self.shown_at = ended, time.monotonic()
-        log.info("%d of %d trials have ended\n%s", ended, self.config.trials, table(self.study, self.budget))
+        return f"{ended} of {self.config.trials} trials have ended\n{table(self.study, self.budget)}"
 
 
 def table(study: Study, budget: int, rows: int = 20) -> str:

@@ -21,7 +21,7 @@ from arplus.config import (
 from arplus.errors import UsageError
 from arplus.study import execute
 from arplus.study.record import OBJECTIVE, Trial
-from arplus.study.search import make_search
+from arplus.study.search import Search
 from arplus.study.tune import with_budget
 
 CONFIG: TuneConfig = study_settings(TuneConfig, tiny(preset("arplus")))
@@ -41,7 +41,7 @@ def bowl(values: dict[str, Any]) -> float:
 def run(config: TuneConfig, trials: int, known: dict[int, Trial] | None = None) -> dict[int, Trial]:
     """A search without training."""
     known = dict(known or {})
-    search = make_search(config, LR, known)
+    search = Search(config, LR, known)
     for number in range(len(known) + 1, trials + 1):
         values = search.choose(number)
         assert values is not None
@@ -53,14 +53,14 @@ def run(config: TuneConfig, trials: int, known: dict[int, Trial] | None = None) 
 @pytest.mark.parametrize("kind", ["optuna", "random"])
 def test_the_first_trial_is_the_settings_as_they_are_where_the_space_holds_them(kind: Any) -> None:
     config = replace(CONFIG, search=kind)
-    assert make_search(config, LR, {}).choose(1) == {"optimizer.lr": 2e-3}
+    assert Search(config, LR, {}).choose(1) == {"optimizer.lr": 2e-3}
     elsewhere = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-3))]
-    assert make_search(config, elsewhere, {}).choose(1) != {"optimizer.lr": 2e-3}
+    assert Search(config, elsewhere, {}).choose(1) != {"optimizer.lr": 2e-3}
 
 
 def test_a_grid_has_every_point_once_and_ends() -> None:
     config = replace(CONFIG, search="grid", grid_points=2)
-    grid = make_search(config, parse_space(["batch_size=choice(16,32)"]), {})
+    grid = Search(config, parse_space(["batch_size=choice(16,32)"]), {})
     points = [grid.choose(number) for number in range(1, 9)]
     assert len({str(point) for point in points}) == 8
     assert all(
@@ -92,7 +92,7 @@ def test_optuna_keeps_away_from_what_diverged_and_knows_what_runs() -> None:
         n: ended(v, bowl(v), "diverged" if v["optimizer.lr"] > 1e-2 else "finished") for n, v in enumerate(values, 1)
     }
     known[6] = Trial(name="t", values={"optimizer.lr": 2e-3}, config={})
-    search = make_search(replace(CONFIG, trials=6), LR, known)
+    search = Search(replace(CONFIG, trials=6), LR, known)
     proposed = [search.choose(number) for number in range(7, 19)]
     assert sum(p is not None and p["optimizer.lr"] > 1e-2 for p in proposed) <= 3
     search.learn(6, ended({"optimizer.lr": 2e-3}, 40.0))  # it was unfinished, and is now done
@@ -130,7 +130,7 @@ def test_a_trial_that_goes_on_keeps_its_place_on_the_rungs_it_had_reached() -> N
     """Its next validation is later and better, and would push the others down."""
     asha = execute.asha(800, 8, 3.0, [ended({}, 50.0, examples=100)])
     assert asha is not None
-    execute._replay(asha, "again", [{"examples": 100, OBJECTIVE: 49.0}])
+    execute.replay(asha, "again", [{"examples": 100, OBJECTIVE: 49.0}])
     trials: list[Any] = [SimpleNamespace(trial_id=name) for name in ("again", "new")]
     for trial, examples, ppl in zip(trials, (200, 100), (44.0, 48.5), strict=True):
         asha.on_trial_add(None, trial)  # type: ignore[arg-type]
