@@ -41,8 +41,7 @@ class Source(Protocol):
         ...
 
     def tell(self, trial: Trial) -> None:
-        """Says that a run ended."""
-        ...
+        """Says that a run ended; a source that learns nothing from it leaves this out."""
 
     def progress(self) -> str:
         """How far the study is, for the log."""

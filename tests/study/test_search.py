@@ -69,12 +69,19 @@ def test_a_grid_has_every_point_once_and_ends() -> None:
     assert grid.choose(9) is None
 
 
+@pytest.mark.parametrize("kind", ["optuna", "random", "grid"])
+def test_a_search_that_goes_on_chooses_what_an_undisturbed_one_would(kind: Any) -> None:
+    config = replace(CONFIG, search=kind, trials=12, grid_points=12)
+    whole = {n: t.values for n, t in run(config, 12).items()}
+    assert {n: t.values for n, t in run(config, 12, run(config, 7)).items()} == whole
+    assert len({values["optimizer.lr"] for values in whole.values()}) == 12
+    assert kind == "grid" or run(replace(config, seed=1), 2)[2].values != whole[2]
+
+
 def test_random_values_depend_on_seed_and_number_alone() -> None:
     config = replace(CONFIG, search="random")
-    whole = {n: t.values for n, t in run(config, 6).items()}
-    assert {n: t.values for n, t in run(config, 6, dict(list(run(config, 3).items()))).items()} == whole
-    assert len({t["optimizer.lr"] for t in whole.values()}) == 6
-    assert run(replace(config, seed=1), 6)[2].values != whole[2]
+    known = {n: ended({"optimizer.lr": 10.0**-n}, 40.0, "diverged") for n in range(1, 5)}
+    assert run(config, 5, known)[5].values == run(config, 5)[5].values
 
 
 @pytest.mark.parametrize("seed", range(3))
