@@ -37,6 +37,7 @@ from arplus.config import (
     to_dict,
     validate,
 )
+from arplus.config.gpus import peak_flops
 from arplus.errors import UsageError
 
 ROWS = ["ar", "arplus", "no-rezero", "no-albert", "no-factor-ff", "no-memn2n", "no-bart-mlm"]
@@ -370,6 +371,28 @@ def test_rules_are_bounded() -> None:
 def test_a_changed_preset_is_checked_too() -> None:
     with pytest.raises(UsageError, match=r"^command line: --model\.repeats: "):
         validate(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
+
+
+# -------------------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("Tesla T4", 65),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_torch_gives_it(device: str, tflops: float | None) -> None:
+    assert peak_flops(device) == (tflops and tflops * 1e12)
 
 
 # ------------------------------------------------------------------------------------------------------ documentation

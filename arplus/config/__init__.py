@@ -3,8 +3,9 @@
 A configuration is a tree of frozen dataclasses. The command line is made from these types (:mod:`arplus.cli`);
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
-Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps and
-range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``checks`` (plain values and back).
+Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps and range tests) ·
+``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``gpus`` (their peaks) · ``checks`` (plain values and
+back).
 """
 
 from arplus.config.checks import (
@@ -16,6 +17,7 @@ from arplus.config.checks import (
     unknown_key,
     validate,
 )
+from arplus.config.gpus import PEAK_TFLOPS
 from arplus.config.jobs import (
     RESERVED_SPLITS,
     ChatConfig,
@@ -47,7 +49,6 @@ from arplus.config.training import (
     AR,
     MIN_WORKER_CPUS,
     PAPER_ROWS,
-    PEAK_TFLOPS,
     PRESETS,
     Device,
     EstimateConfig,

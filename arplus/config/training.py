@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
 from arplus.config.names import experiment_name_problem, run_name_problem
 from arplus.errors import UsageError
@@ -66,17 +67,13 @@ class FeedConfig:
         return max(min(self.shuffle_window_batches, MOST_OF_WINDOW // batch_size), 1)
 
 
-PEAK_TFLOPS = {"T4": 65, "A10G": 70, "L4": 121, "A100": 312, "H100": 989}
-"""Dense 16-bit tensor peaks of GPUs as their makers give them, in 10¹² operations a second (T4: fp16; H100: SXM)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
     """What ``--dry-run`` takes for granted of machines that it does not see; training itself does not look at it."""
 
     examples_per_second: Annotated[float, Gt(0)] | None = None
     """Examples a second of one worker, such as a first run's log line says; by default gpu and utilisation give it."""
-    gpu: Literal["T4", "A10G", "L4", "A100", "H100"] = "L4"
+    gpu: GPU = "L4"
     """A worker's GPU, for its peak rate."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of that peak that training reaches: an assumption, and a careful one for a small model."""

@@ -12,11 +12,11 @@ from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from arplus import storage, tracking
+from arplus.cluster import ray_private
 from arplus.config import to_dict
 from arplus.errors import ArplusError, RunError
 from arplus.runs import attempt
@@ -286,13 +286,8 @@ def check_outcome(study: Study) -> None:
 
 
 def _set_environment() -> None:
-    """Ray Tune's own files, loggers and Ctrl-C off, by the environment alone; AWS's keys stay where they are.
-
-    Tune would put them into the runtime_env of every trial, which Ray writes to its logs and shows on its dashboard. A
-    trial has its node's.
-    """
-    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
+    """Ray Tune's own files, loggers and Ctrl-C off, by the environment alone; AWS's keys stay where they are."""
+    ray_private.keep_keys_out_of_trials()
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it gives the runs ten seconds to end
     os.environ.setdefault("TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "600")

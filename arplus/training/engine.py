@@ -20,7 +20,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import, which else warns of a missing accelerator
 
 import deepspeed
-import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
@@ -37,10 +36,12 @@ from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
+from arplus.kernels.torch_private import leave_update_out
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
+from arplus.training import deepspeed_private
 from arplus.training.footprint import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -133,8 +134,7 @@ class Engine:
             ),
             dist_init_required=False,
         )[0]
-        # Stage 0 would flatten and copy all gradients to reduce them over one worker, for nothing.
-        self.engine.enable_backward_allreduce = self.stage > 0 or dist.get_world_size() > 1
+        deepspeed_private.reduce_gradients(self.engine, self.stage > 0 or dist.get_world_size() > 1)
         self.module: nn.Module = self.engine.module
         self.schedule = ReduceLROnPlateau(
             self.optimizer,
@@ -232,8 +232,7 @@ class Engine:
                 "step": torch.tensor(float(updates), device=owner.device),
                 **{key: torch.zeros_like(owner, memory_format=torch.preserve_format) for key in MOMENTS},
             }
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        deepspeed_private.link_moments(self.engine.optimizer, self.stage)
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
                 value = moments[f"{key}.{name}"].to(self.device)
@@ -261,8 +260,7 @@ class Engine:
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
-        # What GradScaler sets: the fused kernel then leaves the update out, without being waited for.
-        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+        leave_update_out(self.optimizer, (~self.grad_norm.isfinite()).float())
 
     def _gathered(self, key: str | None, prefix: str) -> dict[str, Tensor]:
         # Of arplus-large eight workers of a node would copy 28 GB, of which seven eighths are thrown away.
@@ -277,14 +275,13 @@ class Engine:
         if self.stage == 0:
             return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
         full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return full.view(getattr(parameter, "ds_shape", parameter.shape))
+        return full.view(deepspeed_private.full_shape(parameter))
 
     def _state_owners(self) -> list[Tensor]:
         """The tensors under which AdamW keeps its state: parameters, or ZeRO's flat fp32 partitions of them."""
         if self.stage == 0:
             return list(self.module.parameters())
-        zero = self.engine.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+        return deepspeed_private.fp32_partitions(self.engine.optimizer, self.stage)
 
 
 def bf16_is_used(precision: str, device: torch.device) -> bool:
@@ -373,7 +370,6 @@ def _own_part(value: Tensor) -> Tensor:
 
 
 def _initialise_communication() -> None:
-    # init_distributed would compile this operator with g++ for up to 84 s and fail where there is no compiler.
     if get_accelerator().device_name() == "cpu":  # on others nobody asks for it, and asking probes every operator
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_private.leave_shm_out()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = None) -> Iterator[None]:
     """Makes this process worker ``rank`` of ``workers``, which meet at the file ``rendezvous``; one alone needs none.
 
-    At the end it is of no group any more, in DeepSpeed's eyes too: DeepSpeed keeps groups of its own beside torch's,
-    and an engine made later would talk to one that is gone.
+    At the end it is of no group any more, in DeepSpeed's eyes too.
     """
     variables = {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}  # DeepSpeed looks for them
     before = {name: os.environ.get(name) for name in variables}
@@ -41,9 +40,9 @@ def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = Non
 
 
 def _end() -> None:
-    deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
-    if deepspeed is None or deepspeed.cdb is None:  # no engine was made
-        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from arplus.training import deepspeed_private  # seconds, for whoever made no engine
+
+        deepspeed_private.end_groups()
     else:
-        deepspeed.destroy_process_group()
-        deepspeed.cdb = None
+        dist.destroy_process_group()

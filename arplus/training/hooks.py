@@ -8,9 +8,9 @@ from typing import Any
 
 import ray.train
 import torch.distributed as dist
-from ray.experimental import tqdm_ray
 
 from arplus import storage, tracking
+from arplus.cluster import ray_private
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.data.loader import Step
@@ -102,7 +102,7 @@ class RunHooks(Hooks):
             )
             self.saver.newest = started_from
             if job.progress_bar:
-                self.bar = tqdm_ray.tqdm(total=steps, desc=job.config.run_name)
+                self.bar = ray_private.progress_bar(steps, job.config.run_name)
 
     @property
     def last_checkpoint(self) -> str | None:

@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from test_speed import TINY
+from test_step_speed import TINY
 
-from arplus.benchmark import scale, sides
-from arplus.benchmark.scale import Costs, ScaleBenchmark, bytes_sent, gpu_rate, predict, step_seconds
+from arplus.benchmark import scaling
+from arplus.benchmark.options import ScaleBenchmark
+from arplus.benchmark.scaling import Costs, bytes_sent, gpu_rate, predict, step_seconds
+from arplus.benchmark.step_speed import run_config
 
 
 def test_bytes_by_stage() -> None:
@@ -40,30 +41,29 @@ def test_more_gpus_bring_more_feed() -> None:
     assert [predict(slow, 1, w, 10**6) for w in (1, 8, 64)] == pytest.approx([1e5, 8e5, 64e5])
 
 
-def note_gpus(file: Path) -> None:
-    file.write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+def gpus_seen(rank: int) -> tuple[int, str]:
+    return rank, os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_processes_that_share_a_machine_see_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_share_a_machine_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them would take the same one, or one that is not there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    scale._run_in_processes(note_gpus, [(tmp_path / "seen",)])
-    assert (tmp_path / "seen").read_text() == ""
+    assert scaling.in_processes(1, gpus_seen) == (0, "")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 @pytest.mark.soak
 def test_two_workers_are_measured_and_more_predicted() -> None:
     """Half a minute."""
-    run = replace(sides.run_config("fp32", 1, 4), model=TINY)
-    result = scale.measure(scale.ScaleBenchmark(batch_size=4, steps=2), run)
+    run = replace(run_config(4, precision="fp32"), model=TINY)
+    result = scaling.measure(ScaleBenchmark(batch_size=4, steps=2), run)
     found = result.figures
     assert found["examples_per_second_1"] > 0
     assert found["examples_per_second_2"] > 0
     assert found["prediction_error_2"] == pytest.approx(found["predicted_2"] / found["examples_per_second_2"] - 1)
-    gpus = [found[f"predicted_gpus_{w}"] for w in scale.WORKERS]
+    gpus = [found[f"predicted_gpus_{w}"] for w in scaling.WORKERS]
     assert gpus == sorted(gpus)
     assert gpus[0] == pytest.approx(15_250, rel=0.01)
-    assert all(value <= w * gpus[0] for w, value in zip(scale.WORKERS, gpus, strict=True))
+    assert all(value <= w * gpus[0] for w, value in zip(scaling.WORKERS, gpus, strict=True))
     assert any("nothing of it is measured" in text for _, text in result.table)
     assert any("a guess for an H100" in text for _, text in result.table)

@@ -1,12 +1,13 @@
-"""The benchmark of faults reads a run's record rightly, and measures a real kill."""
+"""The benchmark of a failure reads a run's record rightly, and measures a real kill."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from arplus.benchmark import faults
-from arplus.benchmark.faults import FaultsBenchmark, Recovery
+from arplus.benchmark import recovery
+from arplus.benchmark.options import FaultsBenchmark
+from arplus.benchmark.recovery import Recovery
 from arplus.errors import RunError
 
 BATCH = 8
@@ -19,19 +20,19 @@ def event(second: float, step: int) -> dict[str, object]:
 def test_the_first_new_step_is_the_first_that_goes_back() -> None:
     """Step 6 ends after the kill, by the worker that lives on; the new workers go on from the checkpoint at step 4."""
     events = [*(event(i, i) for i in range(1, 6)), event(5.9, 6), event(20, 5), event(21, 6), event(22, 7)]
-    assert faults.recovery_after(5.5, events, BATCH) == Recovery(14.5, 2)
+    assert recovery.recovery_after(5.5, events, BATCH) == Recovery(14.5, 2)
 
 
 def test_a_run_that_nothing_happened_to_has_no_figure() -> None:
     with pytest.raises(RunError, match="no step was trained again"):
-        faults.recovery_after(2.5, [event(i, i) for i in range(1, 6)], BATCH)
+        recovery.recovery_after(2.5, [event(i, i) for i in range(1, 6)], BATCH)
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     record = tmp_path / "tracking.jsonl"
-    assert faults.read_events(record) == []
+    assert recovery.read_events(record) == []
     record.write_text(json.dumps(event(1, 1)) + "\n" + '{"key": "tra')
-    assert faults.read_events(record) == [event(1, 1)]
+    assert recovery.read_events(record) == [event(1, 1)]
 
 
 @pytest.mark.soak
@@ -40,7 +41,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
 def test_a_real_kill() -> None:
     """About a minute."""
     config = FaultsBenchmark(tiny=True, steps=60)
-    figures = faults.measure(config).figures
+    figures = recovery.measure(config).figures
     found = {name: value for name, value in figures.items() if value is not None}
     assert found.keys() == figures.keys()
     assert found["kill_to_first_step_seconds"] > 1, "it takes Ray some seconds to see it and to start workers"

@@ -1,10 +1,10 @@
-"""The other side of the train benchmark computes what our model computes, from the same batches padded."""
+"""The paper's code computes what our model computes, from the same batches padded."""
 
 import pytest
 from helpers.small_models import SIZES, make_batch, make_model, small
 
-from arplus.benchmark.padded import Padded
-from arplus.benchmark.paper import PaperARPlus, mean_losses, paper_replies
+from arplus.benchmark.baselines.padded import Padded
+from arplus.benchmark.baselines.paper_code import PaperARPlus, mean_losses, paper_replies
 from arplus.config import Sampling, special_ids
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
@@ -39,7 +39,7 @@ def same_weights(ours: PersonaTransformer) -> PaperARPlus:
 
 
 def padded(batch: Batch) -> Padded:
-    return Padded.of(batch, IDS.pad, PERSONA_PAD)
+    return Padded.of(batch, SIZES)
 
 
 def test_a_padded_batch_has_the_same_rows():

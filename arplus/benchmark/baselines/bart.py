@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from arplus.benchmark.padded import Padded
+from arplus.benchmark.baselines.padded import Padded
 from arplus.config import ModelConfig, VocabularySizes, special_ids
 
 

@@ -6,21 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from arplus import storage, tracking
+from arplus.benchmark.options import Output
 from arplus.config import flat
 
 NOT_INSTALLED = "not installed (make benchmark-deps)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where a benchmark's figures go beside the table."""
-
-    json: str | None = None
-    """URI of a JSON file to write."""
-    mlflow: str | None = None
-    """MLflow tracking URI; the figures become a run there."""
-    experiment: str = "benchmark"
-    """MLflow experiment."""
 
 
 @dataclass(kw_only=True)
@@ -42,24 +31,17 @@ def text(machine: dict[str, Any], result: Result) -> str:
 
 def write(subject: str, settings: Output, machine: dict[str, Any], result: Result) -> None:
     """Writes the JSON file and the MLflow run where they are asked for."""
-    content = {"machine": machine, subject: result.figures}
     if settings.json is not None:
-        storage.write_json(settings.json, content)
+        storage.write_json(settings.json, {"machine": machine, subject: result.figures})
     if settings.mlflow is not None:
-        run = tracking.start_run(
-            settings.mlflow,
-            settings.experiment,
-            subject,
-            tags={name: str(value) for name, value in machine.items()},
-            params=flat(settings),
-        )
+        tags = {name: str(value) for name, value in machine.items()}
+        run = tracking.start_run(settings.mlflow, settings.experiment, subject, tags=tags, params=flat(settings))
+        figures = {f"{subject}/{name}": value for name, value in result.figures.items() if value is not None}
         with (
             tempfile.TemporaryDirectory() as folder,
             tracking.Tracker(run, record=Path(folder, "tracking.jsonl")) as tracker,
         ):
-            found = {name: value for name, value in result.figures.items() if value is not None}
-            tracker.log({f"{subject}/{name}": value for name, value in found.items()}, step=0)
-            tracker.log({"machine/matmul_gflops": machine["matmul_gflops"]}, step=0)
+            tracker.log(figures | {"machine/matmul_gflops": machine["matmul_gflops"]}, step=0)
             tracker.log_text(f"{subject}.txt", text(machine, result) + "\n")
 
 

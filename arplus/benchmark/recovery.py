@@ -1,7 +1,7 @@
-"""Faults: how long a run stands still after a worker's death, and what checkpoints cost it.
+"""What a failure costs: how long a run stands still after a worker's death, and what checkpoints cost it.
 
-A run of the real training path is started, and one of its workers is killed with -9 in the middle, on whatever machine
-it is. The run's own record of metrics tells what followed.
+A run of the real training path is started on this machine, and one of its workers is killed with -9 in the middle. The
+run's own record of metrics tells what followed.
 """
 
 import json
@@ -17,15 +17,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import ray
-from annotated_types import Ge, Gt
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from arplus import storage
-from arplus.benchmark.report import Output, Result, size
+from arplus.benchmark.figures import Result, size
+from arplus.benchmark.options import FaultsBenchmark
 from arplus.config import PrepareConfig, SynthesizeConfig, TrainConfig, preset, tiny
 from arplus.errors import RunError
 from arplus.prepare.pipeline import prepare
@@ -37,24 +36,6 @@ log = logging.getLogger(__name__)
 
 STALL = "perf/checkpoint_seconds"
 """The metric of how long training stood still for a checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultsBenchmark(Output):
-    """Kills a worker of a training run and measures how the run goes on."""
-
-    preset: str = "arplus"
-    """The model that is trained, at its full size."""
-    tiny: bool = False
-    """Train the preset's tiny form instead."""
-    workers: Annotated[int, Gt(0)] = 2
-    """Training workers; one of them is killed."""
-    batch_size: Annotated[int, Gt(0)] = 16
-    """Examples an optimizer step."""
-    steps: Annotated[int, Ge(8)] = 24
-    """Optimizer steps of the run; the kill falls in their middle."""
-    records: Annotated[int, Gt(0)] = 2_000
-    """Records generated to train on."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +52,17 @@ def measure(config: FaultsBenchmark) -> Result:
     """Measures on the connected Ray cluster, with the run and its data in a temporary folder of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         run = _settings(config, Path(folder))
-        record = Path(run.storage, run.run_name, "tracking.jsonl")
+        run_uri = storage.join(run.storage, run.run_name)
+        record = Path(run_uri, "tracking.jsonl")
         with _kill_at(config.steps // 2, record, config.batch_size) as killed_at:
             train(run)
         events = read_events(record)
-        recovery = recovery_after(killed_at[0], events, config.batch_size)
-        stall = median(event["value"] for event in events if event.get("key") == STALL)
-        written = _time_to_write(str(record.parent))
-        state = sum(storage.size(file) for file in storage.list_files(_newest(str(record.parent))))
+        newest = checkpoint.list_complete(run_uri)[-1]
+        state = sum(storage.size(file) for file in storage.list_files(newest))
+        written = _time_to_write(run_uri, newest)
+    recovery = recovery_after(killed_at[0], events, config.batch_size)
+    step = median(after - before for (before, _), (after, _) in pairwise(_steps(events, 1)))
+    stall = median(event["value"] for event in events if event.get("key") == STALL)
     minutes = TrainConfig.checkpoint_minutes
     assert minutes is not None
     share = (stall + written) / (stall + 60 * minutes)
@@ -92,7 +76,7 @@ def measure(config: FaultsBenchmark) -> Result:
             "checkpoint_share": share,
         },
         table=[
-            ("kill -9 to the first new step", f"{recovery.seconds:.1f} s, of which one step is {_step(events):.1f} s"),
+            ("kill -9 to the first new step", f"{recovery.seconds:.1f} s, of which one step is {step:.1f} s"),
             ("steps trained again", f"{recovery.repeated_steps}"),
             ("a checkpoint", f"{size(state)}"),
             ("training stands still for", f"{stall:.2f} s (median)"),
@@ -131,11 +115,6 @@ def _steps(events: list[dict[str, Any]], batch_size: int) -> Iterator[tuple[floa
             yield event["timestamp"] / 1000, event["step"] // batch_size
 
 
-def _step(events: list[dict[str, Any]]) -> float:
-    times = [when for when, _ in _steps(events, 1)]
-    return median(after - before for before, after in pairwise(times))
-
-
 def _settings(config: FaultsBenchmark, folder: Path) -> TrainConfig:
     raw, data = str(folder / "raw"), str(folder / "data")
     synthesize(SynthesizeConfig(output=raw, records=config.records))
@@ -168,7 +147,9 @@ def _kill_at(step: int, record: Path, batch_size: int) -> Iterator[list[float]]:
             if done and worker is None:
                 worker = find_worker()  # takes seconds, so before it is time
             if done >= step and worker is not None:
-                killed_at.append(kill(worker))
+                log.info("killing the worker with process id %d", worker)
+                os.kill(worker, signal.SIGKILL)
+                killed_at.append(time.time())
                 return
 
     thread = threading.Thread(target=watch, name="kill", daemon=True)
@@ -182,43 +163,18 @@ def _kill_at(step: int, record: Path, batch_size: int) -> Iterator[list[float]]:
         raise RunError("the run ended before a worker was killed; take more --steps")
 
 
-def find_worker() -> tuple[str, int]:
-    """Node and process id of one of this job's training workers."""
+def find_worker() -> int:
+    """Process id of one of this job's training workers; they are on this machine, where the run's folder is."""
     context = ray.get_runtime_context()
-    workers = list_actors(
-        address=context.gcs_address,
-        filters=[
-            ("class_name", "=", "RayTrainWorker"),
-            ("state", "=", "ALIVE"),
-            ("job_id", "=", context.get_job_id()),
-        ],
-        limit=1000,
-    )
-    worker: Any = workers[-1]
-    return worker.node_id, worker.pid
+    wanted = {"class_name": "RayTrainWorker", "state": "ALIVE", "job_id": context.get_job_id()}
+    filters: Any = [(key, "=", value) for key, value in wanted.items()]
+    workers: list[Any] = list_actors(address=context.gcs_address, filters=filters, limit=1000)
+    return int(workers[-1].pid)
 
 
-def kill(worker: tuple[str, int]) -> float:
-    """Kills a worker with -9, on its own machine; gives when (seconds since 1970)."""
-    node, pid = worker
-    log.info("killing the worker with process id %d", pid)
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return float(ray.get(_kill.options(scheduling_strategy=there).remote(pid)))
-
-
-@ray.remote(num_cpus=0)
-def _kill(pid: int) -> float:
-    os.kill(pid, signal.SIGKILL)
-    return time.time()
-
-
-def _newest(run_uri: str) -> str:
-    return checkpoint.list_complete(run_uri)[-1]
-
-
-def _time_to_write(run_uri: str) -> float:
+def _time_to_write(run_uri: str, newest: str) -> float:
     """Seconds to write the newest checkpoint once more, as the background thread does."""
-    state = checkpoint.load(_newest(run_uri), moments=True)
+    state = checkpoint.load(newest, moments=True)
     began = time.perf_counter()
     checkpoint.save(run_uri, state)
     return time.perf_counter() - began

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from arplus.config import VocabularySizes, special_ids
 from arplus.model.batch import Batch, Sequences
 
 
@@ -32,8 +33,9 @@ class Padded(NamedTuple):
     """[BOS] … [EOS] with a span replaced by one [MASK], then [PAD]; None where the task is another."""
 
     @classmethod
-    def of(cls, batch: Batch, pad: int, persona_pad: int) -> "Padded":
-        """A packed batch, with [PAD] of the characters and [PAD] of what personas are made of."""
+    def of(cls, batch: Batch, sizes: VocabularySizes) -> "Padded":
+        """A packed batch of a model whose personas are made of words."""
+        pad, persona_pad = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
 
         def rows(values_N: Tensor, of: Sequences, filler: int) -> Tensor:
             return pad_sequence(list(values_N.split(of.lengths.tolist())), batch_first=True, padding_value=filler)

@@ -1,11 +1,11 @@
-"""The machine that is measured: what it is, how fast it multiplies, how much memory and CPU time a job takes on it."""
+"""The machine that is measured: what it is, how fast it multiplies, how much time and memory a job takes on it."""
 
 import contextlib
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,8 @@ from typing import Any, Self
 import psutil
 import ray
 import torch
+
+from arplus.cluster import ray_private
 
 SIDE = 1024
 _INTERVAL_S = 0.5
@@ -36,24 +38,42 @@ def describe() -> dict[str, Any]:
 def matmul_gflops(rounds: int = 15) -> float:
     """GFLOP/s of a 1024-wide fp32 matrix product on the CPU, median of the rounds: a yardstick between machines."""
     a, b = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE)
-    seconds = []
+    return 2 * SIDE**3 / median(seconds(lambda: torch.mm(a, b)) for _ in range(rounds)) / 1e9
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Seconds that a call takes, with what it leaves running on the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each side in each round, and the machine's GFLOP/s meanwhile.
+
+    The sides take turns, so that a machine that slows down slows them all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    gflops = []
     for _ in range(rounds):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2 * SIDE**3 / median(seconds) / 1e9
+        gflops.append(matmul_gflops())
+        for name, turn in sides.items():
+            times[name].append(seconds(turn))
+    return times, median(gflops)
 
 
 def processes() -> list[psutil.Process]:
     """The process itself and those of its Ray cluster that run on this machine."""
     roots = [psutil.Process()]
-    if ray.is_initialized():
+    if ray.is_initialized() and (logs := ray_private.logs_folder()):
         # A cluster that was there before us is not among our children; its processes name its session's folder.
-        node: Any = ray._private.worker._global_node
-        session = Path(node.get_session_dir_path()).name
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if session in " ".join(process.cmdline()):
+                if logs.parent.name in " ".join(process.cmdline()):
                     roots.append(process)
     found = {root.pid: root for root in roots}
     for root in roots:
@@ -66,9 +86,8 @@ def memory_bytes() -> int:
     """Memory of :func:`processes` now: the sum of their PSS, which has every page of the object store once."""
     total = 0
     for process in processes():
-        with contextlib.suppress(psutil.Error, OSError):
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            total += sum(int(line.split()[1]) << 10 for line in rollup.splitlines() if line.startswith("Pss:"))
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
     return total
 
 
@@ -86,7 +105,7 @@ class Usage:
 
     def __enter__(self) -> Self:
         self._before = dict(_cpu_seconds())
-        self._stopped = threading.Event()
+        self._over = threading.Event()
         self._sampler = threading.Thread(target=self._sample, name="memory", daemon=True)
         if self.memory:
             self._sampler.start()
@@ -95,15 +114,15 @@ class Usage:
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._start
-        self.cpu_seconds = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in _cpu_seconds())
-        self._stopped.set()
+        self.cpu_seconds = sum(used - self._before.get(pid, 0.0) for pid, used in _cpu_seconds())
+        self._over.set()
         if self.memory:
             self._sampler.join()
 
     def _sample(self) -> None:
         while True:
             self.peak_memory_bytes = max(self.peak_memory_bytes, memory_bytes())
-            if self._stopped.wait(_INTERVAL_S):
+            if self._over.wait(_INTERVAL_S):
                 return
 
 
@@ -120,15 +139,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-_PEAK_BF16_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
-"""Dense bf16 peak of GPUs (SXM where there are several) by a part of their name, NVIDIA's data sheets."""
-
-
-def peak_bf16_flops() -> float | None:
-    """Float operations per second that the GPU could do at best in bf16; None without a GPU, or for one not known."""
-    if not torch.cuda.is_available():
-        return None
-    words = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((tflops * 1e12 for name, tflops in _PEAK_BF16_TFLOPS.items() if name in words), None)

@@ -1,7 +1,7 @@
-"""AR+ in plain PyTorch, as the paper's own code has it: the other side of the train and generate benchmarks.
+"""AR+ in plain PyTorch, as the paper's own code has it: the other side where steps and replies are timed.
 
-The same equations as :mod:`arplus.model`, which ``tests/benchmark/test_paper.py`` holds to equal losses, without any
-of its savings: ``nn.MultiheadAttention`` with its defaults, one call a route and application (so every application
+The same equations as :mod:`arplus.model`, with equal losses (``tests/benchmark/test_paper_code.py``), without any of
+its savings: ``nn.MultiheadAttention`` with its defaults, one call per route and application (so every application
 projects the encoded context again), the memory's query as B × S × D vectors in every hop, rows padded to the longest
 of a batch, logits at every position, and losses that leave padding out afterwards. A reply takes one whole forward pass
 per character, the auxiliary branch too.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from arplus.benchmark.padded import Padded
+from arplus.benchmark.baselines.padded import Padded
 from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
 from arplus.model.generate import top_probabilities
 
