@@ -199,7 +199,7 @@ def test_trials_are_handed_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     from arplus.study import execute, trial
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "p1anted")
-    execute._set_environment()
+    execute.set_environment()
     handed = _ActorClassCache().get(trial.TrialProcess)._default_options["runtime_env"]["env_vars"]
     assert "PL_DISABLE_FORK" in handed
     assert "p1anted" not in handed.values()

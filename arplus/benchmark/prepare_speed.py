@@ -31,7 +31,7 @@ def measure(config: PrepareBenchmark) -> Result:
         with Usage(memory=True) as usage:
             manifest = prepare(settings)
         others = {name: repeated_lines.drop(count, source) for name, count in repeated_lines.OTHERS.items()}
-    sessions, records = manifest["sessions"], manifest["records"]
+    sessions, records = manifest.sessions, manifest.records
     figures: dict[str, float | None] = {
         "records_per_second": records / usage.seconds,
         "sessions_per_second": sessions / usage.seconds,
@@ -39,7 +39,7 @@ def measure(config: PrepareBenchmark) -> Result:
         "peak_memory_bytes": usage.peak_memory_bytes,
     }
     table = [
-        ("records", f"{records:,} ({manifest['duplicates']['exact_record']:,} repeated lines)"),
+        ("records", f"{records:,} ({manifest.duplicates['exact_record']:,} repeated lines)"),
         ("sessions", f"{sessions:,}"),
         ("records/s", rate(records / usage.seconds)),
         ("sessions/s", f"{rate(sessions / usage.seconds)} ({usage.seconds:.1f} s)"),

@@ -169,6 +169,6 @@ def _say(line: str) -> None:
 
 def quiet() -> None:
     """Leaves warnings of Ray's libraries and drops their running commentary, in the process that calls it."""
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ray_private.mute_reports()

@@ -13,6 +13,7 @@ from arplus.errors import UsageError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
+DuplicateKey = Literal["exact_record", "dialogue_and_profiles", "dialogue"]
 LARGEST_RULE = 1_000_000
 """Utterances, and characters of one: more is a slip of the hand, and at some point beyond what arrays can count."""
 
@@ -59,7 +60,7 @@ class PrepareConfig:
     evaluation_set: tuple[str, ...] = ()
     """NAME=URI of further records (repeatable), such as the official random and biased test files: encoded with the
     training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
-    duplicate_key: Literal["exact_record", "dialogue_and_profiles", "dialogue"] = "dialogue_and_profiles"
+    duplicate_key: DuplicateKey = "dialogue_and_profiles"
     """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
     """Stop, with nothing committed, when more than this share of the records is rejected."""

@@ -5,7 +5,6 @@ Rates", section 3.3). The response's loss L_D first stands still, then falls, th
 rates that are worth a sweep.
 """
 
-import csv
 import functools
 import io
 import itertools
@@ -26,6 +25,7 @@ from arplus.config import LrFindConfig, flat
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UsageError
+from arplus.study.publish import as_csv
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
@@ -60,18 +60,8 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
         raise UsageError(f"--run-name {run.run_name}: {uri} is a run or a study; take another name")
     assert run.mlflow is not None
-    tracked = tracking.start_run(
-        run.mlflow,
-        run.experiment,
-        run.run_name,
-        tags={
-            "kind": "lr range test",
-            "preset": run.preset,
-            "fingerprint": dataset.fingerprint,
-        }
-        | node.code_tags(),
-        params=flat(config),
-    )
+    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | node.code_tags()
+    tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=flat(config))
     record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
     with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
         tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")
@@ -142,15 +132,6 @@ def smooth(losses: list[float]) -> NDArray[np.float64]:
     return np.array([np.mean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))])
 
 
-def as_csv(points: list[dict[str, float]]) -> str:
-    """The curve as comma-separated values."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(points[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(points)
-    return out.getvalue()
-
-
 def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> str:
     """The curve with its bounds and suggestion, as SVG."""
     from matplotlib.figure import Figure  # seconds, once a machine
@@ -174,7 +155,7 @@ def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> st
 def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[str, float]]:
     try:
         outcome = workers.run(
-            _worker, {"config": config}, scaling, uri, timeout_minutes=config.collective_timeout_minutes
+            _worker, {"config": config}, scaling, uri, timeout_minutes=config.run.collective_timeout_minutes
         )
     except TrainingFailedError as error:
         log.error("%s", error)
@@ -225,8 +206,8 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
                 {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
             )
             mean = 0.9 * mean + 0.1 * result.dialogue
-            smooth = mean / (1 - 0.9 ** len(points))
-            lowest = min(lowest, smooth)
-            if smooth > config.give_up * lowest or len(points) == config.steps:
+            smoothed = mean / (1 - 0.9 ** len(points))
+            lowest = min(lowest, smoothed)
+            if smoothed > config.give_up * lowest or len(points) == config.steps:
                 return points
     raise AssertionError("itertools.count ends")

@@ -19,7 +19,7 @@ class Slots(NamedTuple):
 
 
 def find_slots(config: StudyConfig, runs: int) -> Slots:
-    """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
+    """Slots for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
     cpus, gpus = connection.offer(config.run.device, config.run.world_sizes[-1] * (config.concurrency or 1))
     return fit(config, runs, cpus, gpus, driver=driver_cpus(), nodes=cpu_nodes())
 

@@ -17,7 +17,7 @@ from arplus.data.sampler import EpochSampler
 from arplus.errors import UsageError
 from arplus.evaluation import evaluate as evaluate_module
 from arplus.evaluation.evaluate import BATCH_SIZES, Evaluator, evaluate, nll_per_example, table, windows_of
-from arplus.evaluation.metrics import PaperMetrics
+from arplus.evaluation.paper_metrics import PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.kernels.cpu import CpuOperations
 from arplus.model.batch import Batch

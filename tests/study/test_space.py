@@ -23,7 +23,7 @@ from arplus.config import (
 )
 from arplus.config.space import bounds_problem
 from arplus.errors import UsageError
-from arplus.study.search import make_search
+from arplus.study.search import Search
 
 
 def by_name(*items: str) -> dict[str, Dimension]:
@@ -127,7 +127,7 @@ def test_the_widest_and_the_narrowest_ranges_are_held(kind: Any, low: float, hig
     assert bounds_problem(kind, low, high) is None
     dimension = Dimension("optimizer.weight_decay", kind, (low, high))
     for search in ("random", "grid", "optuna"):
-        found = make_search(replace(sweep(), search=search, trials=9, grid_points=9), [dimension], {})
+        found = Search(replace(sweep(), search=search, trials=9, grid_points=9), [dimension], {})
         values = [chosen["optimizer.weight_decay"] for n in range(2, 8) if (chosen := found.choose(n))]
         assert len(set(values)) == 6
         assert all(dimension.holds(value) for value in values)
