@@ -28,10 +28,10 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = """
 import sys
-from arplus import cluster
+from arplus.cluster import connection
 from arplus.config import PrepareConfig
 from arplus.prepare.pipeline import prepare
-cluster.connect()
+connection.connect()
 prepare(PrepareConfig(input=sys.argv[1], output=sys.argv[2], valid=0.02, test=0.02), block_bytes=200_000)
 """
 
