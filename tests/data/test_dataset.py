@@ -1,3 +1,5 @@
+"""A prepared data set is what its manifest says, or is refused."""
+
 import json
 from pathlib import Path
 from typing import Any
