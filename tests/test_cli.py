@@ -1,3 +1,5 @@
+"""Command lines: what sets what, and what is refused in which words."""
+
 import json
 import os
 import subprocess

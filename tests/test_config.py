@@ -1,3 +1,5 @@
+"""Settings: their defaults, their checks, and their way to JSON and back."""
+
 import ast
 import json
 import math

@@ -5,12 +5,13 @@ import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import faults
-from helpers.prepared import write_dataset
+from helpers.faults import EXAMPLES, STEPS
 from mlflow.tracking import MlflowClient
 
 from arplus import tracking
@@ -21,15 +22,7 @@ from arplus.runs.attempt import SupersededError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.trainer import train
 
-EXAMPLES = 260
-STEPS = 2 * 33
-
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[100, 80], [80]], "valid": [[40]]}).uri
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +31,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: str, storage: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run with dropout that nothing happens to."""
-    config = faults.settings(data, storage, run_name="undisturbed")
-    assert config.model.dropout > 0
-    assert train(config)["steps"] == STEPS
+def undisturbed(finished: tuple[TrainConfig, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The final weights of a run that nothing happened to."""
+    config, final = finished
+    assert final["steps"] == STEPS
     assert_each_example_once_an_epoch(config)
     return faults.newest_weights(config)
 
@@ -70,7 +62,7 @@ def test_kills_change_nothing(
     chance = random.Random(seed)
     config = faults.settings(data, storage, run_name=f"killed-{times}-{seed}")
     with ExitStack() as kills:
-        steps = chance.sample(range(1 + chance.randrange(10), STEPS - 5, 10), times)
+        steps = chance.sample(range(1 + chance.randrange(10), STEPS - 5, 8), times)
         faults.kill_in_turn(config, kills, steps, chance)
         final = train(config)
     assert faults.attempts(config) == 1 + times
@@ -94,7 +86,7 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     said = faults.end(job, number)
     assert job.returncode == 1, said
     stopped = progress_of(config).step
-    assert 5 <= stopped < 33, "saved at once, in mid-epoch"
+    assert 5 <= stopped < STEPS // 2, "saved at once, in mid-epoch"
     assert f"error: stopped at step {stopped}; the same command goes on from there" in said
     assert "\nTraceback" not in said, "the job's own lines, not Ray's"
     before = attempt.read(str(faults.folder(config)))
