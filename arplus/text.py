@@ -14,11 +14,12 @@ from arplus import storage
 from arplus.config import SPECIAL_TOKENS, SpecialIds, VocabularySizes, special_ids
 from arplus.errors import UsageError
 
-GENDER_KEY, LOCATION_KEY, TAGS_KEY = PERSONA_KEYS = ("性别", "地址", "兴趣")
+PERSONA_KEYS = ("性别", "地址", "兴趣")
 """The keys before gender, place and tags in a target persona."""
-MALE, FEMALE = GENDER_WORDS = ("男", "女")
-"""The genders as persona words."""
-ALWAYS_PERSONA_WORDS = (*PERSONA_KEYS, *GENDER_WORDS)
+MALE, FEMALE = "男", "女"
+GENDERS = {"male": MALE, "female": FEMALE}
+"""The genders as records and as persona words have them."""
+ALWAYS_PERSONA_WORDS = (*PERSONA_KEYS, *GENDERS.values())
 """Persona words that are in every counted vocabulary."""
 ALWAYS_CHARACTERS = tuple(dict.fromkeys("".join(ALWAYS_PERSONA_WORDS)))
 """Their characters, which are in every counted character vocabulary."""

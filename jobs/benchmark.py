@@ -1,23 +1,22 @@
 """Measures one subject on this machine or cluster: ``python jobs/benchmark.py SUBJECT [settings]``."""
 
+import importlib
 import sys
-from typing import Any
 
 from arplus import cli
-from arplus.benchmark import data, faults, generate, machine, prepare, report, scale, train
-from arplus.cluster import connection
+from arplus.benchmark import options
 from arplus.errors import UsageError
 
 PROG = "jobs/benchmark.py"
-SUBJECTS: dict[str, tuple[Any, Any]] = {
-    "train": (train.TrainBenchmark(), train.measure),
-    "generate": (generate.GenerateBenchmark(), generate.measure),
-    "scale": (scale.ScaleBenchmark(), scale.measure),
-    "data": (data.DataBenchmark(), data.measure),
-    "prepare": (prepare.PrepareBenchmark(), prepare.measure),
-    "faults": (faults.FaultsBenchmark(), faults.measure),
+SUBJECTS: dict[str, tuple[options.Output, str]] = {
+    "train": (options.TrainBenchmark(), "step_speed"),
+    "generate": (options.GenerateBenchmark(), "reply_speed"),
+    "scale": (options.ScaleBenchmark(), "scaling"),
+    "data": (options.DataBenchmark(), "feed_speed"),
+    "prepare": (options.PrepareBenchmark(), "prepare_speed"),
+    "faults": (options.FaultsBenchmark(), "recovery"),
 }
-"""What can be measured: its settings, and the function that measures it."""
+"""What can be measured: its settings, and the module that measures it."""
 
 
 def main() -> None:
@@ -28,13 +27,17 @@ def main() -> None:
         return
     if subject not in SUBJECTS:
         raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
-    default, measure = SUBJECTS[subject]
-    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}", description=type(default).__doc__)
-    described = machine.describe()
+    default, module = SUBJECTS[subject]
+    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}")
+    from arplus.benchmark import figures, usage
+    from arplus.cluster import connection
+
+    measure = importlib.import_module(f"arplus.benchmark.{module}").measure
+    described = usage.describe()
     connection.connect()
     result = measure(settings)
-    print(report.text(described, result))
-    report.write(subject, settings, described, result)
+    print(figures.text(described, result))
+    figures.write(subject, settings, described, result)
 
 
 if __name__ == "__main__":

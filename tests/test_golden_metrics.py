@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arplus.config import SpecialIds
-from arplus.evaluation.metrics import PaperMetrics, paper_bleu, paper_distinct, paper_f1
+from arplus.evaluation.paper_metrics import PaperMetrics, paper_bleu, paper_distinct, paper_f1
 
 GOLDEN = json.loads((Path(os.environ.get("ARPLUS_GOLDEN", "tests/golden")) / "metrics.json").read_text())
 CASES = GOLDEN["metrics"]

@@ -1,16 +1,13 @@
 """Examples with the lengths of PersonalDialog's, in memory, and the batches that all sides of a comparison take."""
 
-from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from annotated_types import Gt
 from numpy.typing import NDArray
 
 from arplus import storage
-from arplus.benchmark.report import Output
+from arplus.benchmark.options import PoolBenchmark
 from arplus.config import ExampleRules, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
@@ -76,19 +73,10 @@ def examples_of(uri: str, n: int) -> pa.Table:
     return EpochSampler(split=split, batch_size=n, window_batches=1, seed=0, shuffled=True).read(0, 0, SCHEMA.names)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolBenchmark(Output):
-    """What the benchmarks that take batches of a pool have in common."""
-
-    data: str | None = None
-    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
-    batch_size: Annotated[int, Gt(0)] = 64
-    """Examples per batch."""
-
-    def pool(self, model: ModelConfig, sizes: VocabularySizes, examples: int) -> "Pool":
-        """So many examples for a model."""
-        table = examples_of(self.data, examples) if self.data else random_examples(examples, sizes)
-        return Pool(table, model, sizes, self.batch_size)
+def pool_of(config: PoolBenchmark, model: ModelConfig, sizes: VocabularySizes, examples: int) -> "Pool":
+    """So many examples for a model."""
+    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
+    return Pool(table, model, sizes, config.batch_size)
 
 
 class Pool:
@@ -111,10 +99,8 @@ class Pool:
         """``count`` batches as evaluation takes them: evenly spaced ones of all examples in order of context length."""
         rows = np.argsort(self.window.context.lengths, kind="stable")
         places = ((np.arange(count) + 0.5) * (len(rows) // self.batch_size) / count).astype(np.int64)
-        return [self._batch(rows[i * self.batch_size :][: self.batch_size]) for i in places]
-
-    def _batch(self, rows_B: NDArray[np.int64]) -> Batch:
-        return self.window.batch(rows_B, ExampleRng(0, 0))
+        taken = (rows[i * self.batch_size :][: self.batch_size] for i in places)
+        return [self.window.batch(rows_B, ExampleRng(0, 0)) for rows_B in taken]
 
 
 def padding(batches: list[Batch]) -> float:

@@ -11,15 +11,12 @@ import os
 import secrets
 import socket
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import ray
-from ray._private import ray_constants, services
-from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
 
 from arplus import proxies
-from arplus.cluster import noise
+from arplus.cluster import noise, ray_private
 from arplus.config import Device
 from arplus.errors import ResourceError, UsageError, mask
 
@@ -45,7 +42,9 @@ def connect(cpus: int | None = None) -> None:
         _bypass_proxies(head)
         # The user's variables of the same name, of `ray job submit`, are part of what is set here.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": proxies.for_workers()})
+        # Of several clusters on a machine Ray's own helpers in the workers would find any.
+        variables = proxies.for_workers() | {"RAY_ADDRESS": head}
+        ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": variables})
     else:
         _start(cpus)
     noise.leave_out()
@@ -55,7 +54,7 @@ def connect(cpus: int | None = None) -> None:
 def _checked(address: str) -> str | None:
     """The HOST:PORT that ``RAY_ADDRESS`` stands for; None for a cluster of one's own.
 
-    Raises our errors where nothing listens there: Ray itself would ask for minutes, then crash.
+    Raises our errors where nothing listens there.
     """
     if "://" in address:
         raise UsageError(
@@ -63,7 +62,7 @@ def _checked(address: str) -> str | None:
             "job with `ray job submit`, and leave RAY_ADDRESS unset to run on this one"
         )
     try:
-        found = services.canonicalize_bootstrap_address("auto")  # as Ray reads the variable
+        found = ray_private.bootstrap_address()
     except ConnectionError as error:
         raise ResourceError(f"RAY_ADDRESS={mask(address)}: no cluster runs on this machine; {_UNSET}") from error
     except ValueError as error:
@@ -75,7 +74,7 @@ def _checked(address: str) -> str | None:
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-            return str(found)
+            return found
         except (OSError, OverflowError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise ResourceError(
@@ -88,8 +87,7 @@ def _bypass_proxies(head: str) -> None:
     """Ray's processes ask each other by HTTP, and no proxy knows them: this process passes by it for all nodes."""
     hosts = [os.environ["RAY_ADDRESS"].rpartition(":")[0], head.rpartition(":")[0]]
     with contextlib.suppress(ray.exceptions.RayError):  # Ray itself will say what is wrong
-        nodes = GcsClient(address=head).get_all_node_info(timeout=ANSWER_S)
-        hosts += [node.node_manager_address for node in nodes.values()]
+        hosts += ray_private.node_addresses(head, ANSWER_S)
     proxies.bypass(host.strip("[]") for host in hosts)
 
 
@@ -116,10 +114,9 @@ def _start(cpus: int | None) -> None:
     # Ray on Linux listens on all interfaces, and runs what anyone sends there who has the token.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_GCS_SERVER_PORT": str(port)}
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    Config.initialize("")  # reads the variables again, as Ray itself does after such a change
-    # Under `uv run` Ray would start each worker by it too, in a copy of the folder, where uv makes another environment.
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    with noise.deaf_to_the_terminal():
+    ray_private.read_variables_again()
+    ray_private.start_workers_without_uv()
+    with ray_private.deaf_to_the_terminal():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -163,8 +160,7 @@ def offer(device: Device, gpus: int) -> Offer:
 
 def _may_grow() -> bool:
     """Whether nodes may join: to all clusters but the one that ends with this process."""
-    node = ray._private.worker.global_worker.node
-    return node is None or not node.is_head()
+    return not ray_private.runs_the_head()
 
 
 @functools.cache
@@ -175,10 +171,6 @@ def _say(line: str) -> None:
 
 def quiet() -> None:
     """Leaves warnings of Ray's libraries and drops their running commentary, in the process that calls it."""
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Ray 2.60 names this logger by its file; it repeats every report, which our log line has said already.
-    reports = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
-    logging.getLogger(str(reports)).setLevel(logging.WARNING)
-    # It warns that progress bars are off, which is our choice: ours is the training step's.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    ray_private.mute_reports()

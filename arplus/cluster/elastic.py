@@ -9,11 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    ResourceRequestPriority,
-    get_or_create_autoscaling_coordinator,
-)
 
+from arplus.cluster import ray_private
 from arplus.cluster.preflight import FEED_CPUS
 
 _LOOK_S = 2.0
@@ -35,15 +32,13 @@ def reserve_feed_cpu() -> Iterator[None]:
     Ray Train also waits less here for a start that cannot be: of workers on a node that is gone, unknown to it yet.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
-    coordinator, name, over = get_or_create_autoscaling_coordinator(), f"kept-{uuid4().hex[:8]}", threading.Event()
+    coordinator, priority = ray_private.autoscaling_coordinator()
+    name, over = f"kept-{uuid4().hex[:8]}", threading.Event()
 
     def request(bundles: list[dict[str, float]]) -> None:
         ray.get(
             coordinator.request_resources.remote(
-                requester_id=name,
-                resources=bundles,
-                expire_after_s=4 * _RENEW_S,
-                priority=ResourceRequestPriority.HIGH,
+                requester_id=name, resources=bundles, expire_after_s=4 * _RENEW_S, priority=priority
             ),
             timeout=_RENEW_S,
         )
@@ -72,7 +67,7 @@ def reserve_feed_cpu() -> Iterator[None]:
 
 def _draining(seen: dict[str, float]) -> list[dict[str, float]]:
     """CPUs and GPUs of each living node that has drained for a while; ``seen`` says since when, and is kept up."""
-    draining, now = ray._private.state.state.get_draining_nodes(), time.monotonic()
+    draining, now = ray_private.draining_nodes(), time.monotonic()
     for gone in seen.keys() - draining.keys():
         del seen[gone]
     for node in draining:

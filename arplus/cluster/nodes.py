@@ -4,13 +4,13 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from arplus.cluster import ray_private
 from arplus.errors import ResourceError
 
 log = logging.getLogger(__name__)
@@ -121,10 +121,10 @@ def _log_of(node_id: str, name: str) -> list[str]:
     """The last lines of a file among a node's logs."""
     from ray.util.state import get_log
 
-    context, mine = ray.get_runtime_context(), ray._private.worker._global_node
+    context, mine = ray.get_runtime_context(), ray_private.logs_folder()
     if node_id == context.get_node_id() and mine is not None:
         # The agent that would read it is missing where several clusters share a machine, and with it a port.
-        return Path(mine.get_logs_dir_path(), name).read_text(errors="replace").splitlines()[-_TAIL:]
+        return (mine / name).read_text(errors="replace").splitlines()[-_TAIL:]
     wanted: dict[str, Any] = {"filename": name, "tail": _TAIL, "timeout": _LOG_S, "errors": "replace"}
     # Without an address it looks for a cluster, and finds others of this machine too.
     return "".join(get_log(context.gcs_address, node_id, **wanted)).splitlines()

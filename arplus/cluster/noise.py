@@ -1,15 +1,14 @@
 """What Ray prints of a run in which nothing is wrong, and what looks like an error: left out by its words alone."""
 
 import contextlib
-import functools
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import ray
-from ray._private import ray_logging, services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from arplus.cluster import ray_private
 
 HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Ray 2.60 says so of its own actors (ray#53727): of Ray Train's PreemptionWatcher and of Ray Data's MapWorker.
@@ -21,16 +20,7 @@ _NO_NODE = "1".rjust(56, "0")
 
 def leave_out() -> None:
     """Leaves :data:`HARMLESS` out of what this process prints, be it of its own or of its workers; once connected."""
-    dispatcher = ray_logging.global_worker_stdstream_dispatcher
-    name = "ray_print_logs"
-    if show := dict(dispatcher.handlers).get(name):
-
-        def show_the_rest(data: dict[str, Any]) -> None:
-            if lines := [line for line in data["lines"] if HARMLESS not in line]:
-                show(data | {"lines": lines})
-
-        dispatcher.remove_handler(name)
-        dispatcher.add_handler(name, show_the_rest)
+    ray_private.choose_worker_lines(lambda line: HARMLESS not in line)
     _say_it_unheard()
 
 
@@ -70,19 +60,3 @@ def _without_harmless() -> Iterator[None]:
             rest = b"".join(line for line in file if HARMLESS.encode() not in line)
             if rest:
                 os.write(2, rest)
-
-
-@contextlib.contextmanager
-def deaf_to_the_terminal() -> Iterator[None]:
-    """Ray's processes that are started meanwhile get no Ctrl-C: it is the job's, which then needs them to save.
-
-    Ray 2.60 means them to be so, but its dashboard's processes die of it. What watches a run then asks in vain, and
-    says "Failed to query Ray Train Controller actor state".
-    """
-    module: Any = services
-    popen = module.ConsolePopen
-    module.ConsolePopen = functools.partial(popen, process_group=0)
-    try:
-        yield
-    finally:
-        module.ConsolePopen = popen

@@ -4,7 +4,6 @@ The data set's manifest is read, and MLflow is asked for its experiments, by who
 the cluster's resources and its nodes. A node that joins later is only asked for its versions, by each of its workers.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -12,11 +11,10 @@ from typing import Any, cast
 from uuid import uuid4
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ScalingConfig
 
 from arplus import storage
-from arplus.cluster import connection, node, nodes
+from arplus.cluster import connection, node, nodes, ray_private
 from arplus.config import MIN_WORKER_CPUS, TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
@@ -87,14 +85,7 @@ def cpu_nodes() -> int:
 
 def driver_cpus() -> float:
     """CPUs that this job's own driver holds (``ray job submit --entrypoint-num-cpus``)."""
-    from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
-
-    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    job = (settings.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
-    if job is None:
-        return 0.0
-    found = _internal_kv_get(JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job), namespace="job")
-    return float(json.loads(found).get("entrypoint_num_cpus") or 0.0) if found else 0.0
+    return float(ray_private.submitted_job().get("entrypoint_num_cpus") or 0.0)
 
 
 def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) -> None:

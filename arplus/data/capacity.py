@@ -105,8 +105,8 @@ def fill(batch: Batch, capacity: Capacity, examples: int, rules: ExampleRules) -
 def _fill(packed: Packed, sequences: int, tokens: int, width: int) -> Packed:
     """As many sequences, some of them empty, and a last one that holds the other tokens.
 
-    In the block that attention sees all of these have one place, and what it finds there they do not get: they are no
-    sequence that a kernel would have to be wide enough for.
+    In the block that attention sees all of these have one place, and what it finds there they do not get: they are not
+    a sequence that a kernel would have to be wide enough for.
     """
     of, n = packed.sequences, len(packed.ids)
     place_N = of.sequence_N * width + of.position_N

@@ -14,18 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from arplus.config import ModelConfig, SpecialIds, VocabularySizes, special_ids
+from arplus.data.hashes import mix
+from arplus.data.ragged import Int, Lists, Ragged, offsets, ranges
 
 if TYPE_CHECKING:
     from arplus.model.batch import Batch
-
-Int = NDArray[np.integer]
-
-
-class Lists(NamedTuple):
-    """Lists end to end."""
-
-    values: Int
-    lengths: Int
 
 
 class MicroBatches(NamedTuple):
@@ -46,39 +39,14 @@ class MicroBatches(NamedTuple):
 
     def narrowed(self) -> "MicroBatches":
         """The same in the smallest types that hold it."""
-        fields: dict[str, Any] = self._asdict()
-        for name, value in fields.items():
-            if isinstance(value, Lists):
-                fields[name] = Lists(narrow(value.values), narrow(value.lengths))
-            elif value is not None:
-                fields[name] = narrow(value)
-        return MicroBatches(**fields)
+        return MicroBatches(*map(narrow, self))
 
 
-def narrow(array: Int) -> Int:
+def narrow(field: Any) -> Any:
     """Numbers from 0 on in the smallest type that holds them: moving them costs more than anything."""
-    return array.astype(np.min_scalar_type(array.max(initial=0)))
-
-
-class Ragged(NamedTuple):
-    """Lists of different lengths: list ``i`` is ``values[starts[i]:starts[i] + lengths[i]]``."""
-
-    values: Int
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-
-    def take(self, rows_R: Int) -> Lists:
-        """Lists ``rows_R`` in that order, end to end."""
-        places, lengths_R = self.places(rows_R)
-        return Lists(self.values[places], lengths_R)
-
-    def places(self, rows_R: Int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the values of lists ``rows_R`` are, end to end, and how many each has."""
-        lengths_R = self.lengths[rows_R]
-        first_R = np.cumsum(lengths_R) - lengths_R
-        places = np.arange(lengths_R.sum())
-        places += np.repeat(self.starts[rows_R] - first_R, lengths_R)
-        return places, lengths_R
+    if isinstance(field, Lists):
+        return Lists(*map(narrow, field))
+    return None if field is None else field.astype(np.min_scalar_type(field.max(initial=0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +86,19 @@ class Window:
         self.characters: SpecialIds = special_ids(spec.sizes.characters)
         profiles, counts, target = spec.persona_columns
         self.example_id: NDArray[np.int64] = table["example_id"].to_numpy()
-        self.context = _ragged(table["context"])
-        self.persona = _ragged(table[target])
-        self.framed = frame(_ragged(table["response"]), self.characters)
+        self.context = Ragged.of(table["context"])
+        self.persona = Ragged.of(table[target])
+        self.framed = frame(Ragged.of(table["response"]), self.characters)
         """[BOS] + characters + [EOS]."""
         # Every utterance ends with [SEP], so the number of [SEP] before a character is the index of its utterance.
         ends = self.context.values == self.characters.sep
-        speakers = _ragged(table["speakers"]).values
+        speakers = Ragged.of(table["speakers"]).values
         assert len(speakers) == int(ends.sum()), "every context utterance has a speaker and a [SEP]"
         self.speaker = speakers[np.cumsum(ends) - ends]
         """For each context character the local profile that speaks."""
-        item_counts = _ragged(table[counts])
+        item_counts = Ragged.of(table[counts])
         self.profiles_of_example = item_counts._replace(values=np.arange(len(item_counts.values)))
-        lengths = item_counts.values.astype(np.int64)
-        self.profile = Ragged(_ragged(table[profiles]).values, np.cumsum(lengths) - lengths, lengths)
+        self.profile = Ragged.end_to_end(Ragged.of(table[profiles]).values, item_counts.values)
         """The profiles of all examples."""
 
     def __len__(self) -> int:
@@ -165,9 +132,9 @@ class Window:
     ) -> MicroBatches:
         """Those rows in that order as M micro-batches, of ``examples_M`` each."""
         numbers, profiles_R = self.profiles_of_example.take(rows_R)
-        profile_ends = np.append(0, np.cumsum(profiles_R))
+        profile_ends = offsets(profiles_R)
         # Profiles before each micro-batch, and at last all of them.
-        profile_cuts = profile_ends[np.append(0, np.cumsum(examples_M))]
+        profile_cuts = profile_ends[offsets(examples_M)]
         context, context_R = self.context.places(rows_R)
         first_profile = np.repeat(profile_ends[:-1] - np.repeat(profile_cuts[:-1], examples_M), context_R)
         response, response_R = self.framed._replace(lengths=self.targets).places(rows_R)
@@ -192,14 +159,11 @@ class Window:
 def frame(characters: Ragged, ids: SpecialIds) -> Ragged:
     """[BOS] + characters + [EOS] of lists that lie end to end."""
     lengths = characters.lengths + 2
-    starts = np.cumsum(lengths) - lengths
-    values = np.empty(lengths.sum(), characters.values.dtype)
-    values[np.arange(len(characters.values)) + np.repeat(2 * np.arange(len(lengths)) + 1, characters.lengths)] = (
-        characters.values
-    )
-    values[starts] = ids.bos
-    values[starts + lengths - 1] = ids.eos
-    return Ragged(values, starts, lengths)
+    framed = Ragged.end_to_end(np.empty(lengths.sum(), characters.values.dtype), lengths)
+    framed.values[framed.starts] = ids.bos
+    framed.values[framed.starts + lengths - 1] = ids.eos
+    framed.values[ranges(framed.starts + 1, characters.lengths)] = characters.values
+    return framed
 
 
 def infill(responses: Ragged, ids: SpecialIds, kind_R: NDArray[np.float64], place_R: NDArray[np.float64]) -> Lists:
@@ -220,8 +184,7 @@ def infill(responses: Ragged, ids: SpecialIds, kind_R: NDArray[np.float64], plac
     halves = Ragged(responses.values, starts_R2.ravel(), lengths_R2.ravel())
     values, _ = halves.take(np.arange(2 * len(l_R)))
     lengths_R = lengths_R2.sum(1)
-    first_R = np.cumsum(lengths_R) - lengths_R
-    values[(first_R + start_R)[masked_R]] = ids.mask
+    values[(offsets(lengths_R)[:-1] + start_R)[masked_R]] = ids.mask
     return Lists(values, lengths_R)
 
 
@@ -233,28 +196,15 @@ class ExampleRng(NamedTuple):
 
     def uniform(self, example_id_B: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Two independent draws in [0, 1) for every example."""
-        key = _mix(_mix(np.array([self.seed], np.uint64)) ^ np.uint64(self.epoch))
-        first = _mix(example_id_B.view(np.uint64) ^ key)
-        return _unit(first), _unit(_mix(first))
+        key = _next(_next(np.array([self.seed], np.uint64)) ^ np.uint64(self.epoch))
+        first = _next(example_id_B.view(np.uint64) ^ key)
+        return _unit(first), _unit(_next(first))
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele et al. 2014): a good hash of 64 bits to 64 bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _next(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What SplitMix64 gives next."""
+    return mix(state + np.uint64(0x9E3779B97F4A7C15))
 
 
 def _unit(x: NDArray[np.uint64]) -> NDArray[np.float64]:
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _ragged(column: pa.ChunkedArray) -> Ragged:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.flatten().to_numpy()
-    offsets = offsets - offsets[0]
-    return Ragged(values, offsets[:-1], np.diff(offsets))

@@ -1,28 +1,12 @@
-"""A prepared data set: what its manifest says of it. Written by :mod:`arplus.prepare.pipeline`, read by the feed."""
+"""A prepared data set, as it is read for training and evaluation. :mod:`arplus.prepare.pipeline` makes it."""
 
-import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 from arplus import storage
-from arplus.config import ExampleRules, VocabularySizes, from_dict
+from arplus.config import ExampleRules, VocabularySizes
+from arplus.data.manifest import Manifest
 from arplus.errors import UsageError
 from arplus.text import Vocabulary, sizes
-
-FORMAT = 2
-MANIFEST = "manifest.json"
-
-
-def is_manifest(data: bytes) -> bool:
-    """Whether a file called :data:`MANIFEST` is ours: many programs call theirs so."""
-    try:
-        return _is_ours(json.loads(data))
-    except (ValueError, RecursionError):  # of ours, what a broken copy has left of it
-        return data.startswith(b'{\n  "format": ') and b'\n  "fingerprint": ' in data
-
-
-def _is_ours(manifest: Any) -> bool:
-    return isinstance(manifest, dict) and {"format", "fingerprint", "splits"} <= manifest.keys()
 
 
 @dataclass(frozen=True)
@@ -42,7 +26,7 @@ class Split:
     name: str
     examples: int
     sessions: int
-    """Of the first examples of a split only an estimate, by the examples a session."""
+    """Of the first examples of a split only an estimate, by the examples per session."""
     row_groups: tuple[RowGroup, ...]
 
 
@@ -51,35 +35,26 @@ class Dataset:
     """A prepared data set; made by :meth:`open`."""
 
     uri: str
-    manifest: dict[str, Any]
-    rules: ExampleRules
-    """How its sessions became examples; every checkpoint of a model that is trained on it carries them on."""
+    manifest: Manifest
     characters: Vocabulary
     persona_words: Vocabulary
 
     @classmethod
     def open(cls, uri: str) -> "Dataset":
         """Reads manifest and vocabularies. Raises :class:`UsageError` where ``uri`` is not a prepared data set."""
-        path = storage.join(uri, MANIFEST)
-        if not storage.exists(path):
-            raise UsageError(f"{uri}: not a prepared data set (no {MANIFEST}); make one with jobs/prepare.py")
-        manifest = storage.read_json(path)
-        if not _is_ours(manifest):
-            raise UsageError(f"{uri}: not a prepared data set ({MANIFEST} is not ours); make one with jobs/prepare.py")
-        if manifest["format"] != FORMAT:
-            raise UsageError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}: prepare it again")
-        return cls(
-            uri=uri,
-            manifest=manifest,
-            rules=from_dict(ExampleRules, manifest["rules"], source=path),
-            characters=Vocabulary.load(storage.join(uri, "vocabulary", "characters.txt")),
-            persona_words=Vocabulary.load(storage.join(uri, "vocabulary", "persona_words.txt")),
-        )
+        manifest = Manifest.read(uri)
+        names = ("characters", "persona_words")
+        return cls(uri, manifest, *(Vocabulary.load(storage.join(uri, "vocabulary", f"{name}.txt")) for name in names))
+
+    @property
+    def rules(self) -> ExampleRules:
+        """How its sessions became examples; every checkpoint of a model that is trained on it carries them on."""
+        return self.manifest.rules
 
     @property
     def fingerprint(self) -> str:
         """Digest of the rules, the vocabularies and every row in order."""
-        return str(self.manifest["fingerprint"])
+        return self.manifest.fingerprint
 
     @property
     def sizes(self) -> VocabularySizes:
@@ -100,16 +75,15 @@ class Dataset:
 
         Files are in order of example ids, which are hashes, so the first examples are random ones.
         """
-        splits = self.manifest["splits"]
+        splits = self.manifest.splits
         if name not in splits:
             raise UsageError(f"{self.uri}: no split {name!r}; it has {', '.join(splits)}")
-        facts = splits[name]
         groups = tuple(
-            RowGroup(storage.join(self.uri, file["path"]), index, rows)
-            for file in facts["files"]
-            for index, rows in enumerate(file["row_groups"])
+            RowGroup(storage.join(self.uri, file.path), index, rows)
+            for file in splits[name].files
+            for index, rows in enumerate(file.row_groups)
         )
-        split = Split(name, facts["examples"], facts["sessions"], groups)
+        split = Split(name, splits[name].examples, splits[name].sessions, groups)
         if first is None:
             return split
         if first > split.examples:

@@ -7,12 +7,13 @@ default. Utterances are cut, by default to 15 characters, and each one of the co
 response is that reply, however many utterances come before it.
 
 An utterance that is empty after normalisation keeps its place as a turn, so that the pairing does not shift. But an
-example with an empty response, or with no character in its whole context, is none (`empty_response`,
+example with an empty response, or without a character in its whole context, is not one (`empty_response`,
 `empty_context`); nor, if so chosen, is one in which a speaker lacks gender or location (`incomplete_persona`).
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from arplus.config import ExampleRules
-from arplus.data.sessions import code_points, hash_words
-from arplus.prepare.duplicates import example_ids
+from arplus.data.hashes import example_ids, hash_words
+from arplus.data.ragged import Int64, Lists, Ragged, flat, list_lengths, offsets, ranges
+from arplus.data.sessions import code_points
 from arplus.text import PERSONA_KEYS, Vocabulary
-
-Ints = NDArray[np.int64]
 
 LIST_COLUMNS = (
     "context",
@@ -43,10 +43,10 @@ LEFT_OUT = {
     "empty_context": "nothing is said before the reply",
     "incomplete_persona": "a speaker lacks gender or location; --incomplete-personas keep takes these",
 }
-"""Every reason for which a pair of utterances is no example, in words."""
+"""Every reason for which a pair of utterances is not an example, in words."""
 
 SCHEMA = pa.schema([("example_id", pa.int64()), *((name, pa.list_(pa.int32())) for name in LIST_COLUMNS)])
-"""One row an example. Ids of characters unless said otherwise; "local" profiles are those of this example: 0 is the
+"""One row per example. Ids of characters unless said otherwise; "local" profiles are those of this example: 0 is the
 responder, then the speakers of the context in order of appearance.
 
 - ``example_id``: stable, non-negative: from the session's hash and the position of the response
@@ -68,13 +68,13 @@ class Encoded:
 
     table: pa.Table
     """:data:`SCHEMA`, in order of sessions."""
-    session: Ints
+    session: Int64
     """For each example the row of its session."""
-    left_out: dict[str, Ints]
-    """By reason, the rows of the sessions whose pairs are no example; a row may be there several times."""
+    left_out: dict[str, Int64]
+    """By reason, the rows of the sessions whose pairs are not examples; a row may be there several times."""
 
     def left_out_of(self, split: NDArray[np.integer]) -> dict[int, Counter[str]]:
-        """Pairs that are no example by split and reason, given the split of each session."""
+        """Pairs that are not examples by split and reason, given the split of each session."""
         counts: dict[int, Counter[str]] = {}
         for reason, sessions in self.left_out.items():
             for i, n in enumerate(np.bincount(split[sessions]).tolist()):
@@ -92,165 +92,153 @@ def encode_sessions(
     sessions = sessions.combine_chunks()
     dialogues = _Dialogues(sessions, characters, rules.max_utterance_characters)
     personas = _Personas(sessions, characters, persona_words)
-
-    has_reference = _column(sessions, "has_reference").to_numpy(zero_copy_only=False)
-    pairs = np.where(has_reference, 1, dialogues.counts // 2)
-    session = np.repeat(np.arange(len(sessions)), pairs)
-    response_index = 2 * ranges(np.zeros(len(sessions), np.int64), pairs) + 1
-    response_index = np.where(has_reference[session], dialogues.counts[session] - 1, response_index)
-    response = dialogues.first[session] + response_index
-    context_turns = np.minimum(response_index, rules.max_context_utterances)
-    context = response - context_turns
-
-    # Who takes part: the responder, then each utterance's speaker. Columns are few, rows are many.
-    width = 1 + int(context_turns.max(initial=0))
-    part = np.full((len(session), width), -1)
-    part[:, 0] = dialogues.speaker[response]
-    row = np.repeat(np.arange(len(session)), context_turns)
-    column = 1 + ranges(np.zeros(len(session), np.int64), context_turns)
-    part[row, column] = dialogues.speaker[ranges(context, context_turns)]
-    earliest = np.stack([(part == part[:, j : j + 1]).argmax(1) for j in range(width)], 1)
-    new = (earliest == np.arange(width)) & (part >= 0)
-    local = np.take_along_axis(new.cumsum(1) - 1, earliest, 1)
-
-    characters_of = dialogues.offsets[1:] - dialogues.offsets[:-1] - 1
-    empty_response = characters_of[response] == 0
-    empty_context = dialogues.offsets[response] - dialogues.offsets[context] == context_turns
-    incomplete = (personas.incomplete[part] & (part >= 0)).any(1)
-    if rules.incomplete_personas == "keep":
-        incomplete[:] = False
-    left_out = {
-        "empty_response": session[empty_response],
-        "empty_context": session[empty_context & ~empty_response],
-        "incomplete_persona": session[incomplete & ~empty_context & ~empty_response],
-    }
-
-    keep = ~(empty_response | empty_context | incomplete)
-    session, response, context = session[keep], response[keep], context[keep]
-    new, local, part = new[keep], local[keep], part[keep]
-    context_turns, response_index = context_turns[keep], response_index[keep]
-    taking_part, profile_counts = part[new], new.sum(1)
-    spoken = (np.arange(width) >= 1) & (np.arange(width) <= context_turns[:, None])
-    responder = part[:, 0]
-
+    pairs = _pairs(dialogues, flat(sessions["has_reference"]).to_numpy(zero_copy_only=False), rules)
+    keep, left_out = _sorted_out(pairs, dialogues, personas, rules)
+    pairs = _Pairs(*(column[keep] for column in pairs))
+    local, new = _local_profiles(pairs.part)
+    place = np.arange(pairs.part.shape[1])
+    spoken = (place >= 1) & (place <= pairs.turns[:, None])
     columns = {
-        "context": dialogues.slices(context, response),
-        "speakers": _lists(local[spoken], context_turns),
-        "response": dialogues.slices(response, response + 1, drop_last=1),
-        **personas.columns(taking_part, profile_counts, responder),
+        "context": dialogues.joined(pairs.response - pairs.turns, pairs.turns),
+        "speakers": Lists(local[spoken], pairs.turns),
+        "response": dialogues.texts.take(pairs.response),
+        **personas.columns(pairs.part[new], new.sum(1), pairs.part[:, 0]),
     }
-    ids = example_ids(hash_words(sessions["key"])[session], response_index)
-    table = pa.Table.from_arrays([pa.array(ids), *(columns[name] for name in LIST_COLUMNS)], schema=SCHEMA)
-    return Encoded(table, session, left_out)
+    ids = example_ids(hash_words(sessions["key"])[pairs.session], pairs.position)
+    arrays = [pa.array(ids), *(columns[name].to_arrow() for name in LIST_COLUMNS)]
+    return Encoded(pa.Table.from_arrays(arrays, schema=SCHEMA), pairs.session, left_out)
 
 
-def ranges(starts: Ints, lengths: Ints) -> Ints:
-    """The indices start, start + 1, … start + length - 1 of every row, one row after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+class _Pairs(NamedTuple):
+    """Pairs of utterances, each of which may be an example."""
+
+    session: Int64
+    """The row of its session."""
+    position: Int64
+    """Which utterance of its session the response is."""
+    response: Int64
+    """Which one of all utterances."""
+    turns: Int64
+    """How many utterances before it are its context."""
+    part: Int64
+    """Profiles that take part: the responder's, then that of each utterance of the context, then -1."""
+
+
+def _pairs(dialogues: "_Dialogues", has_reference: NDArray[np.bool_], rules: ExampleRules) -> _Pairs:
+    counts = dialogues.counts
+    pairs = np.where(has_reference, 1, counts // 2)
+    session = np.repeat(np.arange(len(counts)), pairs)
+    position = 2 * ranges(np.zeros_like(pairs), pairs) + 1
+    position = np.where(has_reference[session], counts[session] - 1, position)
+    response = offsets(counts)[session] + position
+    turns = np.minimum(position, rules.max_context_utterances)
+    # Columns are few, rows are many.
+    part = np.full((len(session), 1 + int(turns.max(initial=0))), -1)
+    part[:, 0] = dialogues.speaker[response]
+    row, column = np.repeat(np.arange(len(session)), turns), 1 + ranges(np.zeros_like(turns), turns)
+    part[row, column] = dialogues.speaker[ranges(response - turns, turns)]
+    return _Pairs(session, position, response, turns, part)
+
+
+def _sorted_out(
+    pairs: _Pairs, dialogues: "_Dialogues", personas: "_Personas", rules: ExampleRules
+) -> tuple[NDArray[np.bool_], dict[str, Int64]]:
+    """Which pairs are examples; and of the others, by the first reason why not, the sessions."""
+    length = dialogues.texts.lengths
+    before = offsets(length)
+    found = {
+        "empty_response": length[pairs.response] == 0,
+        "empty_context": before[pairs.response] == before[pairs.response - pairs.turns],
+        "incomplete_persona": (personas.incomplete[pairs.part] & (pairs.part >= 0)).any(1),
+    }
+    if rules.incomplete_personas == "keep":
+        found["incomplete_persona"][:] = False
+    keep, left_out = np.ones(len(pairs.session), bool), {}
+    for reason, holds in found.items():
+        left_out[reason] = pairs.session[keep & holds]
+        keep &= ~holds
+    return keep, left_out
+
+
+def _local_profiles(part: Int64) -> tuple[Int64, NDArray[np.bool_]]:
+    """The number of each profile among those of its pair, in order of appearance; and where one appears first."""
+    places = range(part.shape[1])
+    earliest = np.stack([(part == part[:, j : j + 1]).argmax(1) for j in places], 1)
+    new = (earliest == np.arange(len(places))) & (part >= 0)
+    return np.take_along_axis(new.cumsum(1) - 1, earliest, 1), new
 
 
 class _Dialogues:
-    """The utterances of all sessions as one row of character ids, each cut and followed by [SEP]."""
+    """The utterances of all sessions in a row as character ids, each cut, and followed by [SEP]."""
 
     def __init__(self, sessions: pa.Table, characters: Vocabulary, max_characters: int):
-        utterances = _column(sessions, "utterances")
-        self.counts = _lengths(utterances)
-        self.first = np.cumsum(self.counts) - self.counts
-        profiles = _lengths(_column(sessions, "profiles"))
-        first_profile = np.repeat(np.cumsum(profiles) - profiles, self.counts)
-        self.speaker = first_profile + _column(sessions, "speakers").flatten().to_numpy()
+        utterances, profiles = flat(sessions["utterances"]), list_lengths(flat(sessions["profiles"]))
+        self.counts = list_lengths(utterances)
+        """Utterances of each session."""
+        self.speaker = np.repeat(offsets(profiles)[:-1], self.counts) + Ragged.of(sessions["speakers"]).values
+        """Of each utterance, among all profiles."""
         points, starts = code_points(utterances.flatten())
-        kept = np.minimum(starts[1:] - starts[:-1], max_characters)
-        self.offsets = _offsets(kept + 1)
-        self.ids = np.full(self.offsets[-1], characters.special.sep, np.int32)
-        self.ids[ranges(self.offsets[:-1], kept)] = characters.by_code_point[points[ranges(starts[:-1], kept)]]
+        kept = np.minimum(np.diff(starts), max_characters)
+        at = offsets(kept + 1)
+        ids = np.full(at[-1], characters.special.sep, np.int32)
+        ids[ranges(at[:-1], kept)] = characters.by_code_point[points[ranges(starts[:-1], kept)]]
+        self.texts = Ragged(ids, at[:-1], kept)
+        """The utterances without [SEP]."""
 
-    def slices(self, first: Ints, end: Ints, drop_last: int = 0) -> pa.Array:
-        """The ids of the utterances first … end - 1 of each row, less the last few ids of each row."""
-        starts = self.offsets[first]
-        lengths = self.offsets[end] - starts - drop_last
-        return _lists(self.ids[ranges(starts, lengths)], lengths)
+    def joined(self, first: Int64, counts: Int64) -> Lists:
+        """So many utterances from each of the first ones on, with their [SEP], as one list each."""
+        starts = self.texts.starts[first]
+        last = first + counts - 1
+        lengths = self.texts.starts[last] + self.texts.lengths[last] + 1 - starts
+        return Lists(self.texts.values[ranges(starts, lengths)], lengths)
 
 
 class _Personas:
     """The profiles of all sessions, numbered in a row, as words and as characters."""
 
     def __init__(self, sessions: pa.Table, characters: Vocabulary, persona_words: Vocabulary):
-        profiles = _column(sessions, "profiles").flatten()
-        lengths = _lengths(profiles)
-        starts = np.cumsum(lengths) - lengths
-        items = pc.dictionary_encode(profiles.flatten())
-        if isinstance(items, pa.ChunkedArray):
-            items = items.combine_chunks()
+        profiles = flat(sessions["profiles"]).flatten()
+        lengths = list_lengths(profiles)
+        starts = offsets(lengths)[:-1]
+        items = flat(pc.dictionary_encode(profiles.flatten()))
         codes = items.indices.to_numpy().astype(np.int64)
         # The item codes go on with the three keys; an empty string is a missing item.
         known = [*items.dictionary.to_pylist(), *PERSONA_KEYS, ""]
         missing = len(known) - 1
         empty = np.array([not item for item in known])
         self._word = np.where(empty, persona_words.special.unk, persona_words.encode(known))
-        points, offsets = code_points(pa.array([item or "?" for item in known]))
-        self._letters = characters.by_code_point[points]
-        self._letters[offsets[:-1][empty]] = characters.special.unk
-        self._letter_start, self._letter_count = offsets[:-1], offsets[1:] - offsets[:-1]
+        points, ends = code_points(pa.array([item or "?" for item in known]))
+        letters = characters.by_code_point[points]
+        letters[ends[:-1][empty]] = characters.special.unk
+        self._letters = Ragged.end_to_end(letters, np.diff(ends))
 
         self.incomplete = empty[codes[starts]] | empty[codes[starts + 1]] if len(starts) else np.zeros(1, bool)
+        """For each profile whether it lacks gender or place."""
         tags = lengths - 2
         # Without keys: gender, place, tags. With keys: 性别 gender 地址 place 兴趣 tags. No tag is one missing item.
-        self._plain_offsets = _offsets(2 + np.maximum(tags, 1))
-        self._keyed_offsets = _offsets(5 + np.maximum(tags, 1))
-        plain, keyed = self._plain_offsets[:-1], self._keyed_offsets[:-1]
-        self._plain = np.full(self._plain_offsets[-1], missing)
-        self._keyed = np.full(self._keyed_offsets[-1], missing)
+        self._plain, self._keyed = (
+            Ragged.end_to_end(np.full((fixed + np.maximum(tags, 1)).sum(), missing), fixed + np.maximum(tags, 1))
+            for fixed in (2, 5)
+        )
+        plain, keyed = self._plain.starts, self._keyed.starts
         for position, key in zip((0, 2, 4), range(missing - 3, missing), strict=True):
-            self._keyed[keyed + position] = key
+            self._keyed.values[keyed + position] = key
         for position in (0, 1):
-            self._plain[plain + position] = self._keyed[keyed + 1 + 2 * position] = codes[starts + position]
-        tag_codes = codes[ranges(starts + 2, tags)]
-        self._plain[ranges(plain + 2, tags)] = tag_codes
-        self._keyed[ranges(keyed + 5, tags)] = tag_codes
+            item = codes[starts + position]
+            self._plain.values[plain + position] = self._keyed.values[keyed + 1 + 2 * position] = item
+        for form, first in ((self._plain, plain + 2), (self._keyed, keyed + 5)):
+            form.values[ranges(first, tags)] = codes[ranges(starts + 2, tags)]
 
-    def columns(self, profiles: Ints, profile_counts: Ints, responder: Ints) -> dict[str, pa.Array]:
-        """The persona columns of examples with these profiles (flat, so many an example) and these responders."""
-        word_counts = np.diff(self._plain_offsets)[profiles]
-        items = self._plain[ranges(self._plain_offsets[profiles], word_counts)]
-        letters, letter_ends = self._spell(items)
-        letter_counts = np.diff(letter_ends[_offsets(word_counts)])
-        example = _offsets(profile_counts)
-        target_counts = np.diff(self._keyed_offsets)[responder]
-        target = self._keyed[ranges(self._keyed_offsets[responder], target_counts)]
-        target_letters, target_ends = self._spell(target)
+    def columns(self, profiles: Int64, profile_counts: Int64, responder: Int64) -> dict[str, Lists]:
+        """The persona columns of examples with these profiles (flat, so many per example) and these responders."""
+        items, target = self._plain.take(profiles), self._keyed.take(responder)
+        words = Lists(self._word[items.values], items.lengths)
+        letters = self._letters.take(items.values).joined(items.lengths)
         return {
-            "profile_words": _lists(self._word[items], np.diff(_offsets(word_counts)[example])),
-            "profile_word_counts": _lists(word_counts, profile_counts),
-            "profile_characters": _lists(letters, np.diff(_offsets(letter_counts)[example])),
-            "profile_character_counts": _lists(letter_counts, profile_counts),
-            "target_words": _lists(self._word[target], target_counts),
-            "target_characters": _lists(target_letters, np.diff(target_ends[_offsets(target_counts)])),
+            "profile_words": words.joined(profile_counts),
+            "profile_word_counts": Lists(words.lengths, profile_counts),
+            "profile_characters": letters.joined(profile_counts),
+            "profile_character_counts": Lists(letters.lengths, profile_counts),
+            "target_words": Lists(self._word[target.values], target.lengths),
+            "target_characters": self._letters.take(target.values).joined(target.lengths),
         }
-
-    def _spell(self, items: Ints) -> tuple[NDArray[np.int32], Ints]:
-        """The characters of items in a row, and where each item starts (one offset more than items)."""
-        counts = self._letter_count[items]
-        return self._letters[ranges(self._letter_start[items], counts)], _offsets(counts)
-
-
-def _column(sessions: pa.Table, name: str) -> pa.Array:
-    column = sessions[name].combine_chunks()
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _lengths(lists: pa.Array) -> Ints:
-    return pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _offsets(lengths: Ints) -> Ints:
-    """Where rows of these lengths start, and where the last one ends."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def _lists(values: NDArray[np.integer], lengths: Ints) -> pa.ListArray:
-    return pa.ListArray.from_arrays(_offsets(lengths).astype(np.int32), values.astype(np.int32, copy=False))

@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from arplus.text import FEMALE, MALE, VARIATION_SELECTOR, clean
-
-HASH_BYTES = 16
-"""Bytes of every hash that duplicates are found by."""
+from arplus.data.hashes import HASH_BYTES
+from arplus.text import GENDERS, VARIATION_SELECTOR, clean
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is rejected: what a line may cost in memory is bounded."""
@@ -36,22 +34,22 @@ REJECT_REASONS = {
     "json_constant": "the line holds NaN or Infinity, which JSON has not; write null instead",
     "number_too_large": "the line holds a number beyond the range of a 64-bit float",
     "lone_surrogate": "the line holds one half of a surrogate pair (\\ud800 to \\udfff) without the other",
-    "not_an_object": "the line is JSON, but no object",
-    "dialog": "`dialog` is missing or no list",
+    "not_an_object": "the line is JSON, but not an object",
+    "dialog": "`dialog` is missing or not a list",
     "empty_dialogue": "`dialog` has no utterance",
     "utterance": "an utterance is neither a string nor a list of one string",
-    "profile": "`profile` is missing or no list of objects",
-    "gender": "a gender is none of male, female and the empty string",
-    "loc": "a location is no string",
+    "profile": "`profile` is missing or not a list of objects",
+    "gender": "a gender is not male, female or the empty string",
+    "loc": "a location is not a string",
     "tag": "tags are neither a string nor a list of strings",
-    "uid": "`uid` is no list of whole numbers",
-    "uid_length": "`uid` has not one entry an utterance",
+    "uid": "`uid` is not a list of whole numbers",
+    "uid_length": "`uid` needs one entry per utterance",
     "uid_out_of_range": "`uid` (or, without it, alternation) names a profile that is not there",
     "golden_response": "`golden_response` or its profile is missing, or of a wrong type",
 }
 """Every reason for which a line can be rejected, in words."""
 
-_GENDERS = {"male": MALE, "female": FEMALE, "": ""}
+_GENDERS = {**GENDERS, "": ""}
 
 
 class Profile(NamedTuple):
@@ -97,14 +95,14 @@ class Session(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A line that is no session."""
+    """A line that is not a session."""
 
     reason: str
     """One of :data:`REJECT_REASONS`."""
 
 
 def parse_line(line: bytes) -> Session | Reject:
-    """Reads one line without its line ending. Never raises: what is no session is a :class:`Reject`."""
+    """Reads one line without its line ending. Never raises: what is not a session is a :class:`Reject`."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -167,7 +165,7 @@ def parse_line(line: bytes) -> Session | Reject:
 
 def _joined(texts: list[str]) -> str:
     """The texts without white space, with line feeds between."""
-    # All at once: NUL is no white space, so it can stand between the texts while that is taken out.
+    # All at once: NUL is not white space, so it can stand between the texts while that is taken out.
     # Spaces first: the general way is slow where it finds many.
     joined = "".join("\0".join(texts).replace(" ", "").split())
     if joined.count("\0") != len(texts) - 1:  # a text holds one itself
@@ -180,7 +178,7 @@ def make_profile(gender: str, location: str, tags: str) -> Profile:
 
     White space and U+FE0F disappear: "四川 成都" is the one word 四川成都. What is more than :data:`MAX_TAGS` and
     :data:`MAX_WORD_CHARACTERS` allow is cut off and counted. Raises KeyError for another gender, and TypeError or
-    AttributeError for what is no string.
+    AttributeError for what is not a string.
     """
     plain = _without_tags(gender, location)
     if tags == "":

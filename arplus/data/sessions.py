@@ -4,18 +4,20 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from arplus.data.records import HASH_BYTES, MAX_LINE_BYTES, Reject, Session, parse_line
+from arplus.config.jobs import DuplicateKey
+from arplus.data.hashes import HASH_BYTES, hash_column
+from arplus.data.ragged import list_column, offsets
+from arplus.data.records import MAX_LINE_BYTES, Reject, Session, parse_line
 from arplus.text import VARIATION_SELECTOR
 
-DuplicateKey = Literal["exact_record", "dialogue_and_profiles", "dialogue"]
-"""What can make two records duplicates of each other."""
 DUPLICATE_KEYS: tuple[DuplicateKey, ...] = get_args(DuplicateKey)
+"""What can make two records duplicates of each other."""
 
 LINE_BITS = 40
 """A session's id is ``file << LINE_BITS | line``: the order of ids is the order of the input."""
@@ -28,7 +30,7 @@ SCHEMA = pa.schema(
         ("key", pa.binary(HASH_BYTES)),  # hash of what makes it a duplicate
         ("dialogue_hash", pa.binary(HASH_BYTES)),  # decides the split
         ("utterances", pa.list_(pa.string())),
-        ("speakers", pa.list_(pa.int32())),  # one profile number an utterance
+        ("speakers", pa.list_(pa.int32())),  # one profile number per utterance
         ("profiles", pa.list_(pa.list_(pa.string()))),  # gender, place, tags of each
         ("has_reference", pa.bool_()),  # whether the last utterance is a test record's reference reply
     ]
@@ -37,7 +39,7 @@ SCHEMA = pa.schema(
 
 
 class RejectedLine(NamedTuple):
-    """A line that is no session, where it stands, and why."""
+    """A line that is not a session, where it stands, and why."""
 
     line: int
     reason: str
@@ -61,7 +63,7 @@ class ParsedBlock:
 
 
 def parse_block(
-    lines: bytes, *, file: int, first_line: int, duplicate_key: DuplicateKey, left_out: int = 0
+    lines: bytes, file: int, first_line: int, duplicate_key: DuplicateKey, left_out: int = 0
 ) -> ParsedBlock:
     """Parses every line of a block, with LF at its end; ``first_line`` is the number of its first one in the file.
 
@@ -107,22 +109,20 @@ def to_table(sessions: list[Session], ids: NDArray[np.int64], keys: bytes) -> pa
     if not sessions:
         return SCHEMA.empty_table()
     speakers = [s.speakers for s in sessions]
-    turns = [len(who) for who in speakers]
+    turns = np.array([len(who) for who in speakers])
     utterances, _ = _cut("\n".join([s.dialogue for s in sessions]).replace(VARIATION_SELECTOR, ""))
     profiles = [s.profiles for s in sessions]
     words, ends = _cut("\n".join([p.text for each in profiles for p in each]))
-    return pa.Table.from_arrays(
-        [
-            pa.array(ids, pa.int64()),
-            _binary(keys),
-            _binary(b"".join([s.dialogue_hash for s in sessions])),
-            _lists(turns, utterances),
-            _lists(turns, pa.array(np.fromiter(itertools.chain.from_iterable(speakers), np.int32, sum(turns)))),
-            _lists([len(each) for each in profiles], pa.ListArray.from_arrays(np.append(0, ends), words)),
-            pa.array([s.has_reference for s in sessions]),
-        ],
-        schema=SCHEMA,
-    )
+    columns = [
+        pa.array(ids, pa.int64()),
+        hash_column(keys),
+        hash_column(b"".join([s.dialogue_hash for s in sessions])),
+        list_column(utterances, turns),
+        list_column(pa.array(np.fromiter(itertools.chain.from_iterable(speakers), np.int32, turns.sum())), turns),
+        list_column(list_column(words, np.diff(ends, prepend=0)), np.array([len(each) for each in profiles])),
+        pa.array([s.has_reference for s in sessions]),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _cut(text: str) -> tuple[pa.StringArray, NDArray[np.int32]]:
@@ -137,36 +137,13 @@ def _cut(text: str) -> tuple[pa.StringArray, NDArray[np.int32]]:
     return strings, (np.flatnonzero(line_ends) + 1).astype(np.int32)
 
 
-def hash_words(hashes: bytes | pa.ChunkedArray) -> NDArray[np.uint64]:
-    """Hashes as pairs of 64-bit words, shape [rows, 2]."""
-    if not isinstance(hashes, bytes):
-        hashes = b"".join(np.frombuffer(c.buffers()[1], f"V{HASH_BYTES}", len(c), c.offset * HASH_BYTES).tobytes()
-                          for c in hashes.chunks)  # fmt: skip
-    return np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
-
-
 def code_points(strings: pa.Array) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     """All code points of a string array in a row, and where each string starts (one offset more than strings)."""
     if not len(strings):
         return np.empty(0, np.uint32), np.zeros(1, np.int64)
     _, offset_buffer, data = strings.buffers()
-    offsets = np.frombuffer(offset_buffer, np.int32)[strings.offset : strings.offset + len(strings) + 1].astype(
-        np.int64
-    )
-    raw = np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]]
+    starts = np.frombuffer(offset_buffer, np.int32)[strings.offset : strings.offset + len(strings) + 1].astype(np.int64)
+    raw = np.frombuffer(data or b"", np.uint8)[starts[0] : starts[-1]]
     points = np.frombuffer(raw.tobytes().decode().encode("utf-32-le"), np.uint32)
-    if len(points) == len(raw):
-        return points, offsets - offsets[0]
-    first_bytes = np.zeros(len(raw) + 1, np.int64)
-    np.cumsum((raw & 0xC0) != 0x80, out=first_bytes[1:])
-    return points, first_bytes[offsets - offsets[0]]
-
-
-def _lists(lengths: list[int], values: pa.Array) -> pa.ListArray:
-    offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(np.asarray(lengths, np.int32), out=offsets[1:])
-    return pa.ListArray.from_arrays(offsets, values)
-
-
-def _binary(hashes: bytes) -> pa.Array:
-    return pa.Array.from_buffers(pa.binary(HASH_BYTES), len(hashes) // HASH_BYTES, [None, pa.py_buffer(hashes)])
+    starts -= starts[0]
+    return points, starts if len(points) == len(raw) else offsets((raw & 0xC0) != 0x80)[starts]

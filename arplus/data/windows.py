@@ -32,7 +32,7 @@ from arplus.cluster import connection
 from arplus.config import FeedConfig
 from arplus.data.collate import BatchSpec, ExampleRng, MicroBatches, Window
 from arplus.data.sampler import EpochSampler, deal
-from arplus.errors import ArplusError, UsageError
+from arplus.errors import ArplusError
 
 TASK_CPUS = 1
 """Logical CPUs of one window task. With half of one there were more tasks at once than Ray keeps idle processes (one a
@@ -109,7 +109,7 @@ class WindowMaker:
 
 def _task(maker: WindowMaker, epoch: int, first_window: int, item: Any) -> pa.Table:
     (index,) = item["id"]
-    parts: Sequence[list[Chunk] | UsageError]
+    parts: Sequence[list[Chunk] | ArplusError]
     try:
         parts = maker.make(epoch, first_window + int(index))
     except ArplusError as error:  # Ray Data would keep of it the text of a traceback
@@ -119,8 +119,8 @@ def _task(maker: WindowMaker, epoch: int, first_window: int, item: Any) -> pa.Ta
 
 def unpickle(part: pa.Buffer) -> list[Chunk]:
     """A worker's part of a window. Raises what went wrong where its data could not be read."""
-    found: list[Chunk] | UsageError = pickle.loads(part)
-    if isinstance(found, UsageError):
+    found: list[Chunk] | ArplusError = pickle.loads(part)
+    if isinstance(found, ArplusError):
         raise found
     return found
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sacrebleu.metrics import BLEU
 
 from arplus.config import SpecialIds
-from arplus.evaluation.metrics import MAX_ORDER, StandardMetrics
+from arplus.evaluation.metrics import MAX_ORDER, NgramMatches, StandardMetrics
 
 RESAMPLES = 1000
 METRICS = ("response_ppl", "bleu", "f1")
@@ -92,9 +91,9 @@ def compare(mine: Sample, other: Sample, seed: int, resamples: int = RESAMPLES) 
 
 
 def _metrics(sums: NDArray[np.float64], n: int) -> tuple[float, float, float]:
-    correct, total = sums[_CORRECT].astype(int).tolist(), sums[_TOTAL].astype(int).tolist()
-    replied, referred = sums[_LENGTHS].astype(int).tolist()
-    bleu = BLEU.compute_bleu(correct, total, replied, referred, smooth_method="exp").score
+    counts = sums[_CORRECT.start :].astype(int)
+    correct, total, lengths = np.split(counts, [MAX_ORDER, 2 * MAX_ORDER])
+    bleu = NgramMatches(correct, total, *lengths.tolist()).bleu()
     return float(np.exp(min(sums[0] / sums[1], 700.0))), float(bleu), float(sums[_F1] / n)
 
 

@@ -24,19 +24,21 @@ from arplus.cluster import connection, nodes
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset, Split
+from arplus.data.personas import Persona
 from arplus.data.sampler import EpochSampler
 from arplus.errors import ResourceError, UsageError
 from arplus.evaluation import compare
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
-from arplus.evaluation.metrics import PaperMetrics, StandardMetrics
+from arplus.evaluation.metrics import StandardMetrics
+from arplus.evaluation.paper_metrics import PaperMetrics
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import build_model
-from arplus.synthetic.personas import Persona
+from arplus.sums import Sums
 
 PAPER_BATCH = 64
 """Examples of a batch of the paper's code. Its metrics are means over batches, so these are of its size, whatever the
@@ -50,7 +52,7 @@ GROUPS = ("standard", "paper_compatible", "persona")
 
 
 @dataclass
-class Tally:
+class Tally(Sums):
     """All metrics of some examples; the tallies of parts add up to that of the whole."""
 
     standard: StandardMetrics
@@ -64,15 +66,6 @@ class Tally:
     def empty(cls, special: SpecialIds, rules: ExampleRules) -> "Tally":
         """Metrics of no example."""
         return cls(StandardMetrics(special), PaperMetrics(special, width=rules.max_utterance_characters + 1))
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.standard.merge(other.standard),
-            self.paper.merge(other.paper),
-            self.persona + other.persona,
-            self.examples + other.examples,
-            self.samples + other.samples,
-        )
 
     def result(self) -> dict[str, Any]:
         """The metrics by group and name."""
@@ -114,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
-    names = config.split or [name for name in dataset.manifest["splits"] if name not in ("train", "valid")]
+    names = config.split or [name for name in dataset.manifest.splits if name not in ("train", "valid")]
     splits = [dataset.split(name) for name in names]
     for split in splits:
         if not split.examples and config.split:

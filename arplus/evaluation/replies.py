@@ -19,13 +19,13 @@ from arplus.errors import UsageError
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.runs.checkpoint import TrainState, build_model
-
-_GENDERS = {"男": "male", "女": "female"}
+from arplus.text import GENDERS
 
 
 def raw_profile(gender: str, location: str, tags: str) -> dict[str, object]:
     """A profile in PersonalDialog's raw form: 男, 女, male, female or empty; "省 市"; tags joined by ``;``."""
-    return {"gender": _GENDERS.get(gender, gender), "loc": location, "tag": [tags]}
+    raw = {word: raw for raw, word in GENDERS.items()}
+    return {"gender": raw.get(gender, gender), "loc": location, "tag": [tags]}
 
 
 class Responder:
@@ -61,7 +61,7 @@ class Responder:
         }
         try:
             line = orjson.dumps(record)
-        except orjson.JSONEncodeError:  # a lone surrogate: Python's way of keeping a byte that is no text
+        except orjson.JSONEncodeError:  # a lone surrogate: Python's way of keeping a byte that is not text
             raise UsageError("--say, --gender, --location or --tags: is not UTF-8 text; type it in UTF-8") from None
         session = parse_line(line)
         if isinstance(session, Reject):

@@ -1,4 +1,4 @@
-"""Operations on CPUs, and the project's only private operator of torch.
+"""Operations on CPUs: oneDNN's products, cheaper random numbers, logits in chunks.
 
 torch multiplies fp32 matrices with MKL there. On an AMD EPYC (Zen 4) that took 17 % longer than oneDNN for the
 512-wide layers and 55 % for the output head, whose rows of 9,498 logits do not begin at a cache line; training steps of
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arplus.kernels.cross_entropy import linear_cross_entropies
 from arplus.kernels.dropout import dropout
+from arplus.kernels.torch_private import onednn_linear
 from arplus.model.ops import Operations
 
 # oneDNN compiles kernels for every shape that it sees, 2 ms each, and would keep 1,024 of them: a seventh of the memory
@@ -72,13 +73,6 @@ def _is_onednns(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # What torch.compile emits for a linear layer; there is no public name for it. It reads any bias as contiguous.
-    bias = bias if bias is None else bias.contiguous()
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
-
-
 class _OneDnnLinear(torch.autograd.Function):
     """The product with its gradients; that to the weight is MKL's, which is faster at it."""
 
@@ -86,12 +80,12 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        d_x = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        d_x = onednn_linear(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
         d_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
         return d_x, d_weight, flat.sum(0) if ctx.has_bias else None

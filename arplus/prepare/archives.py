@@ -1,6 +1,6 @@
 """A packed file as the bytes in it, read in order: gzip, Zstandard, bzip2 and xz, told by content, not by name.
 
-Whatever is wrong with a stream is an error: one that is cut short, damaged, or followed by what is no stream.
+Whatever is wrong with a stream is an error: one that is cut short, damaged, or followed by something else.
 """
 
 import bz2

@@ -8,11 +8,12 @@ rest of the range is training data: when data grows, sessions may be released to
 trained on ever enters validation or test.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from arplus.data.hashes import mix
 
 SPLITS = ("train", "valid", "test")
 """The splits of a prepared data set."""
@@ -21,22 +22,6 @@ MAX_SHARE = 0.05
 
 _RANGE = int(MAX_SHARE * 2**64)
 _SPLIT_SALT = 0x6172706C75730001  # "arplus", 1: the split must not follow the hash that rows are ordered by
-_EXAMPLE_SALT = 0x6172706C75730002
-
-log = logging.getLogger(__name__)
-
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64-bit words that looks random (the finalizer of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def example_ids(keys: NDArray[np.uint64], response_index: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Stable ids in 0 … 2^63 - 1 from sessions' keys [n, 2] and the position of the response in the session."""
-    mixed = mix(keys[:, 0] ^ mix(response_index.astype(np.uint64) + np.uint64(_EXAMPLE_SALT)))
-    return (mixed >> np.uint64(1)).astype(np.int64)
 
 
 def partition(hashes: NDArray[np.uint64], partitions: int) -> NDArray[np.int64]:

@@ -1,24 +1,20 @@
-"""Files of JSON lines as blocks of whole lines: the Ray Data source of the preparation.
+"""Files of JSON lines as blocks of whole lines: where the preparation begins.
 
 A gzip stream cannot be split, so a file is read by one task, which streams it, cuts it at line ends into blocks of
 some megabytes and leaves all parsing to others. Each block is one row, so Ray Data never cuts it.
 """
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from arplus.data.records import MAX_LINE_BYTES
 from arplus.errors import ArplusError, ResourceError, UsageError
 from arplus.prepare import archives, kinds
 
 BLOCK_BYTES = 16 << 20
-"""Bytes of lines a block: some 45,000 records."""
+"""Bytes of lines per block: some 45,000 records."""
 MAX_REJECT_BYTES = 1 << 20
 """A longer rejected line is kept up to here, and says so."""
 HEAD_BYTES = 1 << 12
@@ -115,34 +111,13 @@ def _cut_at_lines(pieces: Iterator[bytes], block_bytes: int) -> Iterator[tuple[b
         yield b"".join(whole + tail), 0
 
 
-class LinesDatasource(Datasource):
-    """Ray Data source of :data:`SCHEMA` blocks: one task a file, one row a block.
+def read_files(numbers: pa.Table, *, uris: list[str], block_bytes: int) -> Iterator[pa.Table]:
+    """Reads the files whose numbers are in the column ``item``, as blocks of :data:`SCHEMA`, one row per block.
 
     A damaged stream does not fail the task (Ray would try again): its problem comes as the file's last row.
     """
-
-    def __init__(self, uris: list[str], block_bytes: int = BLOCK_BYTES):
-        super().__init__()
-        self._uris = uris
-        self._block_bytes = block_bytes
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: the files are compressed."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """One task a file, in the order of the files, whatever parallelism Ray Data suggests."""
-        return [
-            ReadTask(
-                partial(_read_file, index, uri, self._block_bytes),
-                BlockMetadata(num_rows=None, size_bytes=None, input_files=(uri,), exec_stats=None),
-                schema=SCHEMA,
-                per_task_row_limit=per_task_row_limit,
-            )
-            for index, uri in enumerate(self._uris)
-        ]
+    for number in numbers["item"].to_pylist():
+        yield from _read_file(number, uris[number], block_bytes)
 
 
 def _read_file(index: int, uri: str, block_bytes: int) -> Iterator[pa.Table]:
@@ -151,7 +126,7 @@ def _read_file(index: int, uri: str, block_bytes: int) -> Iterator[pa.Table]:
     try:
         for block in read_blocks(uri, block_bytes):
             lines = block.lines
-            if not line and lines.startswith(b"\xef\xbb\xbf"):  # a byte order mark is no part of the first record
+            if not line and lines.startswith(b"\xef\xbb\xbf"):  # a byte order mark is not part of the first record
                 lines = lines[3:]
             yield _row(index, line, lines, block.left_out, block.read, None)
             line += 1 if block.left_out else lines.count(b"\n") + (not lines.endswith(b"\n"))
@@ -161,7 +136,7 @@ def _read_file(index: int, uri: str, block_bytes: int) -> Iterator[pa.Table]:
         yield _row(index, line, b"", 0, 0, error)
 
 
-def _row(index: int, line: int, lines: bytes, left_out: int, read: int, error: UsageError | None) -> pa.Table:
+def _row(index: int, line: int, lines: bytes, left_out: int, read: int, error: ArplusError | None) -> pa.Table:
     problem = None if error is None else str(error)
     columns = [[index], [line], [lines], [left_out], [read], [problem], [isinstance(error, ResourceError)]]
     return pa.table(columns, schema=SCHEMA)

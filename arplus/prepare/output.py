@@ -1,19 +1,21 @@
 """The output of a preparation: whose it is, and how it is committed.
 
 Files of examples have names of their own preparation; the vocabularies and the card follow, then the manifest. So a
-folder with a manifest is whole, and one without is no data set, whenever and however the job ends.
+folder with a manifest is whole, and one without is not a data set, whenever and however the job ends.
 """
 
 import logging
 import re
 from collections import defaultdict
-from typing import Any
 
 from arplus import storage
-from arplus.data.dataset import MANIFEST
+from arplus.data import manifest
+from arplus.data.manifest import Manifest
 from arplus.errors import ArplusError, UsageError
-from arplus.prepare import card, shards
+from arplus.prepare import card
+from arplus.prepare.card import DataCard
 from arplus.prepare.lease import Lease, is_unfinished
+from arplus.prepare.tasks import write
 from arplus.text import Vocabulary
 
 STAGING = "_temporary"
@@ -37,15 +39,15 @@ def claim(output: str) -> Lease:
 
     Raises :class:`UsageError` where the output holds anything and no preparation began there.
     """
-    manifest = storage.join(output, MANIFEST)
+    whole = storage.join(output, manifest.FILE)
     taken = UsageError(f"{output}: holds a prepared data set; choose another --output or delete it first")
-    if storage.exists(manifest):
+    if storage.exists(whole):
         raise taken
     unfinished = is_unfinished(output)
     if not unfinished and storage.exists(output) and storage.list_files(output):
         raise UsageError(f"{output}: is not empty and no unfinished data set; choose another --output")
     lease = Lease.take(output)
-    if storage.exists(manifest):  # since we looked
+    if storage.exists(whole):  # since we looked
         lease.release(finished=True)
         raise taken
     if unfinished:
@@ -91,17 +93,12 @@ def leave(output: str, lease: Lease, finished: bool) -> None:
 
 
 def commit(
-    output: str,
-    lease: Lease,
-    manifest: dict[str, Any],
-    facts: dict[str, Any],
-    characters: Vocabulary,
-    persona_words: Vocabulary,
+    output: str, lease: Lease, found: Manifest, facts: DataCard, characters: Vocabulary, persona_words: Vocabulary
 ) -> None:
     """Writes all that is not examples, the manifest last; and removes what others left while we worked."""
     lease.check()  # from here on files are deleted that a successor may have written
-    ours = {file["path"] for split in manifest["splits"].values() for file in split["files"]}
-    for folder in manifest["splits"]:
+    ours = {file.path for split in found.splits.values() for file in split.files}
+    for folder in found.splits:
         uri = storage.join(output, folder)
         for file in storage.list_files(uri) if storage.exists(uri) else []:
             path = file.removeprefix(f"{output}/")
@@ -112,10 +109,10 @@ def commit(
     small = {
         "vocabulary/characters.txt": characters.to_bytes(),
         "vocabulary/persona_words.txt": persona_words.to_bytes(),
-        card.JSON: card.to_json(facts),
-        card.PAGE: card.to_html(facts),
+        card.JSON: facts.to_json(),
+        card.PAGE: facts.to_html(),
     }
     for path, data in small.items():
-        shards.write(storage.join(output, path), data)
+        write(storage.join(output, path), data)
     lease.check()
-    storage.with_retries(output, lambda: storage.write_json(storage.join(output, MANIFEST), manifest))
+    storage.with_retries(output, lambda: found.write(output))

@@ -1,7 +1,6 @@
 """The last stages of the preparation: sessions are encoded, and examples sorted and written as the parts of a split."""
 
 from collections import Counter
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -10,17 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from numpy.typing import NDArray
 
 from arplus import storage
 from arplus.config import PrepareConfig
 from arplus.data import examples
-from arplus.prepare.duplicates import Boundaries
-from arplus.prepare.shards import Staged, read_survivors, write
+from arplus.data.manifest import DataFile
+from arplus.prepare.tasks import Staged, Survivors, pack, unpack, write
 from arplus.text import Vocabulary
 
 ROW_GROUP_ROWS = 8192
-"""Examples a row group: what the feed reads at once."""
+"""Examples per row group: what the feed reads at once."""
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
@@ -31,28 +29,11 @@ PARQUET_OPTIONS: dict[str, Any] = {
 """How examples are written: 105 bytes each; a dictionary took 119 and a third more time."""
 
 
-@dataclass
-class WrittenFile:
-    """A file of encoded examples."""
-
-    path: str
-    """Below the data set's folder."""
-    rows: int
-    row_groups: list[int]
-    digest: str
-    """Of its rows in order, whatever their encoding."""
-
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"path": self.path, "rows": self.rows, "row_groups": self.row_groups, "digest": self.digest}
-
-
 @ray.remote
 def encode(
     config: PrepareConfig,
     shards: list[Staged],
-    removed: NDArray[np.int64],
-    boundaries: Boundaries,
+    survivors: Survivors,
     characters: Vocabulary,
     persona_words: Vocabulary,
     parts: dict[str, int],
@@ -67,7 +48,7 @@ def encode(
     first_part = np.cumsum([0, *parts.values()])
     parts_of = np.array(list(parts.values()), np.uint64)
     for shard in shards:
-        sessions, session_split = read_survivors(shard, removed, boundaries)
+        sessions, session_split = survivors.read(shard)
         encoded = examples.encode_sessions(sessions, characters, persona_words, config.rules)
         for i, reasons in encoded.left_out_of(session_split).items():
             left_out[names[i]].update(reasons)
@@ -80,17 +61,17 @@ def encode(
         table = encoded.table.take(pa.array(order))
         for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             pieces[i].append(table.slice(start, end - start))
-    return left_out, *(_pack(pa.concat_tables(piece)) for piece in pieces)
+    return left_out, *(pack(pa.concat_tables(piece)) for piece in pieces)
 
 
 @ray.remote
-def write_part(output: str, token: str, split: str, part: int, *pieces: bytes) -> WrittenFile | None:
+def write_part(output: str, token: str, split: str, part: int, *pieces: bytes) -> DataFile | None:
     """Sorts the examples of a part by id and writes them as one Parquet file; None where there are none.
 
     The file's name has the preparation's token in it, so whatever another preparation of the same output still
     writes, it is not this file.
     """
-    table = pa.concat_tables([_unpack(piece) for piece in pieces])
+    table = pa.concat_tables([unpack(piece) for piece in pieces])
     if not len(table):
         return None
     order = np.argsort(table["example_id"].to_numpy(), kind="stable")
@@ -101,7 +82,7 @@ def write_part(output: str, token: str, split: str, part: int, *pieces: bytes) -
     write(storage.join(output, path), sink.getvalue())
     starts = range(0, len(table), ROW_GROUP_ROWS)
     groups = [min(ROW_GROUP_ROWS, len(table) - start) for start in starts]
-    return WrittenFile(path, len(table), groups, digest(table))
+    return DataFile(path=path, rows=len(table), row_groups=groups, digest=digest(table))
 
 
 def digest(table: pa.Table) -> str:
@@ -113,15 +94,3 @@ def digest(table: pa.Table) -> str:
         total.update(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         total.update(column.flatten().to_numpy().astype("<i4", copy=False).data)
     return total.hexdigest()
-
-
-def _pack(table: pa.Table) -> bytes:
-    """A table as compressed bytes: a third of its size in the object store."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
-        writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()
-
-
-def _unpack(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(pa.BufferReader(data)).read_all()

@@ -4,15 +4,16 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from arplus import storage
 from arplus.config import PrepareConfig
-from arplus.data import dataset
+from arplus.data import manifest
+from arplus.data.manifest import FilesLeftOut, LeftOut
 from arplus.data.records import REJECT_REASONS
 from arplus.errors import UsageError
 from arplus.prepare import archives, kinds, lease
-from arplus.prepare.shards import Shard
+from arplus.prepare.tasks import Shard
 
 NAMES_LISTED = 20
 """Names of left-out files that the data card lists; the others are only counted."""
@@ -41,15 +42,6 @@ _REASONS = (
 """Why files are left out, the least expected reason first."""
 
 log = logging.getLogger(__name__)
-
-
-class LeftOut(NamedTuple):
-    """A file that is not read, or a folder of them."""
-
-    name: str
-    """Below the input; a folder's ends with a slash."""
-    files: int
-    why: str
 
 
 class Found(NamedTuple):
@@ -86,7 +78,7 @@ def find_files(uri: str) -> Found:
             left_out[HIDDEN, path if place == len(above) else f"{above[place]}/"] += 1
         elif not storage.is_utf8(path):
             left_out[NOT_UTF8, path] += 1
-        elif parts[-1].lower() == dataset.MANIFEST:
+        elif parts[-1].lower() == manifest.FILE:
             left_out[OTHER_MANIFEST, path] += 1
         elif not _RECORDS.fullmatch(parts[-1]):
             left_out[OTHER_NAME, path] += 1
@@ -104,17 +96,14 @@ def _marks_data_set(file: str, path: str) -> bool:
         or any(part.startswith((".", "_")) for part in folder.split("/"))
     ):
         return False
-    if name == dataset.MANIFEST:
-        return dataset.is_manifest(storage.read_bytes(file))
+    if name == manifest.FILE:
+        return manifest.is_manifest(storage.read_bytes(file))
     return name == lease.FILE and lease.is_lease(storage.read_bytes(file))
 
 
-def summarise(left_out: list[LeftOut]) -> dict[str, Any]:
+def summarise(left_out: list[LeftOut]) -> FilesLeftOut:
     """Left-out files for the manifest: how many, and the first names."""
-    return {
-        "files": sum(item.files for item in left_out),
-        "names": [item._asdict() for item in left_out[:NAMES_LISTED]],
-    }
+    return FilesLeftOut(sum(item.files for item in left_out), left_out[:NAMES_LISTED])
 
 
 @dataclass(frozen=True)
@@ -161,8 +150,17 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     return found
 
 
-def add_up(config: PrepareConfig, source: Source, parsed: list[Shard]) -> tuple[Counter[str], Counter[str]]:
-    """A source's counts, and its rejects by reason. Raises :class:`UsageError` where it cannot be used.
+class Added(NamedTuple):
+    """What was counted in a source."""
+
+    counts: Counter[str]
+    """As in :class:`arplus.data.sessions.ParsedBlock`."""
+    rejected: Counter[str]
+    """By reason."""
+
+
+def add_up(config: PrepareConfig, source: Source, parsed: list[Shard]) -> Added:
+    """A source's counts. Raises :class:`UsageError` where it cannot be used.
 
     That is one without records, one with more rejects than allowed, and, whatever is allowed, one with a file of which
     every line is rejected: such a file is something else, and its lines say nothing of how many records it holds.
@@ -190,7 +188,7 @@ def add_up(config: PrepareConfig, source: Source, parsed: list[Shard]) -> tuple[
             f"{source.uri}: {rejects} of {counts['records']} records rejected, more than --max-reject-share "
             f"{config.max_reject_share:g} allows: {where}. {kept}"
         )
-    return counts, rejected
+    return Added(counts, rejected)
 
 
 def _nothing_but_rejects(file: str, rejected: Counter[str]) -> str:

@@ -8,6 +8,7 @@ It holds::
     best.json              the checkpoint with the lowest response perplexity
     final_metrics.json     what a finished run came to
     audit/                 which examples every step trained on (:mod:`arplus.runs.audit`)
+    profile/               what ``--profile-steps`` asked for
     tracking.jsonl         what was tracked, for a folder on this machine; else parts that MLflow lacks, in tracking/
     ray/                   Ray's own files, of no later use
 """
@@ -33,6 +34,8 @@ class FinalMetrics:
     steps: int
     examples: int
     """Examples trained on, over all epochs."""
+    stopped_early: bool
+    """Whether --patience ended it."""
     best_response_ppl: float | None
     """None where nothing was validated."""
     train_seconds: float

@@ -14,14 +14,17 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from arplus.synthetic.personas import ABROAD, ANSWERS, CITIES, QUESTIONS, TAGS, Persona, answer, askable
+from arplus.data.personas import ABROAD, CITIES, Persona, askable
+from arplus.synthetic.personas import ANSWERS, QUESTIONS, TAGS, answer
 from arplus.synthetic.phrases import CODE_LENGTH, END_TEXTS, END_WEIGHTS, MAX_LENGTH, Ints, Language
+from arplus.text import GENDERS
 
 UTTERANCES = {2: 59, 3: 22, 4: 12, 5: 2, 6: 2, 7: 1.2, 8: 0.75, 9: 0.45, 10: 0.3, 11: 0.15, 12: 0.15}
 """Utterances a session, in percent; mean 2.79."""
 LENGTH_MU, LENGTH_SIGMA = 2.24, 0.87
 """Characters an utterance: lognormal, clipped to 1 … 140; at least 4 in the first one, which holds the number."""
-EMPTY_PROFILE, FEMALE, MALE = 0.024, 0.590, 0.386
+SHARES = {"": 0.024, "female": 0.590, "male": 0.386}
+"""Genders; a profile without one is empty."""
 TWO_PART, ELSEWHERE, OVERSEAS, PROVINCE_ONLY = 0.656, 0.150, 0.080, 0.114
 """Forms of the location, where the profile is not empty: 省 市, 其他, 海外 国, 省."""
 TAG_COUNTS = {0: 40.6, 1: 17.4, 2: 8.2, 3: 7.2, 4: 6.5, 5: 5.5, 6: 4.5, 7: 3.5, 8: 2.5, 9: 2, 10: 2.1}
@@ -107,7 +110,7 @@ def _speakers(rng: np.random.Generator, utterances_R: Ints, starts_R: Ints, turn
 
 def raw_profiles(words: Language, rng: np.random.Generator, n: int) -> tuple[list[Persona], list[str]]:
     """``n`` random profiles, as personas and as JSON."""
-    gender = rng.choice(3, size=n, p=[EMPTY_PROFILE, FEMALE, MALE])
+    gender = rng.choice(3, size=n, p=list(SHARES.values()))
     form = rng.choice(4, size=n, p=[TWO_PART, ELSEWHERE, OVERSEAS, PROVINCE_ONLY]).tolist()
     place, sub_place = rng.random(n), rng.random(n)
     counts = np.where(gender == 0, 0, _choice(rng, TAG_COUNTS, n))
@@ -125,12 +128,14 @@ def raw_profiles(words: Language, rng: np.random.Generator, n: int) -> tuple[lis
         [list(CITIES)[i] for i in _zipf_of(place, len(CITIES)).tolist()],
     )
     personas, profiles, tag = [], [], 0
+    raw_genders = list(SHARES)
     for i, (sex, count) in enumerate(zip(gender.tolist(), counts.tolist(), strict=True)):
+        raw = raw_genders[sex]
         tags = tuple(dict.fromkeys([all_tags[j] for j in tag_ids[tag : tag + count]]))
         tag += count
         loc = places[form[i]][i] if sex else ""
-        personas.append(Persona(("", "女", "男")[sex], loc.replace(" ", ""), tags))
-        profiles.append(f'{{"tag": ["{";".join(tags)}"], "loc": "{loc}", "gender": "{("", "female", "male")[sex]}"}}')
+        personas.append(Persona(GENDERS.get(raw, ""), loc.replace(" ", ""), tags))
+        profiles.append(f'{{"tag": ["{";".join(tags)}"], "loc": "{loc}", "gender": "{raw}"}}')
     return personas, profiles
 
 

@@ -12,6 +12,8 @@ to 3 wait for the norm of the gradient themselves.)
 import math
 import os
 import shutil
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import, which else warns of a missing accelerator
 
 import deepspeed
-import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
@@ -37,10 +38,12 @@ from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
+from arplus.kernels.torch_private import leave_update_out, set_timeout
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
+from arplus.training import deepspeed_private
 from arplus.training.footprint import BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -133,8 +136,12 @@ class Engine:
             ),
             dist_init_required=False,
         )[0]
-        # Stage 0 would flatten and copy all gradients to reduce them over one worker, for nothing.
-        self.engine.enable_backward_allreduce = self.stage > 0 or dist.get_world_size() > 1
+        deepspeed_private.reduce_gradients(self.engine, self.stage > 0 or dist.get_world_size() > 1)
+        self.before_reduction: Callable[[], None] = lambda: None
+        """Called when this worker has its own part of a step's gradient, before it is added up over the workers."""
+        deepspeed_private.tell_before_reduction(self.engine, lambda: self.before_reduction())
+        timeout = timedelta(minutes=config.collective_timeout_minutes)
+        set_timeout(timeout, deepspeed_private.data_parallel_group(self.engine))
         self.module: nn.Module = self.engine.module
         self.schedule = ReduceLROnPlateau(
             self.optimizer,
@@ -172,18 +179,20 @@ class Engine:
         bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
         return self.reads_each_step or len(self.unread) > bad_steps_left
 
-    def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
-        """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.
+    def read(self, number: int = 0) -> tuple[list[StepResult], int]:
+        """What the steps since the last reading computed; a collective call.
+
+        A ``number`` of the caller's goes along in the same collective, and its sum over the workers comes back.
 
         Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
         Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
         """
         unread, self.unread = self.unread, []
-        asked = torch.full((1,), ask, dtype=torch.float64, device=self.device)
-        together = torch.cat([asked, *(step.nats for step in unread)])
+        own_number = torch.full((1,), number, dtype=torch.float64, device=self.device)
+        together = torch.cat([own_number, *(step.nats for step in unread)])
         dist.all_reduce(together)
         norms = [step.grad_norm.double().reshape(1) for step in unread]
-        asked_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
+        number_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
         n, results = len(unread), []
         for i, step in enumerate(unread):
             dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
@@ -196,7 +205,7 @@ class Engine:
                 raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
             self.schedule.step(total)
             results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
-        return results, int(asked_sum)
+        return results, int(number_sum)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -232,8 +241,7 @@ class Engine:
                 "step": torch.tensor(float(updates), device=owner.device),
                 **{key: torch.zeros_like(owner, memory_format=torch.preserve_format) for key in MOMENTS},
             }
-        if self.stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        deepspeed_private.link_moments(self.engine.optimizer, self.stage)
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
                 value = moments[f"{key}.{name}"].to(self.device)
@@ -261,8 +269,7 @@ class Engine:
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
-        # What GradScaler sets: the fused kernel then leaves the update out, without being waited for.
-        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+        leave_update_out(self.optimizer, (~self.grad_norm.isfinite()).float())
 
     def _gathered(self, key: str | None, prefix: str) -> dict[str, Tensor]:
         # Of arplus-large eight workers of a node would copy 28 GB, of which seven eighths are thrown away.
@@ -277,14 +284,13 @@ class Engine:
         if self.stage == 0:
             return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
         full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return full.view(getattr(parameter, "ds_shape", parameter.shape))
+        return full.view(deepspeed_private.full_shape(parameter))
 
     def _state_owners(self) -> list[Tensor]:
         """The tensors under which AdamW keeps its state: parameters, or ZeRO's flat fp32 partitions of them."""
         if self.stage == 0:
             return list(self.module.parameters())
-        zero = self.engine.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+        return deepspeed_private.fp32_partitions(self.engine.optimizer, self.stage)
 
 
 def bf16_is_used(precision: str, device: torch.device) -> bool:
@@ -373,7 +379,6 @@ def _own_part(value: Tensor) -> Tensor:
 
 
 def _initialise_communication() -> None:
-    # init_distributed would compile this operator with g++ for up to 84 s and fail where there is no compiler.
     if get_accelerator().device_name() == "cpu":  # on others nobody asks for it, and asking probes every operator
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_private.leave_shm_out()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -48,17 +48,16 @@ def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleR
     """
     with torch.device("meta"):
         network = PersonaTransformer(model, sizes)
-    kept = {p.untyped_storage()._cdata: p.untyped_storage() for p in network.parameters()}
-    weights = len(kept)
+    weights = {p.untyped_storage() for p in network.parameters()}
+    kept = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept.add(tensor.untyped_storage())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(_longest(model, rules, examples))
-    return sum(storage.nbytes() for storage in list(kept.values())[weights:])
+    return sum(storage.nbytes() for storage in kept - weights)
 
 
 def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes) -> int:

@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from helpers.commands import run_all
 from helpers.prepared import random_examples, write_dataset
 
-from arplus.benchmark import data, machine, prepare, report
-from arplus.benchmark.plain import Collate
-from arplus.config import AR, ModelConfig, special_ids
+from arplus.benchmark import feed_speed, figures, prepare_speed, usage
+from arplus.benchmark.baselines import list_batches, repeated_lines
+from arplus.benchmark.baselines.list_batches import Collate
+from arplus.benchmark.options import DataBenchmark, Output, PrepareBenchmark
+from arplus.config import AR, ModelConfig, SynthesizeConfig, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker
 from arplus.model.batch import Packed
+from arplus.synthetic.write import synthesize
 
 EXAMPLES = 300
 
@@ -74,7 +78,7 @@ def test_the_other_side_collates_the_same_batch(dataset: Dataset, model: ModelCo
 
 def test_the_other_side_gets_the_feeds_batches(dataset: Dataset, sampler: EpochSampler) -> None:
     spec = BatchSpec.of(ModelConfig(), dataset.sizes)
-    tables, batches = data.first_batches(sampler, spec, 13)
+    tables, batches = list_batches.first_batches(sampler, spec, 13)
     ids = np.concatenate([table["example_id"].to_numpy() for table in tables])
     maker = WindowMaker(sampler=sampler, spec=spec)
     ours = [batch for window in range(2) for batch in unpack(maker.make(0, window)[0][0].micro_batches)]
@@ -85,18 +89,20 @@ def test_bytes_read_are_those_of_the_columns(dataset: Dataset, sampler: EpochSam
     words, characters = (BatchSpec.of(model, dataset.sizes) for model in (ModelConfig(), AR))
     whole = sum(path.stat().st_size for path in Path(dataset.uri, "train").iterdir())
     windows_in_two_groups = sum(len(sampler.pieces(0, window)) for window in range(sampler.windows)) / 4
-    assert 0.2 * whole < data.bytes_read(sampler, words, sampler.steps) < windows_in_two_groups * whole
-    assert data.bytes_read(sampler, words, sampler.steps) != data.bytes_read(sampler, characters, sampler.steps)
-    assert data.bytes_read(sampler, words, 10) < data.bytes_read(sampler, words, sampler.steps)
+    assert 0.2 * whole < feed_speed.bytes_read(sampler, words, sampler.steps) < windows_in_two_groups * whole
+    assert feed_speed.bytes_read(sampler, words, sampler.steps) != feed_speed.bytes_read(
+        sampler, characters, sampler.steps
+    )
+    assert feed_speed.bytes_read(sampler, words, 10) < feed_speed.bytes_read(sampler, words, sampler.steps)
 
 
 @pytest.mark.usefixtures("ray_cluster", "without_datasets")
 def test_data_without_the_extras(dataset: Dataset) -> None:
-    settings = data.DataBenchmark(data=dataset.uri, batch_size=8, shuffle_window_batches=10, passes=2)
-    result = data.measure(settings)
+    settings = DataBenchmark(data=dataset.uri, batch_size=8, shuffle_window_batches=10, passes=2)
+    result = feed_speed.measure(settings)
     found = result.figures
     assert found["ratio_datasets"] is None
-    assert ("datasets + DataLoader", report.NOT_INSTALLED) in result.table
+    assert ("datasets + DataLoader", figures.NOT_INSTALLED) in result.table
     assert 0 < found["examples_per_second_per_core"] < found["examples_per_second"]
     assert found["examples_per_second_per_core"] == pytest.approx(found["examples_per_second"] / 2)
     assert found["peak_memory_bytes"] > psutil.Process().memory_info().rss / 2
@@ -104,8 +110,7 @@ def test_data_without_the_extras(dataset: Dataset) -> None:
 
 def test_data_with_the_extras(dataset: Dataset, sampler: EpochSampler) -> None:
     pytest.importorskip("datasets", reason="the comparison needs make benchmark-deps")
-    settings = data.DataBenchmark(data=dataset.uri, compared_steps=6)
-    found = data.compare(sampler, BatchSpec.of(ModelConfig(), dataset.sizes), settings)
+    found = list_batches.examples_per_second(sampler, BatchSpec.of(ModelConfig(), dataset.sizes), 6)
     assert isinstance(found, float)
     assert found > 0
 
@@ -129,10 +134,10 @@ def breaks(files: list[str]) -> tuple[int, int]:
 @pytest.mark.soak
 @pytest.mark.usefixtures("generator", "ray_cluster")
 def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "OTHERS", {"python": in_python, "missing": not_there})
+    monkeypatch.setattr(repeated_lines, "OTHERS", {"python": in_python, "missing": not_there})
     raw = tmp_path / "raw.jsonl"
-    made = prepare.synthesize(prepare.SynthesizeConfig(output=str(raw), records=400, duplicates=20))
-    result = prepare.measure(prepare.PrepareBenchmark(input=str(raw)))
+    made = synthesize(SynthesizeConfig(output=str(raw), records=400, duplicates=20))
+    result = prepare_speed.measure(PrepareBenchmark(input=str(raw)))
     found, table = result.figures, dict(result.table)
     assert found["sessions_per_second"] == pytest.approx(found["records_per_second"] * 380 / 400)
     assert table["sessions"] == "380"
@@ -140,31 +145,31 @@ def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert f"{made.exact_duplicates} repeated lines" in table["python, repeated lines alone"]
     assert found["python_lines_per_second"] > 0
     assert found["missing_lines_per_second"] is None
-    assert table["missing, repeated lines alone"] == report.NOT_INSTALLED
+    assert table["missing, repeated lines alone"] == figures.NOT_INSTALLED
 
 
 def test_what_another_program_cannot_do_is_a_line_of_the_table(tmp_path: Path) -> None:
     (tmp_path / "raw.jsonl").write_text("x\n")
-    assert prepare.deduplicate_alone(breaks, str(tmp_path)) == "failed: cannot read this"
-    assert "local files" in str(prepare.deduplicate_alone(in_python, "s3://bucket/raw"))
+    assert repeated_lines.drop(breaks, str(tmp_path)) == "failed: cannot read this"
+    assert "local files" in str(repeated_lines.drop(in_python, "s3://bucket/raw"))
 
 
 @pytest.mark.usefixtures("generator")
-@pytest.mark.parametrize("name", list(prepare.OTHERS))
+@pytest.mark.parametrize("name", list(repeated_lines.OTHERS))
 def test_others_count_lines(tmp_path: Path, name: str) -> None:
     pytest.importorskip(name, reason="the comparison needs make benchmark-deps")
     files = []
     for i in range(2):
         files.append(str(tmp_path / f"{i}.jsonl"))
-        prepare.synthesize(prepare.SynthesizeConfig(output=files[-1], records=200, duplicates=30, seed=1))
-    assert prepare.OTHERS[name](files) == in_python(files) == (400, 185)
+        synthesize(SynthesizeConfig(output=files[-1], records=200, duplicates=30, seed=1))
+    assert repeated_lines.OTHERS[name](files) == in_python(files) == (400, 185)
 
 
 # ----------------------------------------------------------------------------------------------- machine and report
 
 
 def test_the_machine_is_described() -> None:
-    described = machine.describe()
+    described = usage.describe()
     assert described["matmul_gflops"] > 0.1
     assert {"cores", "torch", "ray", "gpu", "load", "processor"} <= described.keys()
     json.dumps(described)
@@ -172,25 +177,21 @@ def test_the_machine_is_described() -> None:
 
 def test_usage_counts_a_childs_memory_and_time() -> None:
     work = "x = bytearray(b'1') * (300 << 20)\nfor i in range(10**7): pass\nprint(flush=True)\ninput()"
-    with (
-        machine.Usage(memory=True) as usage,
-        subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,
-    ):
+    with usage.Usage(memory=True) as used:
+        child = subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
-        used = machine.memory_bytes()
-        before = dict(machine._cpu_seconds())[child.pid]
-        child.communicate(b"\n")
-    assert used > 300 << 20
-    assert before > 0.1
-    assert usage.seconds > 0.1
+    child.communicate(b"\n")
+    assert used.peak_memory_bytes > 300 << 20
+    assert used.cpu_seconds > 0.1
+    assert used.seconds > 0.1
 
 
 def test_figures_go_to_json_and_mlflow(tmp_path: Path) -> None:
-    result = report.Result(figures={"speed": 2.0, "ratio": None}, table=[("speed", "2")])
+    result = figures.Result(figures={"speed": 2.0, "ratio": None}, table=[("speed", "2")])
     described = {"cores": 2, "matmul_gflops": 50.0}
-    settings = report.Output(json=str(tmp_path / "out.json"), mlflow=f"sqlite:///{tmp_path}/mlflow.db")
-    report.write("data", settings, described, result)
+    settings = Output(json=str(tmp_path / "out.json"), mlflow=f"sqlite:///{tmp_path}/mlflow.db")
+    figures.write("data", settings, described, result)
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "machine": described,
         "data": {"speed": 2.0, "ratio": None},
@@ -200,17 +201,18 @@ def test_figures_go_to_json_and_mlflow(tmp_path: Path) -> None:
         status = database.execute("SELECT status FROM runs").fetchall()
     assert metrics == {"data/speed": 2.0, "machine/matmul_gflops": 50.0}
     assert status == [("FINISHED",)]
-    assert report.text(described, result).splitlines()[-1].split() == ["speed", "2"]
+    assert figures.text(described, result).splitlines()[-1].split() == ["speed", "2"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "must be one of"), (["speed"], "'speed'"), (["data"], "--data: is required"), (["data", "--sped"], "--sped")],
-)
-def test_mistakes_are_explained(arguments: list[str], message: str) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", *arguments], capture_output=True, text=True, cwd=root, check=False
-    )
-    assert done.returncode == 2
-    assert message.lstrip("-") in done.stderr
+MISTAKES = {
+    "jobs/benchmark.py": "must be one of",
+    "jobs/benchmark.py speed": "'speed'",
+    "jobs/benchmark.py data": "--data: is required",
+    "jobs/benchmark.py data --sped": "sped",
+}
+
+
+def test_mistakes_are_explained(tmp_path: Path) -> None:
+    for message, (code, said) in zip(MISTAKES.values(), run_all(list(MISTAKES), tmp_path), strict=True):
+        assert code == 2
+        assert message in said

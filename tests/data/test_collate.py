@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arplus.config import AR, PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
-from arplus.data.collate import BatchSpec, ExampleRng, Ragged, Window, frame, infill
+from arplus.data.collate import BatchSpec, ExampleRng, Window, frame, infill
 from arplus.data.examples import SCHEMA
 from arplus.data.packing import unpack
+from arplus.data.ragged import Ragged
 from arplus.model.batch import Batch, Packed
 
 SIZES = VocabularySizes(characters=40, persona_words=30)

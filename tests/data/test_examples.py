@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arplus.config import ExampleRules
-from arplus.data.examples import LIST_COLUMNS, Encoded, encode_sessions, ranges
+from arplus.data.examples import LIST_COLUMNS, Encoded, encode_sessions
+from arplus.data.ragged import ranges
 from arplus.data.records import Profile, Session
 from arplus.data.sessions import to_table
 from arplus.text import Vocabulary

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arplus.data.collate import Lists, MicroBatches, narrow
+from arplus.data.collate import MicroBatches, narrow
 from arplus.data.packing import BLOCK_SHARES, ONE_BLOCK, block_sizes, sequences, unpack
+from arplus.data.ragged import Lists
 from arplus.model.batch import Sequences
 
 TENSORS = ("offsets", "sequence_N", "position_N", "slot_N", "token")

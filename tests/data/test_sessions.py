@@ -1,3 +1,5 @@
+"""Sessions as arrays hold what was put in."""
+
 import json
 
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arplus.data.sessions import LINE_BITS, RejectedLine, code_points, hash_words, parse_block
+from arplus.data.hashes import hash_words
+from arplus.data.sessions import LINE_BITS, RejectedLine, code_points, parse_block
 
 GOOD = {"dialog": ["a", "b"], "profile": [{"tag": "", "loc": "", "gender": ""}] * 2, "uid": [0, 1]}
 

@@ -1,10 +1,12 @@
 """What a task makes of a window, and what the server does with it."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Generator
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -16,7 +18,8 @@ from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
 from arplus.data.packing import unpack
 from arplus.data.sampler import EpochSampler
-from arplus.data.windows import WindowMaker, WindowServer
+from arplus.data.windows import WindowMaker, WindowServer, unpickle
+from arplus.errors import ArplusError, ResourceError, UsageError
 
 
 @pytest.fixture
@@ -27,6 +30,12 @@ def dataset(tmp_path: Any) -> Dataset:
 def test_a_task_does_without_torch() -> None:
     code = "import arplus.data.windows, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("error", [UsageError("no such file"), ResourceError("the storage is away")])
+def test_what_a_task_could_not_do_is_raised_where_its_window_is_needed(error: ArplusError) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        unpickle(pa.py_buffer(pickle.dumps(error)))
 
 
 def test_a_large_part_becomes_tensors_in_chunks(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

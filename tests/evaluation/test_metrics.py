@@ -1,3 +1,5 @@
+"""BLEU, F1, distinct and the rest by hand, and beside sacreBLEU and the paper's code."""
+
 import math
 from functools import partial
 
@@ -6,7 +8,8 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from arplus.config import special_ids
-from arplus.evaluation.metrics import HONEST_BLEU_SIGNATURE, PaperMetrics, StandardMetrics
+from arplus.evaluation.metrics import BLEU_SIGNATURE, StandardMetrics
+from arplus.evaluation.paper_metrics import PaperMetrics
 
 IDS = special_ids(109)  # characters 0 … 99
 
@@ -24,7 +27,7 @@ def random_batches(rng, batches=6, size=7):
     return [([row() for _ in range(size)], [row() for _ in range(size)]) for _ in range(batches)]
 
 
-def test_honest_metrics_of_a_case_by_hand():
+def test_standard_metrics_of_a_case_by_hand():
     result = standard([[1, 2, 2, 3], [4]], [[2, 2, 2, 5, 1], [6]])
     # Common bag {1, 2, 2}: F1 = 2 · 3 / (4 + 5); the second reply shares nothing.
     assert result["f1"] == pytest.approx((6 / 9 + 0) / 2)
@@ -38,7 +41,7 @@ def test_distinct_is_of_the_corpus_not_of_a_reply():
     assert (result["distinct_1"], result["distinct_2"]) == (2 / 4, 1 / 2)
 
 
-def test_honest_bleu_is_sacrebleus_of_the_characters():
+def test_standard_bleu_is_sacrebleus_of_the_characters():
     rng = np.random.default_rng(0)
     (replies, references), *_ = random_batches(rng, 1, 50)
     text = [[" ".join(f"c{i}" for i in row[:-1]) for row in rows] for rows in (replies, references)]
@@ -46,7 +49,7 @@ def test_honest_bleu_is_sacrebleus_of_the_characters():
     expected = bleu.corpus_score(text[0], [text[1]])
     assert expected.score > 1
     assert standard(replies, references)["bleu"] == pytest.approx(expected.score)
-    assert str(bleu.get_signature()).startswith(HONEST_BLEU_SIGNATURE + "|version:")
+    assert str(bleu.get_signature()).startswith(BLEU_SIGNATURE + "|version:")
 
 
 def test_perfect_replies():
@@ -103,9 +106,9 @@ def test_workers_merge_to_the_whole_in_any_order(kind):
             metrics.add(replies, references)
             metrics.add_loss(*losses)
     a, b, c, *rest = parts
-    merged = kind(IDS).merge(c).merge(a.merge(b))
+    merged = kind(IDS) + c + (a + b)
     for part in reversed(rest):
-        merged = part.merge(merged)
+        merged = part + merged
     assert merged.result() == pytest.approx(whole.result())
     assert len(whole.result()) >= 5
 

@@ -2,16 +2,18 @@
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from arplus import storage
-from arplus.config import ExampleRules, preset, special_ids, tiny, to_dict
-from arplus.data.dataset import FORMAT, MANIFEST, Dataset
+from arplus.config import ExampleRules, preset, special_ids, tiny
+from arplus.data.dataset import Dataset
 from arplus.data.examples import SCHEMA
+from arplus.data.manifest import DataFile, FilesLeftOut, InputFacts, Manifest, SplitFacts
+from arplus.data.sessions import DUPLICATE_KEYS
 from arplus.model.network import PersonaTransformer
 from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.text import Vocabulary, sizes
@@ -47,6 +49,24 @@ def random_examples(ids: range, seed: int = 0) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
+def make_manifest(splits: dict[str, SplitFacts], **facts: Any) -> Manifest:
+    """A manifest of these splits; what is not given is nothing."""
+    nothing: dict[str, Any] = dict.fromkeys(("records", "sessions", "uid_missing", "blank_lines"), 0)
+    nothing |= {
+        name: {}
+        for name in ("rejected", "overlaps", "examples_left_out", "evaluation_sets", "profiles_cut", "settings")
+    }
+    nothing |= {
+        "fingerprint": "test",
+        "source": InputFacts(input="", files=0, files_left_out=FilesLeftOut(0, [])),
+        "duplicates": dict.fromkeys(DUPLICATE_KEYS, 0),
+        "duplicate_key": "dialogue",
+        "rules": ExampleRules(),
+        "vocabulary": sizes(CHARACTERS, PERSONA_WORDS),
+    }
+    return Manifest(splits=splits, **nothing | facts)
+
+
 def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: str = "test") -> Dataset:
     """Writes splits as files of row groups of the given sizes; example ids count up within a split."""
     splits = {}
@@ -59,12 +79,11 @@ def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: 
                 for rows in groups:
                     writer.write_table(random_examples(range(start, start + rows)), row_group_size=rows)
                     start += rows
-            described.append({"path": path, "row_groups": groups})
-        splits[split] = {"sessions": start, "examples": start, "files": described}
+            described.append(DataFile(path=path, rows=sum(groups), row_groups=groups, digest=""))
+        splits[split] = SplitFacts(sessions=start, examples=start, files=described)
     CHARACTERS.save(str(folder / "vocabulary" / "characters.txt"))
     PERSONA_WORDS.save(str(folder / "vocabulary" / "persona_words.txt"))
-    manifest = {"format": FORMAT, "fingerprint": fingerprint, "rules": to_dict(ExampleRules()), "splits": splits}
-    storage.write_json(str(folder / MANIFEST), manifest)
+    make_manifest(splits, fingerprint=fingerprint).write(str(folder))
     return Dataset.open(str(folder))
 
 

@@ -1,11 +1,17 @@
+"""The data card says what was counted."""
+
 import json
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.prepared import make_manifest
 
+from arplus.data.manifest import FilesLeftOut, InputFacts, LeftOut, SplitFacts
 from arplus.data.sessions import parse_block
-from arplus.prepare import card, statistics
+from arplus.prepare import statistics
+from arplus.prepare.card import Coverage, DataCard
+from arplus.prepare.statistics import MEANINGS, Distribution
 from arplus.text import Vocabulary
 
 RECORDS = [
@@ -20,28 +26,22 @@ RECORDS = [
     },
     {"dialog": ["", "𠮷", "好"], "profile": [{"tag": [""], "loc": "四川 成都", "gender": "female"}], "uid": [0, 0, 0]},
 ]
-MANIFEST: dict[str, Any] = {
-    "fingerprint": "abc",
-    "source": {
-        "input": "<raw> & all",
-        "files": 1,
-        "files_left_out": {"files": 45, "names": [{"name": "<a>.txt", "files": 1, "why": "not named as records are"}]},
-    },
-    "profiles_cut": {"tags_left_out": 19_900, "words_cut": 0},
-    "records": 12,
-    "rejected": {"invalid_json": 3},
-    "duplicates": {"exact_record": 5, "dialogue_and_profiles": 7, "dialogue": 8},
-    "duplicate_key": "dialogue_and_profiles",
-    "sessions": 2,
-    "overlaps": {"random": 1},
-    "examples_left_out": {"empty_response": 4},
-    "evaluation_sets": {},
-    "uid_missing": 0,
-    "blank_lines": 0,
-    "rules": {"max_utterance_characters": 15},
-    "settings": {},
-    "splits": {"train": {"sessions": 1, "examples": 9, "files": []}},
-}
+MANIFEST = make_manifest(
+    {"train": SplitFacts(sessions=1, examples=9, files=[])},
+    source=InputFacts(
+        input="<raw> & all",
+        files=1,
+        files_left_out=FilesLeftOut(45, [LeftOut("<a>.txt", 1, "not named as records are")]),
+    ),
+    profiles_cut={"tags_left_out": 19_900, "words_cut": 0},
+    records=12,
+    rejected={"invalid_json": 3},
+    duplicates={"exact_record": 5, "dialogue_and_profiles": 7, "dialogue": 8},
+    duplicate_key="dialogue_and_profiles",
+    sessions=2,
+    overlaps={"random": 1},
+    examples_left_out={"empty_response": 4},
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def histograms() -> statistics.Histograms:
     table = parse_block(lines, file=0, first_line=0, duplicate_key="dialogue").sessions
     total = statistics.empty()
     for part in (table[:1], table[1:]):
-        statistics.add(total, statistics.histograms(part.combine_chunks()))
+        for name, seen in statistics.histograms(part).items():
+            total[name] += seen
     return total
 
 
@@ -63,7 +64,7 @@ def test_histograms_by_hand(histograms: statistics.Histograms) -> None:
     assert counts(histograms["utterances_a_session"]) == {2: 1, 3: 1}
     assert counts(histograms["profiles_a_session"]) == {1: 1, 3: 1}
     assert counts(histograms["tags_a_profile"]) == {0: 2, 1: 1, 2: 1}
-    assert dict(zip(statistics.GENDERS, histograms["gender"], strict=True)) == {"missing": 1, "男": 1, "女": 2}
+    assert dict(zip(MEANINGS["gender"], histograms["gender"], strict=True)) == {"missing": 1, "男": 1, "女": 2}
     assert histograms["place"].tolist() == [1, 1, 1, 1]
 
 
@@ -79,24 +80,28 @@ def test_long_values_count_as_the_last_one() -> None:
     assert counts(found["utterances_a_session"]) == {100: 1}
 
 
-def test_a_summary_has_the_quantiles() -> None:
+def test_a_distribution_has_the_quantiles() -> None:
     values = np.random.default_rng(0).integers(0, 50, 1001)
-    summary = statistics.summary(np.bincount(values))
-    assert summary["mean"] == pytest.approx(values.mean(), abs=1e-3)
-    assert summary["median"] == np.median(values)
-    assert summary["p90"] == np.quantile(values, 0.9, method="inverted_cdf")
-    assert summary["max"] == values.max()
-    assert statistics.summary(np.zeros(4, np.int64))["mean"] == 0
+    found = Distribution.of(np.bincount(values))
+    assert found.mean == pytest.approx(values.mean(), abs=1e-3)
+    assert found.median == np.median(values)
+    assert found.p90 == np.quantile(values, 0.9, method="inverted_cdf")
+    assert found.max == values.max()
+    assert Distribution.of(np.zeros(4, np.int64)) == Distribution()
 
 
 def test_the_card_says_how_much_the_vocabularies_cover(histograms: statistics.Histograms) -> None:
     seen = {"我": 6, "你": 3, "龘": 1}
-    facts = card.facts(MANIFEST, histograms, seen, Vocabulary(["我", "你", "x"]), {"男": 1}, Vocabulary(["男"]))
-    assert facts["vocabulary"]["characters"]["coverage"] == 0.9
-    assert facts["vocabulary"]["characters"]["distinct_seen"] == 3
+    coverage = {
+        "characters": Coverage.of(seen, Vocabulary(["我", "你", "x"])),
+        "persona_words": Coverage.of({"男": 1}, Vocabulary(["男"])),
+    }
+    card = DataCard(manifest=MANIFEST, histograms=histograms, vocabulary=coverage)
+    assert (coverage["characters"].coverage, coverage["characters"].distinct_seen) == (0.9, 3)
+    facts = json.loads(card.to_json())
     assert facts["utterances_cut"] == {"at": 15, "share": 0.2}
-    assert json.loads(card.to_json(facts))["splits"] == {"train": {"sessions": 1, "examples": 9}}
-    page = card.to_html(facts).decode()
+    assert facts["splits"] == {"train": {"sessions": 1, "examples": 9}}
+    page = card.to_html().decode()
     assert "12 records = 3 rejected + 7 duplicates + 2 sessions" in page
     assert "the line is not JSON" in page
     assert "&lt;raw&gt; &amp; all" in page
@@ -110,7 +115,8 @@ def test_the_card_says_how_much_the_vocabularies_cover(histograms: statistics.Hi
 
 
 def test_a_card_of_nothing_is_a_card() -> None:
-    empty = {**MANIFEST, "rejected": {}, "overlaps": {}, "examples_left_out": {}}
-    facts = card.facts(empty, statistics.empty(), {}, Vocabulary(["x"]), {}, Vocabulary(["x"]))
-    assert b"None." in card.to_html(facts)
-    assert facts["vocabulary"]["characters"]["coverage"] == 0
+    empty = replace(MANIFEST, rejected={}, overlaps={}, examples_left_out={})
+    coverage = Coverage.of({}, Vocabulary(["x"]))
+    card = DataCard(manifest=empty, histograms=statistics.empty(), vocabulary={"characters": coverage})
+    assert b"None." in card.to_html()
+    assert coverage.coverage == 0

@@ -1,3 +1,5 @@
+"""Of equal sessions the first is kept, wherever the others lie."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,6 @@ from arplus.prepare.duplicates import (
     Boundaries,
     boundaries,
     duplicate_ids,
-    example_ids,
     lowest,
     partition,
     split_hash,
@@ -85,11 +86,3 @@ def test_partitions_decide_the_same_boundaries() -> None:
     assert merged == boundaries(100, 30, *lowest(VALUES, valid=100, test=30))
     assert isinstance(merged, Boundaries)
     assert len(SPLITS) == 3
-
-
-def test_example_ids_are_distinct_and_not_negative() -> None:
-    keys = RANDOM.integers(0, 2**64, (10_000, 2), dtype=np.uint64)
-    ids = np.concatenate([example_ids(keys, np.full(len(keys), i)) for i in (1, 3, 5)])
-    assert len(set(ids.tolist())) == 30_000
-    assert ids.min() >= 0
-    assert abs(np.mean(ids / 2**63) - 0.5) < 0.01

@@ -69,22 +69,22 @@ def test_evaluation_sets_are_splits_whose_dialogues_are_nowhere_else(tmp_path: P
     config = settings(tmp_path, "with", ours, evaluation_set=sets, max_reject_share=0.3)
     manifest = prepare(config)
 
-    assert manifest["records"] == 1004
-    assert manifest["duplicates"] == {"exact_record": 1, "dialogue_and_profiles": 1, "dialogue": 2}
-    assert manifest["sessions"] == 1003
-    assert manifest["overlaps"] == {"random": 1, "biased": 2}, "the first set that has the dialogue counts it"
-    assert sum(manifest["splits"][split]["sessions"] for split in SPLITS) == 1000
-    assert {name: manifest["splits"][name]["sessions"] for name in ("random", "biased")} == {"random": 4, "biased": 2}
-    assert manifest["evaluation_sets"]["random"]["records"] == 5
-    assert manifest["evaluation_sets"]["random"]["rejected"] == {"dialog": 1}
-    assert manifest["rejected"] == {}
+    assert manifest.records == 1004
+    assert manifest.duplicates == {"exact_record": 1, "dialogue_and_profiles": 1, "dialogue": 2}
+    assert manifest.sessions == 1003
+    assert manifest.overlaps == {"random": 1, "biased": 2}, "the first set that has the dialogue counts it"
+    assert sum(manifest.splits[split].sessions for split in SPLITS) == 1000
+    assert {name: manifest.splits[name].sessions for name in ("random", "biased")} == {"random": 4, "biased": 2}
+    assert manifest.evaluation_sets["random"].records == 5
+    assert manifest.evaluation_sets["random"].rejected == {"dialog": 1}
+    assert manifest.rejected == {}
 
     dataset = Dataset.open(config.output)
     decoded = {
         split: sorted(
             (dataset.characters.decode(row["response"]), len(row["speakers"])) for row in rows(config.output, split)
         )
-        for split in manifest["splits"]
+        for split in manifest.splits
     }
     replies = sorted((text(i).replace(" ", ""), n) for i, n in ((50_001, 1), (50_102, 2), (50_102, 2), (50_203, 3)))
     assert decoded["random"] == replies, "one example a record, whose response is the reference reply"
@@ -96,11 +96,9 @@ def test_evaluation_sets_are_splits_whose_dialogues_are_nowhere_else(tmp_path: P
     # The vocabularies and the splits are those of the data without what was kept out.
     alone = prepare(settings(tmp_path, "alone", ours[:1000]))
     for split in SPLITS:
-        assert [f["digest"] for f in alone["splits"][split]["files"]] == [
-            f["digest"] for f in manifest["splits"][split]["files"]
-        ]
-    assert alone["fingerprint"] != manifest["fingerprint"]
-    assert alone["overlaps"] == {}
+        assert [f.digest for f in alone.splits[split].files] == [f.digest for f in manifest.splits[split].files]
+    assert alone.fingerprint != manifest.fingerprint
+    assert alone.overlaps == {}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -114,8 +112,8 @@ def test_the_first_set_that_has_a_dialogue_does_not_depend_on_which_block_comes_
         for file, h in enumerate(hashes)
     ]
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        rows = ray.get(tasks.evaluation_hashes.remote(1, *(blocks[i] for i in order)))
-        assert rows[:, 2].tolist() == [1, 1, 2], "the input's own block is not in it"
+        rows = ray.get(tasks.evaluation_hashes.remote([1, 2], *(blocks[i] for i in order)))
+        assert rows[:, 2].tolist() == [0, 0, 1], "the input's own block is not in it"
         assert not rows[:, :2].any()
 
 

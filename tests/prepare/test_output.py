@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.prepared import make_manifest
 
+from arplus.data.manifest import DataFile, SplitFacts
 from arplus.errors import UsageError
-from arplus.prepare import output
+from arplus.prepare import output, statistics
+from arplus.prepare.card import DataCard
 from arplus.prepare.lease import FILE, LIFETIME, Lease
 from arplus.text import Vocabulary
 
@@ -46,9 +49,11 @@ def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_who_lost_the_lease_deletes_nothing(tmp_path: Path, lost: Lease) -> None:
     before = files(tmp_path)
-    manifest = {"splits": {"train": {"files": [{"path": f"train/part-00000-{lost.token}.parquet"}]}}}
+    file = DataFile(path=f"train/part-00000-{lost.token}.parquet", rows=1, row_groups=[1], digest="")
+    manifest = make_manifest({"train": SplitFacts(sessions=1, examples=1, files=[file])})
+    card = DataCard(manifest=manifest, histograms=statistics.empty(), vocabulary={})
     with pytest.raises(UsageError, match="took over this output"):
-        output.commit(str(tmp_path), lost, manifest, {}, WORDS, WORDS)
+        output.commit(str(tmp_path), lost, manifest, card, WORDS, WORDS)
     output.leave(str(tmp_path), lost, finished=False)
     assert files(tmp_path) == before
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from arplus.config import PrepareConfig
+from arplus.config import ExampleRules, PrepareConfig, VocabularySizes
 from arplus.data.dataset import Dataset
+from arplus.data.manifest import Manifest
 from arplus.errors import UsageError
 from arplus.prepare.card import report
 from arplus.prepare.duplicates import SPLITS
@@ -90,30 +92,30 @@ def messy() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, messy: list[bytes]) -> tuple[Path, dict[str, Any]]:
+def prepared(tmp_path_factory: pytest.TempPathFactory, messy: list[bytes]) -> tuple[Path, Manifest]:
     return run(tmp_path_factory.mktemp("prepared"), {"all.jsonl": b"".join(messy)}, name="messy", valid=40, test=0.03)
 
 
-def test_counts_add_up(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_counts_add_up(prepared: tuple[Path, Manifest]) -> None:
     output, manifest = prepared
-    assert manifest["records"] == 1500 + 60 + 40 + 30 + 5
-    assert manifest["rejected"] == {"invalid_json": 2, "empty_dialogue": 1, "invalid_utf8": 1, "not_an_object": 1}
-    assert manifest["duplicates"] == {"exact_record": 60, "dialogue_and_profiles": 100, "dialogue": 130}
-    assert manifest["sessions"] == 1530
-    assert sum(split["sessions"] for split in manifest["splits"].values()) == 1530
-    assert manifest["splits"]["valid"]["sessions"] <= 40
+    assert manifest.records == 1500 + 60 + 40 + 30 + 5
+    assert manifest.rejected == {"invalid_json": 2, "empty_dialogue": 1, "invalid_utf8": 1, "not_an_object": 1}
+    assert manifest.duplicates == {"exact_record": 60, "dialogue_and_profiles": 100, "dialogue": 130}
+    assert manifest.sessions == 1530
+    assert sum(split.sessions for split in manifest.splits.values()) == 1530
+    assert manifest.splits["valid"].sessions <= 40
     for split in SPLITS:
-        facts = manifest["splits"][split]
-        assert facts["examples"] == sum(file["rows"] for file in facts["files"]) == len(rows(output, split))
-    pairs = sum(facts["examples"] for facts in manifest["splits"].values())
-    pairs += sum(manifest["examples_left_out"].values())
+        facts = manifest.splits[split]
+        assert facts.examples == sum(file.rows for file in facts.files) == len(rows(output, split))
+    pairs = sum(facts.examples for facts in manifest.splits.values())
+    pairs += sum(manifest.examples_left_out.values())
     once = sum(len(item["dialog"]) // 2 for item in CORPUS)
     assert once < pairs <= once + 30 * 4  # the 30 that differ in profiles only are sessions of their own
     assert "1,635" in report(manifest)
     assert not (output / "_temporary").exists()
 
 
-def test_rejects_are_kept_with_file_line_reason_and_text(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_rejects_are_kept_with_file_line_reason_and_text(prepared: tuple[Path, Manifest]) -> None:
     output, _ = prepared
     kept = [
         json.loads(line)
@@ -131,21 +133,19 @@ def test_rejects_are_kept_with_file_line_reason_and_text(prepared: tuple[Path, d
     assert all(k["file"].endswith("all.jsonl") for k in kept)
 
 
-def test_files_are_as_the_manifest_says(prepared: tuple[Path, dict[str, Any]]) -> None:
+def test_files_are_as_the_manifest_says(prepared: tuple[Path, Manifest]) -> None:
     output, manifest = prepared
     dataset = Dataset.open(str(output))
     for split in SPLITS:
-        for file in manifest["splits"][split]["files"]:
-            metadata = pq.read_metadata(output / file["path"])
-            assert file["row_groups"] == [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-            assert "dialog" not in pq.read_schema(output / file["path"]).names
+        for file in manifest.splits[split].files:
+            metadata = pq.read_metadata(output / file.path)
+            assert file.row_groups == [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            assert "dialog" not in pq.read_schema(output / file.path).names
         ids = [row["example_id"] for row in rows(output, split)]
         assert ids == sorted(set(ids))
-    assert manifest["vocabulary"] == {
-        "characters": dataset.characters.size,
-        "persona_words": dataset.persona_words.size,
-    }
-    assert dataset.fingerprint == manifest["fingerprint"]
+    assert manifest.vocabulary == dataset.sizes
+    assert dataset.manifest == manifest
+    assert dataset.fingerprint == manifest.fingerprint
 
 
 def test_vocabularies_count_the_surviving_training_sessions(tmp_path: Path) -> None:
@@ -168,21 +168,21 @@ def test_vocabularies_count_the_surviving_training_sessions(tmp_path: Path) -> N
     assert dict(zip(dataset.persona_words.tokens, dataset.persona_words.counts, strict=True)) == dict(words)
 
 
-def same_content(first: tuple[Path, dict[str, Any]], second: tuple[Path, dict[str, Any]]) -> None:
+def same_content(first: tuple[Path, Manifest], second: tuple[Path, Manifest]) -> None:
     (one, a), (other, b) = first, second
-    assert a["fingerprint"] == b["fingerprint"]
+    assert a.fingerprint == b.fingerprint
     for name in ("characters.txt", "persona_words.txt"):
         assert (one / "vocabulary" / name).read_bytes() == (other / "vocabulary" / name).read_bytes()
     for split in SPLITS:
-        for ours, theirs in zip(a["splits"][split]["files"], b["splits"][split]["files"], strict=True):
-            assert (one / ours["path"]).read_bytes() == (other / theirs["path"]).read_bytes()
-            assert ours["digest"] == theirs["digest"]
-    ours = ("records", "rejected", "duplicates", "sessions", "examples_left_out", "vocabulary")
-    assert {k: a[k] for k in ours} == {k: b[k] for k in ours}
+        for ours, theirs in zip(a.splits[split].files, b.splits[split].files, strict=True):
+            assert (one / ours.path).read_bytes() == (other / theirs.path).read_bytes()
+            assert ours.digest == theirs.digest
+    names = ("records", "rejected", "duplicates", "sessions", "examples_left_out", "vocabulary")
+    assert [getattr(a, name) for name in names] == [getattr(b, name) for name in names]
 
 
 def test_the_same_bytes_from_other_files_blocks_and_compressions(
-    tmp_path: Path, prepared: tuple[Path, dict[str, Any]], messy: list[bytes]
+    tmp_path: Path, prepared: tuple[Path, Manifest], messy: list[bytes]
 ) -> None:
     pack = [bytes, gzip.compress, zstandard.compress, gzip.compress, bytes]
     suffix = ["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.gz", "jsonl"]
@@ -195,10 +195,10 @@ def test_the_same_bytes_from_other_files_blocks_and_compressions(
 
 
 def test_the_same_bytes_from_many_tasks(
-    tmp_path: Path, prepared: tuple[Path, dict[str, Any]], messy: list[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: tuple[Path, Manifest], messy: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arplus.prepare.pipeline.SESSIONS_A_PARTITION", 400)
-    monkeypatch.setattr("arplus.prepare.pipeline.MAX_GROUPS", 3)
+    monkeypatch.setattr("arplus.prepare.stages.SESSIONS_A_PARTITION", 400)
+    monkeypatch.setattr("arplus.prepare.stages.MAX_GROUPS", 3)
     same_content(
         prepared,
         run(tmp_path, {"a": b"".join(messy)[:0], "b.jsonl": b"".join(messy)}, block_bytes=50_000, valid=40, test=0.03),
@@ -206,11 +206,11 @@ def test_the_same_bytes_from_many_tasks(
 
 
 def test_large_sets_are_cut_into_parts_whose_order_is_the_same(
-    tmp_path: Path, prepared: tuple[Path, dict[str, Any]], messy: list[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: tuple[Path, Manifest], messy: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arplus.prepare.pipeline.SESSIONS_A_PART", 400)
+    monkeypatch.setattr("arplus.prepare.stages.SESSIONS_A_PART", 400)
     output, manifest = run(tmp_path, {"a.jsonl": b"".join(messy)}, valid=40, test=0.03)
-    assert len(manifest["splits"]["train"]["files"]) == 4
+    assert len(manifest.splits["train"].files) == 4
     for split in SPLITS:
         assert rows(output, split) == rows(prepared[0], split)
 
@@ -234,18 +234,18 @@ def test_no_dialogue_straddles_splits_and_growth_only_releases_to_training(tmp_p
             name=str(n),
             valid=30,
             test=0.05,
-            incomplete_personas="keep",
+            rules=ExampleRules(incomplete_personas="keep"),
             character_vocabulary=str(vocabulary),
             persona_vocabulary=str(persona),
         )
-        assert 0 < manifest["splits"]["valid"]["sessions"] <= 30
+        assert 0 < manifest.splits["valid"].sessions <= 30
         found: dict[tuple[int, ...], set[str]] = {}
         for split in SPLITS:
             for row in rows(output, split):
                 found.setdefault(dialogue_of(row), set()).add(split)
         where.append(found)
         assert all(len(splits) == 1 for splits in found.values())
-        assert manifest["vocabulary"] == {"characters": len(CHARACTERS) + 7 + 9, "persona_words": 5 + 9}
+        assert manifest.vocabulary == VocabularySizes(characters=len(CHARACTERS) + 7 + 9, persona_words=5 + 9)
     before, after = where
     moved = {(*before[d], *after[d]) for d in before if before[d] != after[d]}
     assert moved <= {("valid", "train")}
@@ -254,14 +254,14 @@ def test_no_dialogue_straddles_splits_and_growth_only_releases_to_training(tmp_p
 def test_every_duplicate_key_removes_its_own_duplicates(tmp_path: Path, messy: list[bytes]) -> None:
     for key, sessions in (("exact_record", 1570), ("dialogue", 1500)):
         _, manifest = run(tmp_path, {"a.jsonl": b"".join(messy)}, duplicate_key=key)
-        assert manifest["sessions"] == sessions
+        assert manifest.sessions == sessions
 
 
 def test_a_block_s_only_duplicate_is_removed(tmp_path: Path) -> None:
     items = lines(CORPUS[:30])
     content = {"a.jsonl": b"".join(items), "b.jsonl": items[7] + items[7].replace(b" ", b"  ")}
     _, manifest = run(tmp_path, content, duplicate_key="exact_record")
-    assert (manifest["duplicates"]["exact_record"], manifest["sessions"]) == (1, 31)
+    assert (manifest.duplicates["exact_record"], manifest.sessions) == (1, 31)
 
 
 def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_what_an_unfinished_preparation_left_does_not_matter(tmp_path: Path) -> 
         (left / name).parent.mkdir(parents=True, exist_ok=True)
         (left / name).write_text("half")
     _, manifest = run(tmp_path, content, name="second", valid=20_000.0)
-    assert manifest["fingerprint"] == expected["fingerprint"]
+    assert manifest.fingerprint == expected.fingerprint
     assert [f"train/{file.name}" for file in (left / "train").iterdir()] == [
-        file["path"] for file in manifest["splits"]["train"]["files"]
+        file.path for file in manifest.splits["train"].files
     ]
     assert not (left / "_temporary").exists()
     assert not (left / "_lease.json").exists()
@@ -296,7 +296,7 @@ def test_too_many_rejects_commit_nothing_and_a_second_run_may_follow(tmp_path: P
     refused(tmp_path, content, "5 of 100 records rejected.*2 invalid_json.*refused-out/rejects", max_reject_share=0.04)
     assert list((tmp_path / "refused-out" / "rejects").iterdir())
     _, manifest = run(tmp_path, content, name="refused", max_reject_share=0.05)
-    assert manifest["sessions"] == 95
+    assert manifest.sessions == 95
 
 
 @pytest.mark.parametrize(
@@ -351,8 +351,7 @@ def test_left_out_files_and_cut_profiles_are_in_output_and_card(tmp_path: Path) 
         {"name": "README.txt", "files": 1, "why": "not named as records are"},
         {"name": "_SUCCESS", "files": 1, "why": "hidden"},
     ]
-    facts = json.loads((output / "data_card.json").read_text())
-    for where in (manifest, facts):
+    for where in (asdict(manifest), json.loads((output / "data_card.json").read_text())):
         assert where["records"] == 40
         assert where["source"]["files_left_out"] == {"files": 2, "names": names}
         assert where["evaluation_sets"]["random"]["files_left_out"]["names"][0]["name"] == "notes.md"
@@ -384,5 +383,5 @@ def test_no_training_example_is_an_error_with_reasons_and_counts(tmp_path: Path,
 
 def test_incomplete_personas_that_are_kept_are_examples(tmp_path: Path) -> None:
     content = {"a.jsonl": (CASES / "no_gender100.jsonl").read_bytes()}
-    _, manifest = run(tmp_path, content, incomplete_personas="keep", valid=0, test=0)
-    assert manifest["splits"]["train"]["examples"] == 100
+    _, manifest = run(tmp_path, content, rules=ExampleRules(incomplete_personas="keep"), valid=0, test=0)
+    assert manifest.splits["train"].examples == 100

@@ -17,6 +17,7 @@ import pytest
 
 from arplus import storage
 from arplus.config import PrepareConfig, SynthesizeConfig
+from arplus.data.manifest import Manifest
 from arplus.errors import ResourceError, UsageError
 from arplus.prepare import tasks
 from arplus.prepare.lease import Lease
@@ -28,10 +29,10 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = """
 import sys
-from arplus import cluster
+from arplus.cluster import connection
 from arplus.config import PrepareConfig
 from arplus.prepare.pipeline import prepare
-cluster.connect()
+connection.connect()
 prepare(PrepareConfig(input=sys.argv[1], output=sys.argv[2], valid=0.02, test=0.02), block_bytes=200_000)
 """
 
@@ -48,7 +49,7 @@ def settings(source: Any, output: Any) -> PrepareConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(records: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return prepare(settings(records, tmp_path_factory.mktemp("undisturbed") / "out"), block_bytes=200_000)
 
 
@@ -76,7 +77,7 @@ def has(pattern: str) -> Callable[[Path], bool]:
     ],
 )
 def test_killed_at_any_stage_and_run_again(
-    tmp_path: Path, records: Path, undisturbed: dict[str, Any], moment: Callable[[Path], bool]
+    tmp_path: Path, records: Path, undisturbed: Manifest, moment: Callable[[Path], bool]
 ) -> None:
     output = tmp_path / "out"
     process = start(records, output)
@@ -90,10 +91,10 @@ def test_killed_at_any_stage_and_run_again(
     # A kill in the last moment can come too late: then the set is whole, and says so.
     if not (output / "manifest.json").exists():
         prepare(settings(records, output), block_bytes=300_000)
-    manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["fingerprint"] == undisturbed["fingerprint"]
+    manifest = Manifest.read(str(output))
+    assert manifest.fingerprint == undisturbed.fingerprint
     there = {f"{f.parent.name}/{f.name}" for f in output.rglob("*.parquet")}
-    assert there == {file["path"] for split in manifest["splits"].values() for file in split["files"]}
+    assert there == {file.path for split in manifest.splits.values() for file in split.files}
     assert not list(output.glob("_temporary/**/*.arrow"))
 
 
@@ -105,7 +106,7 @@ def test_a_second_job_on_the_same_output_is_refused(tmp_path: Path, records: Pat
         prepare(settings(records, output))
     assert {str(path) for path in tmp_path.rglob("*")} == before
     lease.release(finished=False)
-    assert prepare(settings(records, output))["sessions"]
+    assert prepare(settings(records, output)).sessions
 
 
 def test_a_job_that_lost_its_lease_commits_nothing(
@@ -124,6 +125,21 @@ def test_a_job_that_lost_its_lease_commits_nothing(
     with pytest.raises(UsageError, match="process 7 on elsewhere took over"):
         prepare(settings(records, tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", [UsageError, ResourceError])
+def test_what_a_task_fails_with_is_told_without_rays_words(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    import ray
+
+    @ray.remote
+    def fail() -> None:
+        raise kind("the storage: no answer")
+
+    monkeypatch.setattr(tasks.count, "remote", lambda *arguments: fail.remote())
+    with pytest.raises(kind, match=r"^the storage: no answer$"):
+        prepare(settings(records, tmp_path / "out"))
 
 
 def test_wrong_credentials_and_missing_buckets_are_told_at_once(
@@ -197,9 +213,9 @@ def test_every_nasty_line_is_a_counted_reject_or_a_session(tmp_path: Path, recor
     )
     manifest = prepare(config)
     reasons["line_too_long"] += 1
-    assert manifest["rejected"] == dict(reasons)
-    assert manifest["records"] == 10_005
-    assert (manifest["sessions"], manifest["blank_lines"]) == (4, 3)
+    assert manifest.rejected == dict(reasons)
+    assert manifest.records == 10_005
+    assert (manifest.sessions, manifest.blank_lines) == (4, 3)
     numbers: list[int] = []
     found: Counter[str] = Counter()
     for path in (tmp_path / "out" / "rejects").iterdir():
@@ -230,7 +246,7 @@ def test_a_full_disk_is_told_plainly(tmp_path: Path, records: Path, monkeypatch:
 
 
 def test_s3_in_and_out_while_the_server_is_killed_and_restarted(
-    request: pytest.FixtureRequest, s3_server: Any, records: Path, undisturbed: dict[str, Any]
+    request: pytest.FixtureRequest, s3_server: Any, records: Path, undisturbed: Manifest
 ) -> None:
     source, output = s3_server.uri("away/all.jsonl.gz"), s3_server.uri("away/out")
     storage.write_bytes(source, records.read_bytes())
@@ -252,10 +268,10 @@ def test_s3_in_and_out_while_the_server_is_killed_and_restarted(
     )
     request.session.addfinalizer(restarted.kill)
     assert job.wait(200) == 0
-    manifest = storage.read_json(storage.join(output, "manifest.json"))
-    assert manifest["fingerprint"] == undisturbed["fingerprint"]
+    manifest = Manifest.read(output)
+    assert manifest.fingerprint == undisturbed.fingerprint
     names = {name.removeprefix(output + "/").split("/")[0] for name in storage.list_files(output)}
-    splits = {split for split, facts in manifest["splits"].items() if facts["files"]}
+    splits = {split for split, facts in manifest.splits.items() if facts.files}
     assert names == {"manifest.json", "data_card.json", "data_card.html", "vocabulary", "rejects", *splits}
     with pytest.raises(UsageError, match="holds a prepared data set"):
         prepare(settings(source, output))

@@ -18,8 +18,8 @@ from arplus.config import PrepareConfig
 from arplus.data.sessions import parse_block
 from arplus.errors import UsageError
 from arplus.prepare.jsonl import read_blocks
-from arplus.prepare.shards import Shard
 from arplus.prepare.sources import Source, add_up, find_files, find_sources, summarise
+from arplus.prepare.tasks import Shard
 
 CASES = Path(__file__).parent.parent / "cases"
 ARRAY = (CASES / "array.json").read_bytes()

@@ -18,6 +18,7 @@ FINAL = FinalMetrics(
     fingerprint="abc",
     steps=10,
     examples=80,
+    stopped_early=False,
     best_response_ppl=None,
     train_seconds=1.5,
     peak_memory_bytes=2**30,

@@ -26,6 +26,7 @@ def trial(preset: str, seed: int, ppl: float, sessions: int = 1000) -> Trial:
         fingerprint="",
         steps=10,
         examples=5000,
+        stopped_early=False,
         best_response_ppl=ppl,
         train_seconds=90.0,
         peak_memory_bytes=2**30,
@@ -82,7 +83,7 @@ def test_the_effect_is_in_per_cent_of_the_whole_model() -> None:
 
 
 def page() -> str:
-    config = AblateConfig(run_name="<full>", seeds=3, sessions="100,1000")
+    config = AblateConfig(run=TrainConfig(run_name="<full>"), seeds=3, sessions="100,1000")
     return report.page(
         config, rows(TRIALS), study_url="http://h/#/a", compare_url="http://h/#/b?c&d", unfinished={"x": "<why>"}
     )

@@ -1,3 +1,5 @@
+"""Generated records: as many as asked for, the same for a seed, and of the statistics that were asked for."""
+
 import gzip
 import importlib.util
 import json
@@ -13,10 +15,11 @@ import pytest
 import zstandard
 
 from arplus.config import SynthesizeConfig, validate
+from arplus.data.personas import Persona
 from arplus.data.records import Reject, parse_line
 from arplus.errors import ResourceError, UsageError
+from arplus.evaluation.consistency import agrees, persona_question
 from arplus.synthetic import write as module
-from arplus.synthetic.personas import Persona, agrees, persona_question
 from arplus.synthetic.phrases import language
 from arplus.synthetic.write import Written, chatterbot_records, generate, synthesize
 

@@ -41,17 +41,17 @@ def test_the_train_state_is_what_an_engine_holds(
 
 def _activations(c: TrainConfig) -> int:
     """What a whole batch of the engine's tests keeps for its backward pass."""
-    kept = {}
+    kept = set()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        kept.add(tensor.untyped_storage())
         return tensor
 
     model = initial_model(c)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    weights = {p.untyped_storage() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(global_batch(c.model, 0))
-    return sum(s.nbytes() for key, s in kept.items() if key not in weights)
+    return sum(storage.nbytes() for storage in kept - weights)
 
 
 @pytest.mark.parametrize("name", ["arplus", "ar"])

@@ -1,0 +1,29 @@
+"""Sums that are taken apart and put together: what several workers counted adds up to what one would have counted."""
+
+from collections import Counter
+from dataclasses import fields
+from typing import Any, Self
+
+SAME = {"the same in all parts": True}
+"""A field's metadata: it says what is counted, and is not added."""
+
+
+class Sums:
+    """Base of a dataclass whose fields are sums: numbers, arrays, counters, sets, lists of parts, or sums again."""
+
+    def __add__(self, other: Self) -> Self:
+        """Both together, field by field; what both have in common (:data:`SAME`) must be the same."""
+        found = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            assert f.metadata != SAME or mine == theirs, f.name
+            found[f.name] = mine if f.metadata == SAME else _together(mine, theirs)
+        return type(self)(**found)
+
+
+def _together(mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, set):
+        return mine | theirs
+    if isinstance(mine, dict) and not isinstance(mine, Counter):
+        return {key: _together(mine[key], theirs[key]) for key in mine}
+    return mine + theirs
