@@ -11,7 +11,6 @@
 For validation and evaluation nothing is shuffled, and a window is sorted by context length before it is cut.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +48,7 @@ class EpochSampler:
         """The rows of a window in the order of the epoch's row groups, before they are shuffled or sorted."""
         parts = []
         for group, begin, rows in self.pieces(epoch, window):
-            table = storage.with_retries(group.file, functools.partial(_read, group, columns))
+            table = storage.with_retries(group.file, _read, group, columns)
             parts.append(table.slice(begin, rows))
         return pa.concat_tables(parts)
 

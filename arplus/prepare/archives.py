@@ -37,7 +37,7 @@ class RangeReader(io.RawIOBase):
 
     def __init__(self, uri: str, range_bytes: int = RANGE_BYTES):
         self._uri = uri
-        self._size = storage.with_retries(uri, lambda: storage.size(uri))
+        self._size = storage.with_retries(uri, storage.size, uri)
         self._range_bytes = range_bytes
         self._asked = self._given = 0
         self._rest = memoryview(b"")
@@ -82,7 +82,7 @@ class RangeReader(io.RawIOBase):
 
 
 def _read_range(uri: str, start: int, size: int) -> bytes:
-    return storage.with_retries(uri, lambda: storage.read_range(uri, start, size)) if size else b""
+    return storage.with_retries(uri, storage.read_range, uri, start, size) if size else b""
 
 
 class File:

@@ -104,7 +104,7 @@ def commit(
             path = file.removeprefix(f"{output}/")
             if path not in ours and _is(_PART, path):
                 storage.delete(file)
-    storage.with_retries(output, lambda: _unstage(output, lease))
+    storage.with_retries(output, _unstage, output, lease)
     lease.check()
     small = {
         "vocabulary/characters.txt": characters.to_bytes(),
@@ -115,4 +115,4 @@ def commit(
     for path, data in small.items():
         write(storage.join(output, path), data)
     lease.check()
-    storage.with_retries(output, lambda: found.write(output))
+    storage.with_retries(output, found.write, output)

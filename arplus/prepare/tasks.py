@@ -70,7 +70,7 @@ class Survivors:
 
     def read(self, shard: Staged) -> tuple[pa.Table, NDArray[np.int8]]:
         """The staged sessions of a shard that stay, and the split of each."""
-        data = storage.with_retries(shard.uri, lambda: storage.read_bytes(shard.uri))
+        data = storage.with_retries(shard.uri, storage.read_bytes, shard.uri)
         sessions = unpack(data)
         if shard.split is not None:
             return sessions, np.full(len(sessions), shard.split, np.int8)
@@ -96,7 +96,7 @@ def unpack(data: bytes) -> pa.Table:
 
 def write(uri: str, data: pa.Buffer | bytes) -> None:
     """Writes a file of ours, with patience for storage that is away."""
-    storage.with_retries(uri, lambda: storage.write_bytes(uri, data))
+    storage.with_retries(uri, storage.write_bytes, uri, data)
 
 
 PARSED_SCHEMA = pa.schema(

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +84,7 @@ class Profiler(Hook):
             for path in sorted(self.stem.parent.glob(f"{self.stem.name}.*")):
                 if not storage.is_local(self.run_uri):
                     there, content = storage.join(self.run_uri, FOLDER, path.name), path.read_bytes()
-                    storage.with_retries(there, partial(storage.write_bytes, there, content))
+                    storage.with_retries(there, storage.write_bytes, there, content)
                 self.tracker.log_file(path, FOLDER)
         except Exception as error:  # whatever the profiler or a disk may do, training goes on
             log.warning("--profile-steps: no profile of %s: %s", self.stem.name, error)
