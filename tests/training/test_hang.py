@@ -1,28 +1,16 @@
 """A worker that holds up the others is named: in the log line while it is slow, in the error when it does not come."""
 
-import multiprocessing
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
-from helpers import engine_worker
 from helpers.hang_worker import SLOW_S, slow_then_gone
 
 from arplus.runs.checkpoint import TrainProgress
-from arplus.training.group import process_group
 from arplus.training.hooks.console import describe
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_slow_worker_and_a_missing_one_are_named(tmp_path: Path) -> None:
+def test_a_slow_worker_and_a_missing_one_are_named(spawn: Callable) -> None:
     """The others wait in DeepSpeed's own group, which is given the run's timeout too."""
-    meeting, result = tmp_path / "meeting", tmp_path / "result"
-    other = multiprocessing.get_context("spawn").Process(
-        target=engine_worker.run, args=(1, 2, meeting, slow_then_gone, (3,), result)
-    )
-    other.start()
-    with process_group(0, 2, meeting):
-        metrics, said = slow_then_gone(3)
-    other.join()
+    metrics, said = spawn(2, slow_then_gone, 3)
     assert metrics["perf/slowest_rank"] == 1
     slowest, median = metrics["perf/slowest_rank_seconds"], metrics["perf/median_rank_seconds"]
     assert slowest > SLOW_S
