@@ -1,4 +1,4 @@
-# make demo | test | check | soak | clean. The first one that is called sets up .venv (README.md).
+# make demo | quick | test | check | soak | clean. The first one that is called sets up .venv (README.md).
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +9,11 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak benchmark-deps clean
+.PHONY: help setup demo quick test check soak benchmark-deps clean
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
+	@echo "make quick   the tests that need neither Ray nor servers, for a first change: a minute or two"
 	@echo "make test    the tests, without the long proofs"
 	@echo "make check   lint, format, types, spelling"
 	@echo "make soak    the long proofs"
@@ -48,6 +49,9 @@ demo: setup
 	@echo "Train on your own data (one JSON record a line, the form is in README.md):"
 	@echo "  $(BIN)/python jobs/prepare.py --input YOUR_RECORDS --output data"
 	@echo "  $(BIN)/python jobs/train.py arplus --data data --run-name first"
+
+quick: setup
+	$(BIN)/python -m pytest -m "not soak and not ray and not processes"
 
 test: setup
 	$(BIN)/python -m pytest -m "not soak"

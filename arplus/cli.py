@@ -7,93 +7,103 @@ it is a bug).
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from arplus import proxies, storage
 from arplus.config import (
+    INLINE,
     PRESETS,
     TrainConfig,
     dotted_names,
     flag,
-    flat,
-    from_dict,
     preset,
     tiny,
-    to_dict,
     unknown_key,
     validate,
+    with_values,
 )
-from arplus.config.checks import FREE_TEXT
 from arplus.errors import ArplusError, UsageError, mask
 
 T = TypeVar("T")
-C = TypeVar("C", bound=TrainConfig)
-_QUOTED_NONE = "\0None"
-"""What no command line holds."""
+
+_TYPES = ConstructorRegistry()
+"""What is read otherwise than tyro does."""
 
 
-def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None) -> T:
+@_TYPES.primitive_rule
+def _switch(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """A bool's flag takes True or False, or may stand alone, for True."""
+    if kind.type is not bool:
+        return None
+    words = {"True": True, "False": False}
+
+    def read(found: list[str]) -> bool:
+        if found and found[0] not in words:
+            raise ValueError(f"must be True or False (got {found[0]!r})")
+        return not found or words[found[0]]
+
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[{True,False}]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None = None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
     ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
-    unsets a setting that may be None, such as an address; what is free text (:data:`FREE_TEXT`) takes it as text, and
-    so does every setting that is never None, such as a name. Raises
-    :class:`UsageError` for an unknown flag (with the list of valid ones) and for a value that fails a check; exits 2
-    with tyro's message for a value that is not of the flag's type.
+    unsets a setting that may be None, such as an address; what is free text takes it as text, and so does every setting
+    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the list of valid ones) and
+    for a value that fails a check; exits 2 with tyro's message for a value that is not of the flag's type.
     """
-    valid = [flag(name) for name in dotted_names(type(default))]
+    return validate(_read(type(default), default, arguments, dotted_names(type(default)), prog, description))
+
+
+def _read(
+    kind: type[T], default: T, arguments: Sequence[str], names: list[str], prog: str, description: str | None
+) -> T:
     for argument in arguments:
         if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
             raise UsageError(f"command line: {mask(storage.printable(argument))} is not UTF-8; rename what it names")
-        name = flag(argument.partition("=")[0].removeprefix("--"))
-        if argument.startswith("--") and name not in [*valid, "help"]:
-            raise UsageError(f"command line: {unknown_key(name, valid)}")
-    texts = {f.name for f in fields(cast(Any, default)) if f.metadata == FREE_TEXT}
-    arguments = _with_true(arguments, {flag(name) for name, value in flat(default).items() if isinstance(value, bool)})
-    config = tyro.cli(
-        type(default),
-        default=default,
-        args=_with_quoted_none(arguments, set(map(flag, texts))),
-        prog=prog,
-        description=" ".join(filter(None, [description, "The word None unsets a setting that may be None."])),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
-    )
-    quoted = {name: "None" for name in texts if getattr(config, name) == _QUOTED_NONE}
-    return validate(replace(cast(Any, config), **quoted))
-
-
-def _with_quoted_none(arguments: Sequence[str], texts: set[str]) -> list[str]:
-    """``arguments`` with the word None that follows one of ``texts`` spelled so that tyro takes it for a text."""
-    found = list(arguments)
-    for i, (argument, following) in enumerate(pairwise([*arguments, ""])):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--") and flag(name.removeprefix("--")) in texts:
-            if value == "None":
-                found[i] = f"{name}={_QUOTED_NONE}"
-            elif not equals and following == "None":
-                found[i + 1] = _QUOTED_NONE
+    text = f"{description or kind.__doc__} The word None unsets a setting that may be None."
+    found, unknown = _tyro(kind, default=default, args=arguments, prog=prog, description=text)
+    if unknown:
+        name = flag(unknown[0].partition("=")[0].removeprefix("--"))
+        raise UsageError(f"command line: {unknown_key(mask(name), [*map(flag, names)])}")
     return found
 
 
-def _with_true(arguments: Sequence[str], switches: set[str]) -> list[str]:
-    """``arguments`` with True after those of ``switches`` that stand alone: ``--audit`` is ``--audit True``."""
-    found = []
-    for argument, following in pairwise([*arguments, "--"]):
-        found.append(argument)
-        if argument.startswith("--") and flag(argument.removeprefix("--")) in switches and following.startswith("-"):
-            found.append("True")
-    return found
+def _tyro(kind: type[T], **settings: Any) -> tuple[T, list[str]]:
+    """What tyro reads of a command line, and what it does not know."""
+    marks = (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction)
+    return tyro.cli(kind, return_unknown_args=True, config=marks, registry=_TYPES, **settings)
 
 
-class Command(NamedTuple, Generic[C]):
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """What a job that trains takes beside its settings."""
+
+    tiny: bool = False
+    """Shrink the network to seconds of training."""
+    file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """JSON file of settings, such as a run's config.json. It wins over the preset and --tiny, and flags win over it."""
+    dry_run: bool = False
+    """Print what would be done and start nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Switches, Generic[T]):
     """What the command line of a job that trains says."""
 
-    config: C
-    dry_run: bool
+    config: Annotated[T, INLINE]
+    """The job's settings."""
 
 
 def train_command(arguments: Sequence[str], *, prog: str) -> Command[TrainConfig]:
@@ -103,12 +113,12 @@ def train_command(arguments: Sequence[str], *, prog: str) -> Command[TrainConfig
 
 def preset_command(
     arguments: Sequence[str],
-    widen: Callable[[TrainConfig], C],
+    widen: Callable[[TrainConfig], T],
     *,
     prog: str,
     description: str,
     only: str | None = None,
-) -> Command[C]:
+) -> Command[T]:
     """Reads ``PRESET [--tiny] [--config FILE] [--dry-run] [settings by dotted name]``.
 
     ``widen`` makes the job's settings, with its own defaults, of the preset's. Later ones win: the preset, ``--tiny``,
@@ -121,9 +131,9 @@ def preset_command(
         if name is not None:
             raise UsageError(f"{prog} takes no preset; leave {name!r} out")
         name = only
-    shrink, dry_run = _take_switch(rest, "--tiny"), _take_switch(rest, "--dry-run")
-    file = _take_value(rest, "--config")
-    values: Any = storage.read_json(file) if file else {}
+    switches, _ = _tyro(Switches, args=rest, prog=prog, add_help=False)
+    file = switches.file
+    values: Any = {} if file is None else storage.read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
         raise UsageError(f"{file}: must hold a JSON object of settings, with a preset's name if it names one")
     if name is not None and values.get("preset", name) != name:
@@ -133,60 +143,24 @@ def preset_command(
     if name is None and not {"-h", "--help"} & set(rest):
         raise UsageError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
     row = preset(name or "arplus")
-    default = widen(tiny(row) if shrink else row)
-    if values:
-        default = from_dict(type(default), _merged(to_dict(default), values), source=str(file))
+    default = with_values(widen(tiny(row) if switches.tiny else row), values, source=str(file))
     choice = "" if only else f"PRESET is one of {', '.join(PRESETS)}. "
-    description = (
-        f"{description} {choice}--tiny shrinks the model to seconds of training, --config FILE reads settings from a "
-        f"JSON file such as a run's config.json, --dry-run prints what would be done and starts nothing. The defaults "
-        f"below are those of {default.preset}."
+    kind = type(default)
+    command: Command[T] = _read(
+        Command[kind],  # type: ignore[valid-type]
+        Command(config=default),
+        rest,
+        [*dotted_names(kind), "tiny", "config", "dry_run"],
+        prog if only else f"{prog} PRESET",
+        f"{description} {choice}The defaults below are those of {row.preset}.",
     )
-    config = parse(default, rest, prog=prog if only else f"{prog} PRESET", description=description)
-    if config.preset != default.preset:
-        advice = "leave it out" if only else f"write {prog} {config.preset} …"
+    run: Any = getattr(command.config, "run", command.config)
+    if run.preset != row.preset:
+        advice = "leave it out" if only else f"write {prog} {run.preset} …"
         raise UsageError(f"--preset: only names what the defaults are; {advice}")
-    for field, problem in config.name_problems():
+    for field, problem in run.name_problems():
         raise UsageError(f"command line: --{flag(field)}: {problem}")
-    return Command(config, dry_run)
-
-
-def _take_switch(arguments: list[str], name: str) -> bool:
-    for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option != name:
-            continue
-        follows = not equals and arguments[i + 1 : i + 2] in (["True"], ["False"])
-        value = arguments[i + 1] if follows else value if equals else "True"
-        if value not in ("True", "False"):
-            raise UsageError(f"{name}: must be True or False (got {value!r})")
-        del arguments[i : i + 1 + follows]
-        return value == "True"
-    return False
-
-
-def _take_value(arguments: list[str], name: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            del arguments[i]
-            value = argument.partition("=")[2]
-        elif argument == name:
-            value = "".join(arguments[i + 1 : i + 2])
-            del arguments[i : i + 2]
-        else:
-            continue
-        if not value:
-            raise UsageError(f"{name}: needs a value")
-        return value
-    return None
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``changes``, section by section."""
-    return base | {
-        key: _merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in changes.items()
-    }
+    return replace(command, config=validate(command.config))
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -28,8 +28,7 @@ def main() -> None:
     if subject not in SUBJECTS:
         raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
     default, module = SUBJECTS[subject]
-    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}", description=type(default).__doc__)
-    # Seconds of imports that --help does without.
+    settings = cli.parse(default, arguments, prog=f"{PROG} {subject}")
     from arplus.benchmark import figures, usage
     from arplus.cluster import connection
 

@@ -4,13 +4,14 @@ import sys
 
 from arplus import cli
 from arplus.config import ChatConfig
-from arplus.evaluation.replies import Responder, raw_profile
-from arplus.runs import checkpoint
 
 
 def main() -> None:
     """Answers ``--say`` and stops, or converses on the terminal until an empty line or the end of input."""
-    config = cli.parse(ChatConfig(), sys.argv[1:], prog="jobs/chat.py", description=ChatConfig.__doc__)
+    config = cli.parse(ChatConfig(), sys.argv[1:], prog="jobs/chat.py")
+    from arplus.evaluation.replies import Responder, raw_profile
+    from arplus.runs import checkpoint
+
     profile = raw_profile(config.gender, config.location, config.tags)
     responder = Responder(checkpoint.load(config.checkpoint), profile, config.sampling, config.seed)
     if config.say is not None:

@@ -4,12 +4,13 @@ import sys
 
 from arplus import cli
 from arplus.config import ExportConfig
-from arplus.runs.export import export
 
 
 def main() -> None:
     """Reads the command line, exports, and prints where the result is."""
-    config = cli.parse(ExportConfig(), sys.argv[1:], prog="jobs/export.py", description=ExportConfig.__doc__)
+    config = cli.parse(ExportConfig(), sys.argv[1:], prog="jobs/export.py")
+    from arplus.runs.export import export
+
     print(export(config))
 
 

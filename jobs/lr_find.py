@@ -4,24 +4,22 @@ import json
 import sys
 
 from arplus import cli
-from arplus.cluster import connection
-from arplus.config import LrFindConfig, study_settings, to_dict
-
-PROG = "jobs/lr_find.py"
+from arplus.config import LrFindConfig, to_dict
 
 
 def main() -> None:
     """Reads the command line, runs the test, and says which rates are worth a sweep."""
     command = cli.preset_command(
         sys.argv[1:],
-        lambda run: study_settings(LrFindConfig, run),
-        prog=PROG,
+        lambda run: LrFindConfig(run=run),
+        prog="jobs/lr_find.py",
         description="Finds the learning rates at which a model learns, by training it at one that grows step by step.",
     )
     if command.dry_run:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
         return
-    from arplus.study import lr_find  # seconds of imports that --dry-run does without
+    from arplus.cluster import connection
+    from arplus.study import lr_find
 
     connection.connect()
     result = lr_find.find(command.config)

@@ -3,15 +3,16 @@
 import sys
 
 from arplus import cli
-from arplus.cluster import connection
 from arplus.config import PrepareConfig
-from arplus.prepare.card import report
-from arplus.prepare.pipeline import prepare
 
 
 def main() -> None:
     """Reads the command line, prepares the data set, prints its counts and what to do next."""
-    config = cli.parse(PrepareConfig(), sys.argv[1:], prog="jobs/prepare.py", description=PrepareConfig.__doc__ or "")
+    config = cli.parse(PrepareConfig(), sys.argv[1:], prog="jobs/prepare.py")
+    from arplus.cluster import connection
+    from arplus.prepare.card import report
+    from arplus.prepare.pipeline import prepare
+
     connection.connect()
     manifest = prepare(config)
     print(report(manifest))

@@ -6,14 +6,13 @@ import sys
 
 from arplus import cli
 from arplus.config import SynthesizeConfig
-from arplus.synthetic.write import synthesize
 
 
 def main() -> None:
     """Reads the command line, writes the records, prints what was written."""
-    config = cli.parse(
-        SynthesizeConfig(), sys.argv[1:], prog="jobs/synthesize.py", description=SynthesizeConfig.__doc__ or ""
-    )
+    config = cli.parse(SynthesizeConfig(), sys.argv[1:], prog="jobs/synthesize.py")
+    from arplus.synthetic.write import synthesize
+
     counts = synthesize(config)
     print(json.dumps({"output": config.output, **dataclasses.asdict(counts)}))
 

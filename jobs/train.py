@@ -4,19 +4,18 @@ import json
 import sys
 
 from arplus import cli
-from arplus.cluster import connection
-from arplus.training import estimate
-
-PROG = "jobs/train.py"
 
 
 def main() -> None:
     """Reads the command line and trains; with ``--dry-run`` prints what would be trained and starts nothing."""
-    command = cli.train_command(sys.argv[1:], prog=PROG)
+    command = cli.train_command(sys.argv[1:], prog="jobs/train.py")
     if command.dry_run:
+        from arplus.training import estimate
+
         print(estimate.report(command.config))
         return
-    from arplus.training.trainer import train  # seconds of imports that --dry-run does without
+    from arplus.cluster import connection
+    from arplus.training.trainer import train
 
     connection.connect()
     final = train(command.config)

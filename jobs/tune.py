@@ -3,21 +3,19 @@
 import sys
 
 from arplus import cli
-from arplus.cluster import connection
-from arplus.config import TuneConfig, study_settings
-
-PROG = "jobs/tune.py"
+from arplus.config import TuneConfig
 
 
 def main() -> None:
     """Reads the command line and searches; with ``--dry-run`` prints what would be tried and starts nothing."""
     command = cli.preset_command(
         sys.argv[1:],
-        lambda run: study_settings(TuneConfig, run),
-        prog=PROG,
+        lambda run: TuneConfig(run=run),
+        prog="jobs/tune.py",
         description="Searches the best settings of a training run by its response perplexity on validation.",
     )
-    from arplus.study import tune  # seconds of imports that --help does without
+    from arplus.cluster import connection
+    from arplus.study import tune
 
     if command.dry_run:
         print(tune.plan(command.config))

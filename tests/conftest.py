@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import hypothesis
 import pytest
+from helpers import forks
 
 # A busy machine is no property of the code: neither slow draws nor a slow example make a test fail.
 hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -43,8 +44,27 @@ def generator() -> None:
             pytest.skip(f"{name} is not installed: pip install 'arplus[demo]'")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a Ray or other processes, and skips what needs a GPU where there is none."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"ray_cluster", "forked_workers"}:
+            item.add_marker(pytest.mark.ray)
+        if fixtures & {"spawn", "server"}:
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def forked_workers() -> Iterator[None]:
+    """Workers of Ray that need not import what they work with, for all clusters that the tests start."""
+    with forks.served():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(forked_workers: None) -> Iterator[None]:
     """A real Ray cluster of two CPUs on this machine, shared by all tests that need one."""
     import ray
 

@@ -1,3 +1,5 @@
+"""The files of ``cluster/`` and ``docker/`` as Ray, Kubernetes and Docker read them."""
+
 import copy
 import functools
 import os

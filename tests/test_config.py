@@ -1,17 +1,21 @@
+"""Settings: their defaults, their checks, and their way to JSON and back."""
+
 import ast
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from annotated_types import Gt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arplus import config as config_module
 from arplus.config import (
+    INLINE,
     PAPER_ROWS,
     PRESETS,
     ChatConfig,
@@ -22,17 +26,19 @@ from arplus.config import (
     ObjectiveConfig,
     OptimizerConfig,
     PrepareConfig,
+    Role,
     Sampling,
     SynthesizeConfig,
     TrainConfig,
+    TuneConfig,
     VocabularySizes,
     dotted_names,
     flag,
     flat,
     from_dict,
+    names_of_role,
     preset,
     special_ids,
-    study_settings,
     tiny,
     to_dict,
     validate,
@@ -255,7 +261,8 @@ def test_flat_names_every_setting_once() -> None:
         ({"optimiser": {"lr": 1}}, "optimiser.lr", "optimizer.lr"),
         ({"optimizer": {"lrr": 1}}, "optimizer.lrr", "optimizer.lr"),
         ({"batchsize": 1}, "batchsize", "batch_size"),
-        ({"seed": {"x": 1}}, "seed.x", "seed"),
+        ({"feed": 3}, "feed", "seed"),
+        ({"model": {"head": {"x": 1}}}, "model.head.x", "model.heads"),
     ],
 )
 def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any], key: str, near: str) -> None:
@@ -285,7 +292,6 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
         ({"epochs": None}, "--epochs: "),
         ({"model": {"dropout": 1.0}}, "--model.dropout: input should be less than 1"),
         ({"model": {"auxiliary": "none"}}, "--model.auxiliary: "),
-        ({"model": 3}, "--model: "),
     ],
 )
 def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any], start: str) -> None:
@@ -295,6 +301,11 @@ def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any]
     while isinstance(bad, dict):
         (bad,) = bad.values()
     assert f"(got {bad!r})" in message
+
+
+def test_a_section_in_a_settings_place_is_a_bad_value() -> None:
+    problem = "--seed: input should be a valid integer (got {'x': 1})"
+    assert message_of(TrainConfig, {"seed": {"x": 1}}) == f"settings.json: {problem}"
 
 
 def test_all_bad_values_are_named_at_once() -> None:
@@ -319,12 +330,18 @@ def test_micro_batches_are_filled_up_to_equal_size() -> None:
 
 def test_a_range_test_has_one_number_of_workers() -> None:
     with pytest.raises(UsageError, match="--workers: must be one number for a range test"):
-        validate(study_settings(LrFindConfig, replace(preset("ar"), workers="1:2")))
+        validate(LrFindConfig(run=replace(preset("ar"), workers="1:2")))
 
 
 @pytest.mark.parametrize(("workers", "sizes"), [(3, [3]), ("1:4", [1, 2, 3, 4]), ("2:2", [2])])
 def test_workers_are_a_number_or_a_range(workers: int | str, sizes: list[int]) -> None:
     assert list(from_dict(TrainConfig, {"workers": workers}, source="file").world_sizes) == sizes
+
+
+@pytest.mark.parametrize("steps", ["3", "0:2", "5:4", "1:101", "a:b", "1:2:3", ""])
+def test_other_steps_are_not_profiled(steps: str) -> None:
+    problem = "--profile-steps: must be A:B, the first and the last step, counted from 1, and at most 100 in all"
+    assert message_of(TrainConfig, {"profile_steps": steps}).startswith(f"settings.json: {problem}")
 
 
 @pytest.mark.parametrize("workers", [0, -2, "4:1", "0:2", "2", "1:", ":2", "1:2:3", "1.5", "all"])
@@ -341,6 +358,7 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"tied_head": True}}, "--model.embedding-size: must equal d_model = 512"),
         (TrainConfig, {"compile": "on", "zero_stage": 3}, "--compile: on needs --zero-stage 0, 1 or 2"),
         (TrainConfig, {"compile": "on", "device": "cpu"}, "--compile: on needs GPUs, and --device cpu takes none"),
+        (TuneConfig, {"patience": 2}, "--patience: cannot be set for a study: its runs have one budget"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
         (PrepareConfig, {"input": "i", "output": "o", "test": 1.5}, "--test: must be a share below 1 or a whole"),
@@ -371,6 +389,47 @@ def test_rules_are_bounded() -> None:
 def test_a_changed_preset_is_checked_too() -> None:
     with pytest.raises(UsageError, match=r"^command line: --model\.repeats: "):
         validate(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
+
+
+# ------------------------------------------------------------------------------------------------------------- roles
+
+
+@dataclass(frozen=True)
+class Part:
+    new: int = 1
+    saved: Annotated[bool, Role.OPERATION] = True
+
+
+@dataclass(frozen=True)
+class Whole:
+    name: Annotated[str, Role.LABEL] = ""
+    steps: Annotated[int | None, Gt(0), Role.BUDGET] = None
+    part: Annotated[Part, INLINE] = Part()
+    guess: Annotated[Part, Role.OPERATION] = Part()
+
+
+def test_a_setting_is_identity_unless_its_field_or_its_section_says_otherwise() -> None:
+    assert names_of_role(Whole, Role.IDENTITY) == ["new"]
+    assert names_of_role(Whole, Role.OPERATION) == ["saved", "guess.new", "guess.saved"]
+    assert names_of_role(Whole, Role.LABEL, Role.BUDGET) == ["name", "steps"]
+
+
+def test_what_makes_a_training_run_the_run_it_is() -> None:
+    """A setting that is new joins it, unless its field says that a run, or a study, may go on with another value."""
+    sections = ("model.", "objective.", "optimizer.")
+    identity = [name for name in names_of_role(TrainConfig, Role.IDENTITY) if not name.startswith(sections)]
+    assert identity == [
+        "precision",
+        "batch_size",
+        "seed",
+        "init_from",
+        "feed.shuffle_window_batches",
+        "feed.max_examples",
+    ]
+    assert names_of_role(TrainConfig, Role.LABEL) == ["preset", "experiment"]
+    assert names_of_role(TrainConfig, Role.BUDGET) == ["epochs", "max_steps", "validate_every", "patience"]
+    own = [name for name in names_of_role(TuneConfig, Role.OPERATION) if name not in dotted_names(TrainConfig)]
+    assert own == ["concurrency", "trials"]
 
 
 # -------------------------------------------------------------------------------------------------------------- GPUs

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,25 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def away() -> dict[str, str]:
-    """The environment, away from any Ray cluster and MLflow server that it names."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-
-
-def words(command: str) -> list[str]:
-    script, *arguments = shlex.split(command)
-    return [sys.executable, str(ROOT / script), *arguments]
-
-
-def run(command: str, *, folder: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs ``jobs/…`` with this Python."""
-    return subprocess.run(
-        words(command), cwd=folder, env=away(), input=stdin, capture_output=True, text=True, timeout=200
-    )
+from helpers.commands import ROOT, away, run, run_all, shared, words
 
 
 def interrupted(command: str, record: Path, folder: Path) -> tuple[int, str]:
@@ -59,31 +40,31 @@ def record(i: int) -> str:
     return json.dumps({"dialog": [[f"你 好 {i}"], ["好"]], "profile": [profile, profile], "uid": [0, 1]}) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("jobs/train.py arpluss --dry-run", "unknown preset 'arpluss'; the presets are ar, arplus,"),
-        ("jobs/train.py arplus --dry-run --objective.lambda1 -1", "--objective.lambda1: .*greater than or equal to 0"),
-        ("jobs/train.py arplus --dry-run --workers 0", "--workers: must be a number N or a range MIN:MAX, at least 1"),
-        ("jobs/train.py arplus --dry-run --learning-rate 1", "unknown key 'learning-rate'.*optimizer.lr"),
-        ("jobs/train.py arplus --dry-run --data nowhere", "nowhere: not a prepared data set"),
-        ("jobs/train.py arplus --dry-run --batch-size 3 --workers 2:4", "--batch-size: must be at least .* = 4"),
-        ("jobs/chat.py --checkpoint nowhere --say 你好", "nowhere: no complete checkpoint there"),
-        ("jobs/evaluate.py --data nowhere", "--checkpoint: is required"),
-    ],
-)
-def test_mistakes_on_the_command_line(command: str, message: str, tmp_path: Path) -> None:
-    result = run(command, folder=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert re.search(message, result.stderr), result.stderr
-    assert len(result.stderr.splitlines()) == 1, "one clear message and no traceback"
+MISTAKES = {
+    "jobs/train.py arpluss --dry-run": "unknown preset 'arpluss'; the presets are ar, arplus,",
+    "jobs/train.py arplus --dry-run --objective.lambda1 -1": "--objective.lambda1: .*greater than or equal to 0",
+    "jobs/train.py arplus --dry-run --workers 0": "--workers: must be a number N or a range MIN:MAX, at least 1",
+    "jobs/train.py arplus --dry-run --learning-rate 1": "unknown key 'learning-rate'.*optimizer.lr",
+    "jobs/train.py arplus --dry-run --data nowhere": "nowhere: not a prepared data set",
+    "jobs/train.py arplus --dry-run --batch-size 3 --workers 2:4": "--batch-size: must be at least .* = 4",
+    "jobs/chat.py --checkpoint nowhere --say 你好": "nowhere: no complete checkpoint there",
+    "jobs/evaluate.py --data nowhere": "--checkpoint: is required",
+}
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    for (command, message), (code, said) in zip(MISTAKES.items(), run_all(list(MISTAKES), tmp_path), strict=True):
+        assert code == 2, said
+        assert re.search(message, said), said
+        assert len(said.splitlines()) == 1, f"{command}: one clear message and no traceback"
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_truncated_gzip_leaves_no_data_set(tmp_path: Path) -> None:
     whole = gzip.compress("".join(record(i) for i in range(2000)).encode())
     (tmp_path / "records.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    result = run(f"jobs/prepare.py --input {tmp_path}/records.jsonl.gz --output {tmp_path}/data")
+    result = run(f"jobs/prepare.py --input {tmp_path}/records.jsonl.gz --output {tmp_path}/data", environment=shared())
     assert result.returncode == 2, result.stderr
     assert "records.jsonl.gz" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -92,9 +73,9 @@ def test_a_truncated_gzip_leaves_no_data_set(tmp_path: Path) -> None:
     assert "not a prepared data set" in again.stderr
 
 
-@pytest.mark.usefixtures("generator")
+@pytest.mark.usefixtures("generator", "ray_cluster")
 def test_from_records_to_a_reply(tmp_path: Path) -> None:
-    """The road of the README on a handful of records, each job as its own process."""
+    """The road of the README on a handful of records, each job as its own process; the last has a Ray of its own."""
     train = "jobs/train.py arplus --tiny --data data --storage runs --batch-size 12"
     commands = [
         "jobs/synthesize.py --records 400 --duplicates 20 --broken 4 --persona-answers 0.5 --seed 1 --output raw",
@@ -107,7 +88,7 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
     ]
     results = []
     for command in commands:
-        results.append(run(command, folder=tmp_path))
+        results.append(run(command, folder=tmp_path, environment=shared()))
         assert results[-1].returncode == 0, (command, results[-1].stderr[-3000:])
         assert alarming(results[-1].stdout + results[-1].stderr) == [], command
     assert "L_D" in results[2].stderr
@@ -121,11 +102,12 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
     (last,) = alarming(said)
     assert (code, last.partition(" step ")[0]) == (1, "error: stopped at"), said
     (tmp_path / "data" / "manifest.json").unlink()
-    broken = run("jobs/evaluate.py --checkpoint runs/first --data data", folder=tmp_path)
+    broken = run("jobs/evaluate.py --checkpoint runs/first --data data", folder=tmp_path, environment=shared())
     assert broken.returncode == 2
     assert "not a prepared data set" in broken.stderr
 
 
+@pytest.mark.ray
 def test_a_job_by_uv_run(tmp_path: Path) -> None:
     """Ray's own hook would start the workers by `uv run` too, in a copy of the folder, which has no project here."""
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

@@ -7,7 +7,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_experiment_name, _validate_model_name
 
 from arplus import cli
-from arplus.config import AblateConfig, LrFindConfig, TrainConfig, TuneConfig, study_settings
+from arplus.config import AblateConfig, LrFindConfig, TrainConfig, TuneConfig
 from arplus.config.names import experiment_name_problem, model_name_problem
 from arplus.errors import UsageError
 from arplus.training.trainer import resolve
@@ -20,7 +20,7 @@ def command(kind, *arguments):
     """The settings that a job's command line makes."""
     only = "arplus" if kind is AblateConfig else None
     arguments = arguments if only else ("arplus", *arguments)
-    widen = (lambda run: run) if kind is TrainConfig else (lambda run: study_settings(kind, run))
+    widen = (lambda run: run) if kind is TrainConfig else (lambda run: kind(run=run))
     return cli.preset_command(arguments, widen, prog="job", description="Does it.", only=only).config
 
 

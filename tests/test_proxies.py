@@ -18,7 +18,8 @@ PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"
 JOB = """
 import json, os, sys
 import ray, requests
-from arplus import cli, cluster
+from arplus import cli
+from arplus.cluster import connection
 
 def ask(places):
     from ray.util.state import list_nodes
@@ -32,7 +33,7 @@ def ask(places):
     return said + [os.environ["no_proxy"].split(",")]
 
 def main():
-    cluster.connect(cpus=1)
+    connection.connect(cpus=1)
     places, worker = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     in_worker = ray.remote(num_cpus=0, runtime_env={"env_vars": worker})(ask)
     print(json.dumps([ask(places), ray.get(in_worker.remote(places))]))
@@ -73,6 +74,7 @@ def proxy() -> Iterator[Proxy]:
         running.shutdown()
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("joined", [False, True])
 def test_no_request_for_the_cluster_reaches_the_proxy(
     joined: bool, proxy: Proxy, request: pytest.FixtureRequest

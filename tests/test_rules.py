@@ -18,7 +18,6 @@ from arplus.config import (
     TrainConfig,
     TuneConfig,
     preset,
-    study_settings,
     tiny,
 )
 from arplus.data.dataset import Dataset
@@ -74,7 +73,7 @@ def roads(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     for longest, utterances, valid in ((30, 3, 0.05), (7, 1, 0.0)):
         heard.clear()
         logging.getLogger("arplus").addHandler(handler)
-        data = prepare_at(folder, longest, max_context_utterances=utterances, valid=valid)
+        data = prepare_at(folder, longest, utterances, valid)
         config = replace(tiny(preset("arplus")), data=data.uri, storage=str(folder), run_name=f"at-{longest}")
         config = replace(config, batch_size=32, max_steps=3, log_every=1, checkpoint_every=1, keep_checkpoints=1)
         final = train(config)
@@ -83,10 +82,11 @@ def roads(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     return found
 
 
-def prepare_at(folder: Path, longest: int, **changes: Any) -> Dataset:
-    settings: dict[str, Any] = {"min_character_count": 1, "test": 0.05, "max_utterance_characters": longest} | changes
+def prepare_at(folder: Path, longest: int, utterances: int, valid: float) -> Dataset:
+    rules = ExampleRules(max_utterance_characters=longest, max_context_utterances=utterances)
+    settings: dict[str, Any] = {"min_character_count": 1, "test": 0.05, "valid": valid}
     output = folder / f"data-{longest}"
-    prepare(PrepareConfig(input=str(folder / "raw.jsonl"), output=str(output), **settings))
+    prepare(PrepareConfig(input=str(folder / "raw.jsonl"), output=str(output), rules=rules, **settings))
     return Dataset.open(str(output))
 
 
@@ -153,6 +153,6 @@ def test_a_run_without_validation_ends_and_keeps_its_last_checkpoint(roads: dict
 def test_a_study_needs_validation(roads: dict[int, Road]) -> None:
     run = roads[7].config
     for config, begin in ((TuneConfig, tune.sweep), (TuneConfig, tune.plan), (AblateConfig, ablate.ablate)):
-        settings: Any = replace(study_settings(config, replace(run, max_steps=None)), run_name="study")
+        settings: Any = config(run=replace(run, max_steps=None, run_name="study"))
         with pytest.raises(UsageError, match=r"has no example in the split valid, and .*; prepare .* --valid"):
             begin(settings)

@@ -25,6 +25,9 @@ SECRET = "hunter2"
 
 JOBS = """
 import runpy, sys
+sys.path.insert(0, "tests")
+from helpers import forks
+forks.use()
 codes = []
 for command in sys.argv[1:]:
     sys.argv = command.split()
@@ -151,7 +154,7 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.usefixtures("generator")
+@pytest.mark.usefixtures("generator", "forked_workers")
 def test_planted_secrets_are_found_nowhere(s3_server: Any, tmp_path: Path, ray_folder: Path) -> None:
     """A run that leaves a checkpoint and then fails, with all on S3, whose secret is one of those planted."""
     planted = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "p1anted-mlflow-password"}
@@ -199,7 +202,7 @@ def test_trials_are_handed_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     from arplus.study import execute, trial
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "p1anted")
-    execute._set_environment()
+    execute.set_environment()
     handed = _ActorClassCache().get(trial.TrialProcess)._default_options["runtime_env"]["env_vars"]
     assert "PL_DISABLE_FORK" in handed
     assert "p1anted" not in handed.values()

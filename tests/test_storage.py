@@ -1,3 +1,5 @@
+"""Files here and on S3 by their URIs: whole or not there, and errors in the user's words."""
+
 import errno
 import os
 import pickle

@@ -1,3 +1,5 @@
+"""Vocabularies and their files."""
+
 import random
 from pathlib import Path
 

@@ -48,6 +48,8 @@ TAKEN = {
     "deepspeed": {
         "leave_shm_out": ["deepspeed.ops.__compatible_ops__"],
         "reduce_gradients": ["deepspeed.runtime.engine.DeepSpeedEngine.enable_backward_allreduce"],
+        "tell_before_reduction": ["deepspeed.runtime.engine.DeepSpeedEngine.allreduce_gradients"],
+        "data_parallel_group": ["deepspeed.runtime.engine.DeepSpeedEngine.seq_data_parallel_group"],
         "fp32_partitions": [
             f"{_ZERO}.stage_1_and_2.DeepSpeedZeroOptimizer.single_partition_of_fp32_groups",
             f"{_ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat",
@@ -59,6 +61,10 @@ TAKEN = {
     "torch": {
         "onednn_linear": ["torch.ops.mkldnn._linear_pointwise"],
         "leave_update_out": ["torch.optim.adam.Adam.found_inf"],
+        "default_store": ["torch.distributed.distributed_c10d._get_default_store"],
+        "set_timeout": ["torch.distributed.distributed_c10d._set_pg_timeout"],
+        "record_allocations": ["torch.cuda.memory._record_memory_history"],
+        "dump_allocations": ["torch.cuda.memory._dump_snapshot", "torch.cuda.memory._record_memory_history"],
     },
 }
 """Library → our function → the names that it takes; the last part may be what a class gives its instances."""

@@ -3,6 +3,7 @@
 Both make the same batches.
 """
 
+import functools
 from statistics import median
 
 import pyarrow.parquet as pq
@@ -82,20 +83,16 @@ def _pass(loader: RankLoader, epoch: int, steps: int) -> tuple[float, float]:
 def bytes_read(sampler: EpochSampler, spec: BatchSpec, steps: int) -> int:
     """Bytes of the column chunks that the windows of a pass read, as they lie in the files."""
     wanted = set(spec.columns)
-    sizes: dict[str, list[int]] = {}
     total = 0
     for window in range(-(-steps // sampler.window_batches)):
-        for group, _, _ in sampler.pieces(0, window):
-            if group.file not in sizes:
-                filesystem, path = storage.resolve(group.file)
-                with pq.ParquetFile(path, filesystem=filesystem) as file:
-                    sizes[group.file] = [
-                        _group_bytes(file.metadata.row_group(i), wanted) for i in range(file.num_row_groups)
-                    ]
-            total += sizes[group.file][group.index]
+        for place, _, _ in sampler.pieces(0, window):
+            group = _metadata(place.file).row_group(place.index)
+            columns = (group.column(i) for i in range(group.num_columns))
+            total += sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted)
     return total
 
 
-def _group_bytes(group: pq.RowGroupMetaData, wanted: set[str]) -> int:
-    columns = (group.column(i) for i in range(group.num_columns))
-    return sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted)
+@functools.cache
+def _metadata(file: str) -> pq.FileMetaData:
+    filesystem, path = storage.resolve(file)
+    return pq.read_metadata(path, filesystem=filesystem)

@@ -11,7 +11,6 @@ A step of W workers of b examples each takes
 Nothing is overlapped, as in our engine. The prediction for two workers stands beside what two workers were seen to do.
 """
 
-import math
 import multiprocessing
 import os
 import tempfile
@@ -23,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -40,11 +38,8 @@ T = TypeVar("T")
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that are predicted."""
-GUESSED_RATES = {64: 2_600.0, 512: 14_500.0, 2048: 16_000.0}
-"""Examples per second of one H100 by batch size, its step not compiled: guessed from counts of its kernels and of the
-bytes that they move, ±25 %. Nothing of it was measured."""
-LATENCY = 30e-6
-"""Seconds of one collective call on GPUs, assumed."""
+LATENCY, CHECKPOINT_S = 30e-6, 5.0
+"""Seconds of one collective call on GPUs, and in which training waits for a checkpoint; assumed."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +84,15 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     b, stage = config.batch_size, config.zero_stage
     with torch.device("meta"):
         n = sum(p.numel() for p in PersonaTransformer(run.model, VocabularySizes()).parameters())
-    half, one, two = (_measured(w, run, size, config.steps) for w, size in ((1, b // 2), (1, b), (2, b)))
-    example = max((one.step - half.step) / (b - b // 2), 0.0)
-    here = Costs(one.step - b * example, example, bytes_sent(0, 2, n) / two.reduce, two.latency)
-    seen, predicted = b / one.step, 2 * b / step_seconds(here, stage, 2, b, n)
+    half, single, two = (_measured(w, run, size, config.steps) for w, size in ((1, b // 2), (1, b), (2, b)))
+    example = max((single.step - half.step) / (b - b // 2), 0.0)
+    here = Costs(single.step - b * example, example, bytes_sent(0, 2, n) / two.reduce, two.latency)
+    seen, predicted = b / single.step, 2 * b / step_seconds(here, stage, 2, b, n)
     seen_2 = 2 * b / two.step
     minutes = run.checkpoint_minutes or 10.0
     gpus = {w: predict(config, minutes, w, n) for w in WORKERS}
-    guessed = "a guess for an H100" if config.gpu_examples_per_second is None else "as given"
+    one = config.gpu_examples_per_second
+    guessed = "a guess for an H100" if one == ScaleBenchmark.gpu_examples_per_second else "as given"
     return Result(
         figures={
             "examples_per_second_1": seen,
@@ -111,12 +107,12 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
             ("2 workers", f"{seen_2:.3g} examples/s, predicted {predicted:.3g} ({predicted / seen_2:.0%})"),
             ("the model here", f"{here.fixed:.3g} s + {example:.3g} s per example, {here.bandwidth / 1e9:.2g} GB/s"),
             ("predicted for GPUs", "nothing of it is measured; it assumes"),
-            ("  one GPU", f"{rate(gpu_rate(config))} examples/s at {config.gpu_batch_size} per step, {guessed}"),
+            ("  one GPU", f"{rate(one)} examples/s at {config.gpu_batch_size} per step, {guessed}"),
             ("  sent", f"{bytes_sent(stage, 64, n) / 1e6:.0f} MB per step by each of 64, no overlap"),
             ("  in a machine", f"{config.gpus_per_node} GPUs, {config.node_bandwidth_gb:g} GB/s"),
             ("  beyond it", f"{config.network_bandwidth_gb:g} GB/s per GPU"),
             ("  feed", f"{config.feed_cores} cores per GPU, {rate(config.feed_examples_per_second)} examples/s each"),
-            ("  checkpoints", f"{config.checkpoint_seconds:g} s every {minutes:g} minutes"),
+            ("  checkpoints", f"{CHECKPOINT_S:g} s every {minutes:g} minutes"),
             *(
                 (f"  {w} GPUs", f"{rate(v)} examples/s, {v / w / gpus[1]:.0%} of {w} times one")
                 for w, v in gpus.items()
@@ -125,27 +121,16 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     )
 
 
-def gpu_rate(config: ScaleBenchmark) -> float:
-    """Examples per second of one GPU: as given, else the guess for the batch size."""
-    if config.gpu_examples_per_second is not None:
-        return config.gpu_examples_per_second
-    sizes, rates = zip(*GUESSED_RATES.items(), strict=True)
-    if config.gpu_batch_size < sizes[0]:  # all of the step is launching kernels, however few the examples
-        return rates[0] * config.gpu_batch_size / sizes[0]
-    return float(np.interp(math.log(config.gpu_batch_size), np.log(sizes), rates))
-
-
 def predict(config: ScaleBenchmark, checkpoint_minutes: float, workers: int, parameters: int) -> float:
     """Predicted examples/s of ``workers`` GPUs; the slowest link that they need counts."""
     one_machine = workers <= config.gpus_per_node
-    seconds = 60 * checkpoint_minutes
     costs = Costs(
         fixed=0.0,
-        example=1 / gpu_rate(config),
+        example=1 / config.gpu_examples_per_second,
         bandwidth=1e9 * (config.node_bandwidth_gb if one_machine else config.network_bandwidth_gb),
         latency=LATENCY,
         feed=workers * config.feed_cores * config.feed_examples_per_second,
-        checkpoint=config.checkpoint_seconds / (seconds + config.checkpoint_seconds),
+        checkpoint=CHECKPOINT_S / (60 * checkpoint_minutes + CHECKPOINT_S),
     )
     b = config.gpu_batch_size
     return workers * b / step_seconds(costs, config.zero_stage, workers, b, parameters)

@@ -42,7 +42,9 @@ def connect(cpus: int | None = None) -> None:
         _bypass_proxies(head)
         # The user's variables of the same name, of `ray job submit`, are part of what is set here.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": proxies.for_workers()})
+        # Of several clusters on a machine Ray's own helpers in the workers would find any.
+        variables = proxies.for_workers() | {"RAY_ADDRESS": head}
+        ray.init(address="auto", logging_level=logging.WARNING, runtime_env={"env_vars": variables})
     else:
         _start(cpus)
     noise.leave_out()
@@ -169,6 +171,6 @@ def _say(line: str) -> None:
 
 def quiet() -> None:
     """Leaves warnings of Ray's libraries and drops their running commentary, in the process that calls it."""
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ray_private.mute_reports()

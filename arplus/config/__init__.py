@@ -4,18 +4,16 @@ A configuration is a tree of frozen dataclasses. The command line is made from t
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
 Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps and range tests) ·
-``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``gpus`` (their peaks) · ``checks`` (plain values and
-back).
+``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``gpus`` (their peaks) · ``settings`` (what a field says
+of itself: when it may change, what may be searched) · ``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (
-    dotted_names,
-    flag,
-    flat,
     from_dict,
     to_dict,
     unknown_key,
     validate,
+    with_values,
 )
 from arplus.config.gpus import PEAK_TFLOPS
 from arplus.config.jobs import (
@@ -35,16 +33,9 @@ from arplus.config.model import (
     VocabularySizes,
     special_ids,
 )
+from arplus.config.settings import INLINE, Required, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
-from arplus.config.studies import (
-    AblateConfig,
-    LrFindConfig,
-    StudyConfig,
-    TuneConfig,
-    run_settings,
-    study_settings,
-    with_values,
-)
+from arplus.config.studies import AblateConfig, LrFindConfig, StudyConfig, TuneConfig
 from arplus.config.training import (
     AR,
     MIN_WORKER_CPUS,
@@ -59,48 +50,3 @@ from arplus.config.training import (
     preset,
     tiny,
 )
-
-__all__ = [
-    "AR",
-    "MIN_WORKER_CPUS",
-    "PAPER_ROWS",
-    "PEAK_TFLOPS",
-    "PRESETS",
-    "RESERVED_SPLITS",
-    "SPECIAL_TOKENS",
-    "AblateConfig",
-    "ChatConfig",
-    "Device",
-    "Dimension",
-    "EstimateConfig",
-    "EvaluateConfig",
-    "ExampleRules",
-    "ExportConfig",
-    "FeedConfig",
-    "LrFindConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "PrepareConfig",
-    "Sampling",
-    "SpecialIds",
-    "StudyConfig",
-    "SynthesizeConfig",
-    "TrainConfig",
-    "TuneConfig",
-    "VocabularySizes",
-    "dotted_names",
-    "flag",
-    "flat",
-    "from_dict",
-    "parse_space",
-    "preset",
-    "run_settings",
-    "special_ids",
-    "study_settings",
-    "tiny",
-    "to_dict",
-    "unknown_key",
-    "validate",
-    "with_values",
-]

@@ -4,27 +4,29 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from arplus.config.settings import FREE_TEXT, Required, flag, flat, settings_of
 from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact
 
 T = TypeVar("T")
 
 _ADDRESS = re.compile(r"\s*([^:/=@]*=)?[A-Za-z][A-Za-z0-9+.-]*:/")
 """Starts a setting that is a URI, or a name and a URI."""
-FREE_TEXT = {"free text": True}
-"""A field's metadata: anybody's words. An address in it is part of what is said, and the word None is a text like any
-other on the command line, where elsewhere it unsets a setting."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, ready for JSON."""
-    return dataclasses.asdict(config)
+    """The configuration as plain values, section by section, ready for JSON."""
+    plain = dataclasses.asdict(config)
+    return _nested(
+        (setting.name.split("."), functools.reduce(operator.getitem, setting.path, plain))
+        for setting in settings_of(type(config))
+    )
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
@@ -32,45 +34,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
 
     Raises :class:`UsageError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
     """
-    valid = list(dotted_names(cls))
-    for key in _leaves(values, valid):
-        if key not in valid and not any(name.startswith(key + ".") for name in valid):
-            raise UsageError(f"{source}: {unknown_key(key, valid)}")
-    try:
-        config = TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        problems = [(_location(e["loc"], valid), f"{_lower(e['msg'])} (got {e['input']!r})") for e in error.errors()]
-    else:
-        problems = list(_check(config))
-    if problems:
-        lines = dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)
-        raise UsageError(redact("; ".join(lines)))
-    return config
+    return _build(cls, {}, values, source)
+
+
+def with_values(config: T, values: Mapping[str, Any], *, source: str) -> T:
+    """``config`` with other values, in sections or by dotted name, checked as in :func:`from_dict`."""
+    return _build(type(config), flat(config), values, source)
 
 
 def validate(config: T, *, source: str = "command line") -> T:
     """The same configuration, after every check of :func:`from_dict`."""
-    return from_dict(type(config), to_dict(config), source=source)
-
-
-def dotted_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Names of all settings below the dataclass ``cls``, as in ``optimizer.lr``."""
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from dotted_names(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """Every setting by its dotted name."""
-    return {name: functools.reduce(getattr, name.split("."), config) for name in dotted_names(type(config))}
-
-
-def flag(name: str) -> str:
-    """A setting's dotted name as it is written on the command line."""
-    return name.replace("_", "-")
+    return with_values(config, {}, source=source)
 
 
 def unknown_key(key: str, valid: list[str]) -> str:
@@ -79,39 +53,69 @@ def unknown_key(key: str, valid: list[str]) -> str:
     return f"unknown key {key!r}{f' (did you mean {near[0]!r}?)' if near else ''}; valid keys: {', '.join(valid)}"
 
 
-def _leaves(values: Mapping[str, Any], valid: list[str], prefix: str = "") -> Iterator[str]:
+def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], source: str) -> T:
+    paths = {setting.name: setting.path for setting in settings_of(cls)}
+    found = {**base, **dict(_leaves(values, paths))}
+    if unknown := [key for key in found if key not in paths]:
+        raise UsageError(f"{source}: {unknown_key(unknown[0], list(paths))}")
+    try:
+        config = TypeAdapter(cls).validate_python(_nested((paths[name], value) for name, value in found.items()))
+    except ValidationError as error:
+        problems = [
+            (_name(paths, e["loc"]), f"{e['msg'][0].lower()}{e['msg'][1:]} (got {e['input']!r})")
+            for e in error.errors()
+        ]
+    else:
+        problems = list(_check(config))
+    if problems:
+        lines = dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)
+        raise UsageError(redact("; ".join(lines)))
+    return config
+
+
+def _leaves(values: Mapping[str, Any], names: Container[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values by dotted name; an empty section has none, and one of ``names`` may itself be a mapping."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and value and prefix + key not in valid:  # one that is valid is a mapping itself
-            yield from _leaves(value, valid, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and prefix + key not in names:
+            yield from _leaves(value, names, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield prefix + key, value
 
 
-def _location(loc: tuple[int | str, ...], valid: list[str]) -> str:
-    """The setting a pydantic error is about: the longest start of its location that is one (unions add type names)."""
-    names = [".".join(map(str, loc[:n])) for n in range(len(loc), 0, -1)]
-    return next((name for name in names if name in valid), names[0])
+def _nested(values: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
+    """Values by the names on the way to them, a dict a section."""
+    found: dict[str, Any] = {}
+    for (*sections, last), value in values:
+        functools.reduce(lambda section, name: section.setdefault(name, {}), sections, found)[last] = value
+    return found
 
 
-def _check(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for f in dataclasses.fields(config):
-        if dataclasses.is_dataclass(value := getattr(config, f.name)):
-            yield from _check(value, f"{prefix}{f.name}.")
-        elif f.metadata != FREE_TEXT and any(map(_with_credentials, _parts(value))):
-            yield prefix + f.name, NO_CREDENTIALS
+def _name(paths: Mapping[str, tuple[str, ...]], location: tuple[int | str, ...]) -> str:
+    """The setting that a pydantic error is about: the start of its location, as unions add type names."""
+    found = (name for name, path in paths.items() if path == location[: len(path)])
+    return next(found, ".".join(map(str, location)))
+
+
+def _check(config: Any) -> Iterator[tuple[str, str]]:
+    """Yields (setting, problem) for what the types do not say."""
+    sections = {}
+    for setting in settings_of(type(config)):
+        value = setting.of(config)
+        sections[setting.path[:-1]] = setting.name.rpartition(".")
+        required = next((mark for mark in setting.marks if isinstance(mark, Required)), None)
+        if required and not value:
+            yield setting.name, f"is required: {required.what}"
+        if FREE_TEXT not in setting.marks and any(
+            map(_with_credentials, value if isinstance(value, tuple) else (value,))
+        ):
+            yield setting.name, NO_CREDENTIALS
         elif isinstance(value, float) and not math.isfinite(value):  # JSON, so a run's config.json, has no infinity
-            yield prefix + f.name, f"must be finite (got {value})"
-    if hasattr(config, "check"):
-        yield from ((prefix + name, problem) for name, problem in config.check())
+            yield setting.name, f"must be finite (got {value})"
+    for path, (prefix, dot, _) in sections.items():
+        section = functools.reduce(getattr, path, config)
+        for name, problem in section.check() if hasattr(section, "check") else ():
+            yield prefix + dot + name, problem
 
 
 def _with_credentials(value: Any) -> bool:
     return isinstance(value, str) and _ADDRESS.match(value) is not None and mask(value) != value
-
-
-def _parts(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from arplus.config.checks import FREE_TEXT
+from arplus.config.settings import FREE_TEXT, INLINE, Required
 from arplus.config.training import Device
 from arplus.errors import UsageError
 
@@ -23,7 +23,7 @@ class ExampleRules:
     """How sessions become examples. ``jobs/prepare.py`` decides it; the data set and every checkpoint carry it."""
 
     max_utterance_characters: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 15
-    """Characters kept of an utterance, so of a response too."""
+    """Characters kept of an utterance, so of a response too; models trained on the data reply with at most as many."""
     max_context_utterances: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 7
     """Utterances kept of a context: three turns of two and the question."""
     incomplete_personas: Literal["drop", "keep"] = "drop"
@@ -52,28 +52,24 @@ class PrepareConfig:
     Of a profile, the first 100 tags are kept, and 50 characters of a tag and of a place; what is cut off is counted.
     """
 
-    input: str = ""
+    input: Annotated[str, Required("the URI of a JSON-lines file or of a folder of them")] = ""
     """URI of a JSON-lines file of any name, or of a folder: its *.jsonl, *.json, *.ndjson and Spark's part-00000 are
     read, plain or with .gz, .zst, .bz2 or .xz, and its other files are listed as left out."""
-    output: str = ""
+    output: Annotated[str, Required("the URI of the data set to make")] = ""
     """URI of the data set to make."""
     evaluation_set: tuple[str, ...] = ()
     """NAME=URI of further records (repeatable), such as the official random and biased test files: encoded with the
     training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
     duplicate_key: DuplicateKey = "dialogue_and_profiles"
     """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
-    incomplete_personas: Literal["drop", "keep"] = ExampleRules.incomplete_personas
-    """What to do with an example in which a speaker lacks gender or location."""
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
     """Stop, with nothing committed, when more than this share of the records is rejected."""
     valid: Annotated[float, Ge(0)] = 20_000
     """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
     test: Annotated[float, Ge(0)] = 20_000
     """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
-    max_utterance_characters: Annotated[int, Gt(0), Le(LARGEST_RULE)] = ExampleRules.max_utterance_characters
-    """Characters kept of an utterance; models trained on the data reply with at most as many."""
-    max_context_utterances: Annotated[int, Gt(0), Le(LARGEST_RULE)] = ExampleRules.max_context_utterances
-    """Utterances kept of a context: three turns of two and the question."""
+    rules: Annotated[ExampleRules, INLINE] = field(default_factory=ExampleRules)
+    """What the data set, and every model trained on it, is made by."""
     min_character_count: Annotated[int, Gt(0)] = 5
     """Rarer characters of the training sessions become [UNK]."""
     min_persona_word_count: Annotated[int, Gt(0)] = 2
@@ -87,17 +83,8 @@ class PrepareConfig:
     persona_vocabulary: str | None = None
     """URI of a given persona vocabulary instead of one that is counted."""
 
-    @property
-    def rules(self) -> ExampleRules:
-        """The settings that the data set hands on."""
-        return ExampleRules(**{f.name: getattr(self, f.name) for f in fields(ExampleRules)})
-
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        if not self.input:
-            yield "input", "is required: the URI of a JSON-lines file or of a folder of them"
-        if not self.output:
-            yield "output", "is required: the URI of the data set to make"
         names = [item.partition("=")[0] for item in self.evaluation_set]
         for name, item in zip(names, self.evaluation_set, strict=True):
             if not item.partition("=")[2]:
@@ -119,7 +106,7 @@ class PrepareConfig:
 class SynthesizeConfig:
     """Writes generated records in PersonalDialog's raw form, with planted duplicates and broken lines."""
 
-    output: str = ""
+    output: Annotated[str, Required("the URI of the folder or file to write")] = ""
     """URI of a new folder of part files, or of one file that ends in .jsonl, .jsonl.gz or .jsonl.zst."""
     records: Annotated[int, Gt(0), Le(400_000_000)] = 10_000
     """Lines in all, duplicates and broken ones among them."""
@@ -139,8 +126,6 @@ class SynthesizeConfig:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        if not self.output:
-            yield "output", "is required: the URI of the folder or file to write"
         if self.duplicates + self.broken > self.records:
             yield (
                 "records",
@@ -185,13 +170,16 @@ class Sampling:
             )
 
 
+CHECKPOINT = Required("the URI of a run's folder or of one of its checkpoints")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Computes the metrics of a checkpoint on splits of a prepared data set, and compares it with another one's."""
 
-    checkpoint: str = ""
+    checkpoint: Annotated[str, CHECKPOINT] = ""
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
-    data: str = ""
+    data: Annotated[str, Required("the URI of a prepared data set")] = ""
     """URI of a prepared data set with the checkpoint's vocabularies."""
     split: tuple[str, ...] = ()
     """Split of the data set (repeatable); by default test and all evaluation sets."""
@@ -204,7 +192,7 @@ class EvaluateConfig:
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
     batch_size: Annotated[int, Gt(0)] | None = None
-    """Examples that a worker takes at a time, which is no matter for the metrics; by default 512 on a GPU, 64 on a CPU.
+    """Examples that a worker takes at a time, which does not change the metrics; by default 512 on a GPU, 64 on a CPU.
     """
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
@@ -213,37 +201,25 @@ class EvaluateConfig:
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if not self.checkpoint:
-            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
-        if not self.data:
-            yield "data", "is required: the URI of a prepared data set"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """A conversation with a checkpoint under a chosen persona; with --say one reply."""
 
-    checkpoint: str = ""
+    checkpoint: Annotated[str, CHECKPOINT] = ""
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
     gender: Literal["男", "女", "male", "female", ""] = ""
     """Gender of the model's persona; empty is unknown."""
-    location: str = field(default="", metadata=FREE_TEXT)
+    location: Annotated[str, FREE_TEXT] = ""
     """Place of the model's persona, as in "四川 成都"; empty is unknown."""
-    tags: str = field(default="", metadata=FREE_TEXT)
+    tags: Annotated[str, FREE_TEXT] = ""
     """Interests of the model's persona, joined by ";"."""
-    say: str | None = field(default=None, metadata=FREE_TEXT)
+    say: Annotated[str | None, FREE_TEXT] = None
     """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for settings that are wrong together."""
-        if not self.checkpoint:
-            yield "checkpoint", "is required: the URI of a run's folder or of one of its checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +230,7 @@ class ExportConfig:
     """URI of a checkpoint, or of a run's folder, which stands for its best one."""
     from_reference: str | None = None
     """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
-    output: str = ""
+    output: Annotated[str, Required("the URI of the folder to write")] = ""
     """URI of the folder to write."""
     preset: str = "arplus"
     """With --from-reference: the row that the weights are of."""
@@ -269,8 +245,6 @@ class ExportConfig:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        if not self.output:
-            yield "output", "is required: the URI of the folder to write"
         if (self.checkpoint is None) == (self.from_reference is None):
             yield "checkpoint", "or --from-reference is required, and only one of them"
         if self.from_reference is not None:

@@ -55,7 +55,7 @@ class ModelConfig:
     """Attention heads; must divide d."""
     ff_size: Annotated[int, Gt(0)] = 2048
     """Width of the feed-forward layer."""
-    ff_bottleneck: Annotated[int, Gt(0)] | None = 100
+    ff_bottleneck: Annotated[int | None, Gt(0)] = 100
     """Inner width of the factored feed-forward layer; None for the plain layer of two matrices."""
     rezero: bool = True
     """Gate each residual branch with one learnt scalar that starts at zero (Eq. 5) instead of post-normalising."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arplus.config.checks import dotted_names, flag, unknown_key
+from arplus.config.checks import unknown_key
+from arplus.config.settings import Role, flag, names_of_role
 from arplus.config.training import TrainConfig
 
 Kind = Literal["uniform", "loguniform", "int", "choice"]
@@ -22,23 +23,6 @@ FORMS = (
     "NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH) or NAME=choice(A,B,…), "
     "or NAME=fixed for trials that all have the run's own value, which --NAME sets"
 )
-_NOT_A_TRIALS = frozenset(
-    {
-        *("preset", "data", "storage", "run_name", "mlflow", "experiment", "resume"),  # where and what a trial is
-        *(
-            "workers",
-            "device",
-            "cpus_per_worker",
-            "zero_stage",
-            "gradient_accumulation_steps",
-            "compile",
-            "max_failures",
-        ),  # how it is computed
-        *("epochs", "max_steps", "validate_every"),  # the budget, which is equal for all
-        *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "audit"),
-    }
-)
-"""Settings of a run in which trials cannot differ."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ def parse_space(items: Sequence[str]) -> list[Dimension]:
 def _parse(item: str) -> Dimension | None:
     name, _, rest = (part.strip() for part in item.partition("="))
     name = name.replace("-", "_")
-    valid = [n for n in dotted_names(TrainConfig) if n not in _NOT_A_TRIALS and not n.startswith("estimate.")]
+    valid = names_of_role(TrainConfig, Role.IDENTITY)
     if name not in valid:
         raise ValueError(f"{item}: {unknown_key(flag(name), [flag(n) for n in valid])}")
     if rest == "fixed":

@@ -1,59 +1,57 @@
-"""Jobs that make many training runs, or one unusual one: a sweep, and the learning-rate range test.
+"""Jobs that make many training runs, or one unusual one: a sweep, an ablation, and the learning-rate range test.
 
-Their settings are those of a run and a few more, so that their command lines are that of ``jobs/train.py`` and a few
-flags more.
+They contain the settings of a run, in line, so that their command lines are that of ``jobs/train.py`` and a few flags
+more.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from arplus.config.checks import from_dict, to_dict
 from arplus.config.names import model_name_problem
+from arplus.config.settings import INLINE, Role
 from arplus.config.space import bounds_problem, parse_space
 from arplus.config.training import PAPER_ROWS, PRESETS, TrainConfig, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(TrainConfig):
+class StudyConfig:
     """What all studies have beside the settings of their runs."""
 
-    run_name: str = ""
-    """Name of the study, its folder and its best model in MLflow; the job's and the preset's name where empty."""
-    experiment: str = ""
-    """MLflow experiment; the study's name where empty."""
-    resume: str = "auto"
-    """auto goes on with the study of this name if there is one; never refuses an existing name."""
-    examples: Annotated[int, Gt(0)] | None = None
+    run: Annotated[TrainConfig, INLINE] = field(default_factory=TrainConfig)
+    """What all runs have in common, and the study's own name, experiment and places."""
+    examples: Annotated[int | None, Gt(0)] = None
     """Budget of one run: the examples that it trains on. By default --epochs times the training set."""
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
-    concurrency: Annotated[int, Gt(0)] | None = None
+    concurrency: Annotated[int | None, Gt(0), Role.OPERATION] = None
     """Runs side by side; by default as many as the cluster has living GPUs for, or, on CPUs, whole CPUs, or one."""
-
-    def run_name_problem(self) -> str | None:
-        """What is wrong with the study's name, which is its best model's too."""
-        return model_name_problem(self.run_name)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        yield from super().check()
-        yield from self.name_problems()
-        if self.resume not in ("auto", "never"):
-            yield "resume", f"must be auto or never for a study (got {self.resume!r})"
-        if self.max_steps is not None:
-            yield "max_steps", "is not a study's: --examples is the budget of its runs (pass --max-steps None)"
-        if self.validate_every is not None:
-            yield "validate_every", "is not a study's: --validations counts them (pass --validate-every None)"
+        if problem := model_name_problem(self.run.run_name):
+            yield "run_name", problem
+        if self.run.resume not in ("auto", "never"):
+            yield "resume", f"must be auto or never for a study (got {self.run.resume!r})"
+        if self.run.max_steps is not None:
+            yield "max_steps", "cannot be set for a study: --examples is the budget of its runs (pass --max-steps None)"
+        if self.run.patience is not None:
+            yield "patience", "cannot be set for a study: its runs have one budget (pass --patience None)"
+        if self.run.validate_every is not None:
+            yield (
+                "validate_every",
+                "cannot be set for a study: --validations counts each run's (pass --validate-every None)",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(StudyConfig):
     """A sweep: trials that differ in some settings, compared by their response perplexity on validation."""
 
-    trials: Annotated[int, Gt(0)] = 16
+    trials: Annotated[int, Gt(0), Role.OPERATION] = 16
     """Trials in all; of a grid, at least as many as it has points."""
     space: tuple[str, ...] = ()
     """What trials differ in (repeatable): NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH) or
@@ -83,10 +81,7 @@ class TuneConfig(StudyConfig):
             yield "lr_bounds", "gives the bounds of optimizer.lr, and --space does so too; leave one out"
         if self.search == "grid":
             sizes = [len(d.grid(self.grid_points)) for d in dimensions]
-            points = 1
-            for size in sizes:
-                points *= size
-            if points > self.trials:
+            if (points := prod(sizes)) > self.trials:
                 yield (
                     "trials",
                     f"the grid has {' × '.join(map(str, sizes))} = {points} points; raise --trials or lower "
@@ -95,16 +90,14 @@ class TuneConfig(StudyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LrFindConfig(TrainConfig):
+class LrFindConfig:
     """Smith's learning-rate range test: the rate grows step by step, and the loss says where learning starts and ends.
 
     The training path is the real one: same feed, engine, workers.
     """
 
-    run_name: str = ""
-    """Name of the test and of its folder; lr-PRESET where empty."""
-    resume: str = "auto"
-    """auto makes the test anew where there is one of this name; never refuses an existing name."""
+    run: Annotated[TrainConfig, INLINE] = field(default_factory=TrainConfig)
+    """The run whose rate is looked for."""
     steps: Annotated[int, Ge(20)] = 200
     """Optimizer steps, each at a higher rate than the one before."""
     lr_from: Annotated[float, Gt(0)] = 1e-6
@@ -116,15 +109,14 @@ class LrFindConfig(TrainConfig):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
-        yield from super().check()
         if self.lr_from >= self.lr_to:
             yield "lr_from", f"must be below lr_to = {self.lr_to:g} (got {self.lr_from:g})"
         elif problem := bounds_problem("loguniform", self.lr_from, self.lr_to):
             yield "lr_from", f"is LOW and lr_to is HIGH: {problem} (got {self.lr_from:g} and {self.lr_to:g})"
-        if self.resume not in ("auto", "never"):
-            yield "resume", f"must be auto or never for a range test (got {self.resume!r})"
-        if len(self.world_sizes) > 1:
-            yield "workers", f"must be one number for a range test, which is short (got {self.workers!r})"
+        if self.run.resume not in ("auto", "never"):
+            yield "resume", f"must be auto or never for a range test (got {self.run.resume!r})"
+        if len(self.run.world_sizes) > 1:
+            yield "workers", f"must be one number for a range test, which is short (got {self.run.workers!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +126,6 @@ class AblateConfig(StudyConfig):
     The settings of a run hold for all rows, but for the network and the optimizer's eps, which make the row.
     """
 
-    tiny: bool = False
-    """Shrink every row; what --tiny says."""
     row: tuple[str, ...] = ()
     """A preset to train (repeatable); by default all of the paper's rows."""
     seeds: Annotated[int, Gt(0)] = 3
@@ -147,6 +137,11 @@ class AblateConfig(StudyConfig):
     rates, the one at which the first seed reaches the lowest response perplexity on validation."""
     rates: Annotated[int, Ge(2)] = 4
     """With --lr tuned: rates tried for each row and size, evenly spaced in log from 1.5e-4 to 1e-2."""
+
+    @property
+    def tiny(self) -> bool:
+        """Whether every row is shrunk."""
+        return self.run.model == tiny(PRESETS["arplus"]).model
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -176,34 +171,11 @@ class AblateConfig(StudyConfig):
         elif len(set(self.rows)) < len(self.rows):
             yield "row", "names a preset twice"
         base = tiny(PRESETS["arplus"]) if self.tiny else PRESETS["arplus"]
-        if self.model != base.model:
+        if self.run.model != base.model:
             yield "model", "is what the rows differ in; an ablation takes no --model settings"
-        if self.lr != "common" and self.optimizer.lr != base.optimizer.lr:
+        if self.lr != "common" and self.run.optimizer.lr != base.optimizer.lr:
             yield "optimizer.lr", f"needs --lr common; with --lr {self.lr} every row has a rate of its own"
-        if self.optimizer.eps != base.optimizer.eps:
+        if self.run.optimizer.eps != base.optimizer.eps:
             yield "optimizer.eps", "is each row's own; leave it out"
-        if self.feed.max_examples is not None:
+        if self.run.feed.max_examples is not None:
             yield "feed", "--feed.max-examples is what --sessions sets; leave it out"
-
-
-def run_settings(config: TrainConfig) -> TrainConfig:
-    """The settings of a run within those of a study."""
-    return TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
-
-
-def with_values(run: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
-    """A run's settings with others by dotted name. Raises :class:`UsageError` naming ``source`` for what cannot be."""
-    plain = to_dict(run)
-    for name, value in values.items():
-        *path, last = name.split(".")
-        section = plain
-        for key in path:
-            section = section[key]
-        section[last] = value
-    return from_dict(TrainConfig, plain, source=source)
-
-
-def study_settings(kind: type[Any], run: TrainConfig) -> Any:
-    """A study of class ``kind`` with its own defaults, of runs that are set as ``run``."""
-    own = {"run_name", "experiment", "resume"}
-    return kind(**{f.name: getattr(run, f.name) for f in fields(TrainConfig) if f.name not in own})

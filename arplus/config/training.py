@@ -10,10 +10,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
 from arplus.config.names import experiment_name_problem, run_name_problem
+from arplus.config.settings import Role
 from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
 """What workers compute on; :func:`arplus.cluster.connection.offer` makes resources of it."""
+MOST_PROFILED_STEPS = 100
+"""A trace holds every operation of its steps: some thousand each."""
 MIN_WORKER_CPUS = 0.2
 """The smallest share of a CPU that a worker is given."""
 
@@ -57,9 +60,9 @@ class FeedConfig:
     shuffle_window_batches: Annotated[int, Gt(0)] = 256
     """Global batches per window: a window is read, shuffled and cut into batches. Fewer where they would be more than
     262,144 examples."""
-    prefetch: Annotated[int, Gt(0)] = 2
+    prefetch: Annotated[int, Gt(0), Role.OPERATION] = 2
     """Windows fetched ahead of the training step."""
-    max_examples: Annotated[int, Gt(0)] | None = None
+    max_examples: Annotated[int | None, Gt(0)] = None
     """Train on this many examples of the training split only: random ones, the same in every run."""
 
     def batches_of_window(self, batch_size: int) -> int:
@@ -71,77 +74,86 @@ class FeedConfig:
 class EstimateConfig:
     """What ``--dry-run`` takes for granted of machines that it does not see; training itself does not look at it."""
 
-    examples_per_second: Annotated[float, Gt(0)] | None = None
-    """Examples a second of one worker, such as a first run's log line says; by default gpu and utilisation give it."""
+    examples_per_second: Annotated[float | None, Gt(0)] = None
+    """Examples per second of one worker, as a first run's log line says; by default gpu and mfu give it."""
     gpu: GPU = "L4"
     """A worker's GPU, for its peak rate."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of that peak that training reaches: an assumption, and a careful one for a small model."""
-    price: Annotated[float, Gt(0)] | None = None
-    """Price of a worker an hour, in any currency."""
+    price: Annotated[float | None, Gt(0)] = None
+    """Price of a worker per hour, in any currency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
-    preset: str = "arplus"
+    preset: Annotated[str, Role.LABEL] = "arplus"
     """Preset that this configuration started from; a label."""
-    data: str = ""
+    data: Annotated[str, Role.OPERATION] = ""
     """URI of a prepared data set (the output of jobs/prepare.py)."""
-    storage: str = "runs"
+    storage: Annotated[str, Role.OPERATION] = "runs"
     """URI under which every run has a folder of its own."""
-    run_name: str = ""
-    """Name of the run and of its folder; the preset's name where empty."""
-    workers: int | str = 1
+    run_name: Annotated[str, Role.OPERATION] = ""
+    """Name of the run, or of the study and its best model in MLflow, and of the folder; where empty the preset's, with
+    tune-, ablate- or lr- before it for a study."""
+    workers: Annotated[int | str, Role.OPERATION] = 1
     """Training workers, one GPU each where they train on GPUs: N, or MIN:MAX for as many of them as the cluster has
     room for at any time, which may change in mid-run."""
-    device: Device = "auto"
-    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one a worker and waits until the cluster
-    has started them; cpu takes none."""
-    cpus_per_worker: Annotated[float, Ge(MIN_WORKER_CPUS)] | None = None
-    """CPUs a worker; by default what leaves one whole CPU to the data feed."""
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    device: Annotated[Device, Role.OPERATION] = "auto"
+    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one per worker and waits until the
+    cluster has started them; cpu takes none."""
+    cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
+    """CPUs per worker; by default all but one, which is for the data feed, in equal shares."""
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], Role.OPERATION] = "auto"
     """Compile the whole step with torch.compile, and fill batches up to one shape for it; auto does on GPUs whose nodes
     have a C compiler. Needs GPUs and ZeRO stage 0 to 2."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per optimizer step, over all workers."""
-    gradient_accumulation_steps: Annotated[int, Gt(0)] = 1
-    """Micro-batches a worker an optimizer step."""
-    epochs: Annotated[int, Gt(0)] = 3
+    gradient_accumulation_steps: Annotated[int, Gt(0), Role.OPERATION] = 1
+    """Micro-batches per worker and optimizer step."""
+    epochs: Annotated[int, Gt(0), Role.BUDGET] = 3
     """Passes over the training set."""
-    max_steps: Annotated[int, Gt(0)] | None = None
+    max_steps: Annotated[int | None, Gt(0), Role.BUDGET] = None
     """Stop after this many optimizer steps in all, even in mid-epoch."""
-    validate_every: Annotated[int, Gt(0)] | None = None
+    validate_every: Annotated[int | None, Gt(0), Role.BUDGET] = None
     """Steps between validations within an epoch; there is always one at the end of each epoch."""
-    checkpoint_every: Annotated[int, Gt(0)] | None = None
+    checkpoint_every: Annotated[int | None, Gt(0), Role.OPERATION] = None
     """Steps between checkpoints beside those after each validation."""
-    checkpoint_minutes: Annotated[float, Gt(0)] | None = 10.0
+    checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
     """Minutes after which there is a checkpoint in any case."""
-    keep_checkpoints: Annotated[int, Gt(0)] = 2
+    keep_checkpoints: Annotated[int, Gt(0), Role.OPERATION] = 2
     """Newest checkpoints kept, beside the best one."""
-    log_every: Annotated[int, Gt(0)] = 20
+    log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
     """Steps between log lines and tracked points."""
+    patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
+    """Validations in a row without a better response perplexity after which the run ends; by default it goes on."""
+    profile_steps: Annotated[str | None, Role.OPERATION] = None
+    """Profile the steps A to B, given as A:B and counted from 1, on the first worker: a trace, the dearest operations
+    and, on a GPU, a snapshot of its memory, in the run's folder profile and in MLflow."""
+    collective_timeout_minutes: Annotated[float, Gt(0), Role.OPERATION] = 10.0
+    """Minutes that workers wait for one that does not answer; then all are started again. Below 10, an outage of the
+    storage may do that too."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
-    resume: str = "auto"
-    """auto goes on with the run of this name if there is one; never refuses an existing name; a checkpoint's URI
-    starts from its whole state."""
-    max_failures: Annotated[int, Ge(0)] = 8
+    resume: Annotated[str, Role.OPERATION] = "auto"
+    """auto goes on with the run or study of this name if there is one (a range test is made anew); never refuses an
+    existing name; a checkpoint's URI starts a run from its whole state."""
+    max_failures: Annotated[int, Ge(0), Role.OPERATION] = 8
     """How often the workers are started again, from the newest checkpoint, after one of them died."""
-    audit: bool = False
+    audit: Annotated[bool, Role.OPERATION] = False
     """Write which examples every step trained on, as Parquet under the run's audit folder."""
     init_from: str | None = None
     """Checkpoint URI whose weights the run starts from; optimizer and schedule start afresh."""
-    mlflow: str | None = None
+    mlflow: Annotated[str | None, Role.OPERATION] = None
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
-    experiment: str = "arplus"
-    """MLflow experiment; arplus where empty."""
+    experiment: Annotated[str, Role.LABEL] = ""
+    """MLflow experiment; where empty arplus, or a study's own name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -150,7 +162,7 @@ class TrainConfig:
     """The optimizer and its schedule."""
     feed: FeedConfig = field(default_factory=FeedConfig)
     """The batches."""
-    estimate: EstimateConfig = field(default_factory=EstimateConfig)
+    estimate: Annotated[EstimateConfig, Role.OPERATION] = field(default_factory=EstimateConfig)
     """Hours and cost in ``--dry-run``."""
 
     @property
@@ -161,6 +173,12 @@ class TrainConfig:
         found = re.fullmatch("([0-9]{1,6}):([0-9]{1,6})", self.workers)
         return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to profile, counted from 1; empty where there are none or ``profile_steps`` is not valid."""
+        found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", self.profile_steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
     def micro_batch_size(self, workers: int) -> int:
         """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
@@ -169,16 +187,12 @@ class TrainConfig:
         """The ZeRO stage of so many workers."""
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
-    def run_name_problem(self) -> str | None:
-        """What is wrong with the run's name."""
-        return run_name_problem(self.run_name)
-
     def name_problems(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for names that MLflow or a file system would refuse.
 
         Apart from :meth:`check`, which a checkpoint of a run that began under such a name must pass, to be read.
         """
-        if problem := self.run_name_problem():
+        if problem := run_name_problem(self.run_name):
             yield "run_name", problem
         if problem := experiment_name_problem(self.experiment):
             yield "experiment", problem
@@ -193,6 +207,12 @@ class TrainConfig:
                 f"must be at least workers × gradient_accumulation_steps = {self.world_sizes[-1]} × "
                 f"{self.gradient_accumulation_steps} = {parts}, "
                 f"an example for each (got {self.batch_size})",
+            )
+        if self.profile_steps is not None and not 1 <= len(self.profiled_steps) <= MOST_PROFILED_STEPS:
+            yield (
+                "profile_steps",
+                f"must be A:B, the first and the last step, counted from 1, and at most {MOST_PROFILED_STEPS} in all, "
+                f"since a trace holds every operation (got {self.profile_steps!r})",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"

@@ -4,8 +4,12 @@
 READ_IN.
 """
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 READ_IN = "2.13.0"
 """The version in which all of this was read."""
@@ -27,3 +31,24 @@ def leave_update_out(optimizer: torch.optim.Optimizer, where: Tensor) -> None:
     It is what ``torch.amp.GradScaler`` sets, for which there is no other way in.
     """
     optimizer.found_inf = where  # type: ignore[attr-defined]
+
+
+def default_store() -> dist.Store:
+    """The store by which the workers of the default process group met."""
+    return distributed_c10d._get_default_store()
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """Sets how long collectives of a group that is there already may take; ``new_group`` alone would let us say so."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def record_allocations(most: int) -> None:
+    """Has the GPU's allocator remember what it does, as in pytorch.org/docs/stable/torch_cuda_memory.html."""
+    torch.cuda.memory._record_memory_history(max_entries=most)
+
+
+def dump_allocations(path: str) -> None:
+    """Writes what it remembers to a file, and has it remember no more."""
+    torch.cuda.memory._dump_snapshot(path)
+    torch.cuda.memory._record_memory_history(enabled=None)

@@ -65,8 +65,24 @@ class TrainProgress:
     """Lowest response perplexity on validation so far."""
     validation: dict[str, float] = field(default_factory=dict)
     """Metrics of the newest validation."""
+    validations_since_best: int = 0
+    """Validations since the one with the lowest perplexity."""
     unvalidated: bool = False
     """Whether the run was stopped in a validation: it is due before the next step."""
+
+    def add_validation(self, metrics: dict[str, float]) -> None:
+        """Notes a validation, and whether it is the best one."""
+        self.validation = metrics
+        self.unvalidated = False
+        self.validations_since_best += 1
+        if self.best_response_ppl is None or metrics["response_ppl"] < self.best_response_ppl:
+            self.set_best(metrics["response_ppl"])
+
+    def set_best(self, response_ppl: float | None) -> None:
+        """Sets the lowest perplexity; another one than before is the newest validation's, or none yet."""
+        if response_ppl != self.best_response_ppl:
+            self.validations_since_best = 0
+        self.best_response_ppl = response_ppl
 
 
 @dataclass(frozen=True, kw_only=True)

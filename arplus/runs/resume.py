@@ -1,10 +1,11 @@
 """Where a run starts: at the beginning, or from a checkpoint of its own or of another run (``--resume``)."""
 
 import logging
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, TypeVar
 
 from arplus import storage
-from arplus.config import EstimateConfig, TrainConfig, dotted_names, flat, from_dict
+from arplus.config import Role, TrainConfig, flat, from_dict, names_of_role
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
 from arplus.runs import attempt, checkpoint
@@ -12,25 +13,10 @@ from arplus.runs.checkpoint import TrainState
 
 log = logging.getLogger(__name__)
 
-MAY_DIFFER = frozenset(
-    {
-        *("run_name", "storage", "data", "mlflow"),  # where things are; the data is compared by its fingerprint
-        *(
-            "workers",
-            "device",
-            "cpus_per_worker",
-            "zero_stage",
-            "gradient_accumulation_steps",
-            "compile",
-            "feed.prefetch",
-        ),  # how it is computed
-        *("epochs", "max_steps"),  # a run may be extended
-        *("validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"),
-        *("resume", "max_failures", "audit"),
-        *(f"estimate.{name}" for name in dotted_names(EstimateConfig)),
-    }
-)
-"""Settings that may change in mid-run; any other would make it a different run."""
+T = TypeVar("T")
+
+MAY_DIFFER = frozenset(names_of_role(TrainConfig, Role.OPERATION, Role.BUDGET))
+"""Settings that may change in mid-run; any other would make it a different run. Data is known by its fingerprint."""
 
 
 class ResumePoint(NamedTuple):
@@ -95,12 +81,13 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
         raise UsageError(f"--resume {uri}: must be auto, never, or the URI of a checkpoint or of a run's folder")
     if state.progress.step and not state.moments:
         raise UsageError(f"--resume {uri}: holds weights alone; --init-from starts a new run from them")
+    # Another run may have been tracked elsewhere, and its checkpoint has what its weights came to.
     _check(state, config, dataset, uri, MAY_DIFFER | {"experiment", "init_from"})
     log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
     return ResumePoint(uri, state.mlflow_run_id if own else None)
 
 
-def differences(theirs: TrainConfig, mine: TrainConfig, may_differ: frozenset[str]) -> list[str]:
+def differences(theirs: T, mine: T, may_differ: Collection[str]) -> list[str]:
     """The settings in which two configurations differ and must not, with both values."""
     there, here = flat(theirs), flat(mine)
     differ = [name for name in here if name not in may_differ and there[name] != here[name]]

@@ -1,6 +1,7 @@
 """Studies: many training runs that answer one question, as Ray Tune trials over Ray Train.
 
-Modules: ``record`` (a study on storage) · ``room`` (how many runs fit side by side) · ``trial`` (one run) · ``execute``
-(all runs of a study) · ``search`` (what a sweep tries next) · ``tune`` (a sweep from beginning to end) · ``lr_range``
-(the learning-rate range test).
+Modules: ``record`` (a study on storage) · ``slots`` (how many runs fit side by side) · ``trial`` (one run) ·
+``execute`` (all runs of a study) · ``publish`` (what a study leaves) · ``tune`` (a sweep) with
+``search`` (what it tries next) · ``ablate`` (the paper's rows) with ``results``, ``report`` and ``paper`` (its tables)
+· ``lr_find`` (the learning-rate range test).
 """

@@ -7,9 +7,7 @@ first; the best of them is that seed's result, and its rate that of the other se
 import functools
 import json
 import logging
-import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +21,6 @@ from arplus.config import (
     EvaluateConfig,
     TrainConfig,
     VocabularySizes,
-    run_settings,
     tiny,
     to_dict,
 )
@@ -34,7 +31,7 @@ from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import live_parameters
 from arplus.model.network import PersonaTransformer
 from arplus.study import execute, report, results
-from arplus.study.publish import publish_best
+from arplus.study.publish import conclude
 from arplus.study.record import Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots
 from arplus.study.tune import with_budget
@@ -44,8 +41,6 @@ log = logging.getLogger(__name__)
 
 LOWEST_RATE, HIGHEST_RATE = 1.5e-4, 1e-2
 """Between them lie the rates that are tried; the lowest is the floor of the paper's schedule."""
-TABLE_S = 60.0
-"""Seconds between two progress lines at least, unless a run has ended."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +78,15 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     config = resolve_study(config, "ablate")
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
-    room = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
-    preflight.check_nodes(config, dataset, config.runs * checkpoint_bytes(config.model, dataset.sizes))
+    slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
+    preflight.check_nodes(config.run, dataset, config.runs * checkpoint_bytes(config.run.model, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
-            _run(config, study, room, [row for size in sizes for row in _rate_rows(config, size)], tracker)
+            _run(config, study, slots, [row for size in sizes for row in _rate_rows(config, size)], tracker)
         # Once: the tables are of these rows, whichever rates an earlier command chose.
         rows = [row for size in sizes for row in _rows(config, size, study)]
-        _run(config, study, room, rows, tracker)
+        _run(config, study, slots, rows, tracker)
         execute.check_outcome(study)
         _evaluate(config, study, dataset, rows)
         return _conclude(study, config, tracker, dataset, rows)
@@ -102,15 +97,15 @@ def plan(config: AblateConfig) -> str:
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
     of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
-    if config.data:
+    if config.run.data:
         for size in _sizes(config, _dataset(config)):
-            budget = config.examples or config.epochs * size.examples
+            budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
     return "\n".join(lines)
 
 
 def _dataset(config: AblateConfig) -> Dataset:
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
     return dataset
 
@@ -130,7 +125,9 @@ def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
     """The first seed's runs of every row at all rates."""
     step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
     rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
-    return [RunSpec(preset, size.sessions, size.examples, config.seed, lr) for preset in config.rows for lr in rates]
+    return [
+        RunSpec(preset, size.sessions, size.examples, config.run.seed, lr) for preset in config.rows for lr in rates
+    ]
 
 
 def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
@@ -139,46 +136,39 @@ def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
     for preset in config.rows:
         if config.lr == "tuned":
             tried = [row for row in _rate_rows(config, size) if row.preset == preset]
-            scores = {row.lr: score for row in tried if (score := _score(study, row)) is not None}
+            finished = [t for row in tried if (t := study.trials.get(row.name)) and t.outcome == "finished"]
+            scores = {trial.score: trial.values["optimizer.lr"] for trial in finished if trial.score is not None}
             if not scores:
                 log.warning("%s with %d sessions: no rate came to a result", preset, size.sessions)
                 continue
-            lr = min(scores, key=lambda rate: scores[rate])
+            lr = scores[min(scores)]
         else:
-            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.optimizer.lr
-        found += [RunSpec(preset, size.sessions, size.examples, config.seed + i, lr) for i in range(config.seeds)]
+            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.run.optimizer.lr
+        found += [RunSpec(preset, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]
     return found
-
-
-def _score(study: Study, row: RunSpec) -> float | None:
-    trial = study.trials.get(row.name)
-    return trial.score if trial is not None and trial.outcome == "finished" else None
 
 
 def settings(config: AblateConfig, row: RunSpec) -> TrainConfig:
     """The settings of a run."""
     own = tiny(PRESETS[row.preset]) if config.tiny else PRESETS[row.preset]
     run = replace(
-        run_settings(config),
+        config.run,
         preset=row.preset,
         model=own.model,
-        optimizer=replace(config.optimizer, lr=row.lr, eps=own.optimizer.eps),
+        optimizer=replace(config.run.optimizer, lr=row.lr, eps=own.optimizer.eps),
         seed=row.seed,
-        feed=replace(config.feed, max_examples=row.examples),
+        feed=replace(config.run.feed, max_examples=row.examples),
     )
-    return with_budget(run, config.examples or config.epochs * row.examples, config.validations, row.examples)
+    return with_budget(run, config.examples or config.run.epochs * row.examples, config.validations, row.examples)
 
 
+@dataclass
 class _Rows(execute.Source):
     """Rows that have no run yet, in order."""
 
-    def __init__(self, config: AblateConfig, study: Study, rows: list[RunSpec]) -> None:
-        self.config = config
-        self.study = study
-        self.left = [row for row in rows if row.name not in study.trials]
-        self.rows = len(rows)
-        self.shown_at = -math.inf
-        self.ended = -1
+    config: AblateConfig
+    study: Study
+    left: list[RunSpec]
 
     def next(self) -> Trial | None:
         """The record of the next row's run."""
@@ -187,38 +177,20 @@ class _Rows(execute.Source):
         row = self.left.pop(0)
         return self.study.add(row.name, row.values, settings(self.config, row))
 
-    def tell(self, trial: Trial) -> None:
-        """Nothing to learn."""
-
-    def show(self) -> None:
-        """Logs how far the study is where a run has ended, or some time after the last line."""
-        ended = [t for t in self.study.trials.values() if t.outcome != "running"]
-        if len(ended) == self.ended and time.monotonic() - self.shown_at < TABLE_S:
-            return
-        self.ended, self.shown_at = len(ended), time.monotonic()
-        running = [f"{t.name} {_progress(t)}" for t in self.study.trials.values() if t.outcome == "running"]
+    def progress(self) -> str:
+        """How many runs have ended, and how far the others are."""
+        running = [t for t in self.study.trials.values() if t.outcome == "running"]
+        now = [f"{t.name} " + (f"PPL {t.results[-1]['response_ppl']:.2f}" if t.results else "begins") for t in running]
         left = f", {len(self.left)} to come" if self.left else ""
-        log.info("%d runs have ended%s; now %s", len(ended), left, "; ".join(running) or "none")
+        return f"{len(self.study.trials) - len(running)} runs have ended{left}; now {'; '.join(now) or 'none'}"
 
 
-def _progress(trial: Trial) -> str:
-    return f"PPL {trial.results[-1]['response_ppl']:.2f}" if trial.results else "begins"
-
-
-def _run(config: AblateConfig, study: Study, room: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
-    source = _Rows(config, study, rows)
+def _run(config: AblateConfig, study: Study, slots: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
+    source = _Rows(config, study, [row for row in rows if row.name not in study.trials])
     again = [study.trials[row.name] for row in rows if row.name in study.trials and not study.trials[row.name].ended]
-    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), room.side_by_side)
+    log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), slots.side_by_side)
     if source.left or again:
-        execute.execute(
-            study,
-            source,
-            room,
-            again=again,
-            max_failures=config.max_failures,
-            show=source.show,
-            on_stop=lambda: tracker.mark("KILLED"),
-        )
+        execute.execute(study, source, slots, tracker, again=again)
 
 
 def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[RunSpec]) -> None:
@@ -227,7 +199,7 @@ def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[R
     for trial in study.trials.values():
         if trial.name not in wanted or trial.outcome != "finished" or "evaluation" in trial.final:
             continue
-        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.data, device=config.device)
+        asked = EvaluateConfig(checkpoint=study.run_uri(trial.name), data=config.run.data, device=config.run.device)
         found = storage.with_retries(study.uri, functools.partial(evaluate, asked))
         trial.final["evaluation"] = found["splits"]
         trial.final["sessions"] = wanted[trial.name].sessions
@@ -251,7 +223,9 @@ def _conclude(
 ) -> dict[str, Any]:
     """Writes tables, figure and all numbers, tracks them on the parent, and registers the best model."""
     rows = results.rows(study.trials[row.name] for row in wanted if row.name in study.trials)
-    study_url, compare_url = tracking.study_url(study.tracked), tracking.compare_url(list(_tracked(study)))
+    evaluated = [study.tracked_run(t) for t in study.trials.values() if "evaluation" in t.final]
+    study_url = tracking.study_url(study.tracked)
+    compare_url = tracking.compare_url([run for run in evaluated if run is not None])
     unfinished = {t.name: t.problem for t in study.trials.values() if t.outcome in ("failed", "diverged")}
     result: dict[str, Any] = {
         "study": study.name,
@@ -262,25 +236,14 @@ def _conclude(
         "unfinished": unfinished,
     }
     page = report.page(config, rows, study_url=study_url, compare_url=compare_url, unfinished=unfinished)
-    study.write("report.html", page)
-    study.write("result.json", storage.as_json(result))
-    result["model"] = publish_best(study, dataset)  # with the tables safe: MLflow may be away
-    study.write("result.json", storage.as_json(result))
+    conclude(study, tracker, dataset, result, {"report.html": page})
     text = report.text(rows)
-    tracker.log_text("report.html", page)
     tracker.log_text("tables.txt", text)
-    tracker.log_text("result.json", storage.as_json(result))
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:
             tracker.log({f"response_ppl/{key.preset}": cells["response_ppl"].mean}, step=largest)
     return result | {"report": storage.join(study.uri, "report.html"), "text": text}
-
-
-def _tracked(study: Study) -> Iterator[tracking.RunRef]:
-    for trial in study.trials.values():
-        if "evaluation" in trial.final and (run := study.tracked_run(trial)) is not None:
-            yield run
 
 
 def shown(result: Mapping[str, Any]) -> str:

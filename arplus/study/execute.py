@@ -4,14 +4,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 IN_A_ROW = 3
 """Failed runs, none in between, after which a study ends: what they fail of is not theirs."""
+PROGRESS_S = 30.0
+"""Seconds between two words on a study's progress at least, unless a run has ended."""
 
 
 class Source(Protocol):
@@ -39,30 +41,32 @@ class Source(Protocol):
         ...
 
     def tell(self, trial: Trial) -> None:
-        """Says that a run ended."""
+        """Says that a run ended; a source that learns nothing from it leaves this out."""
+        return None
+
+    def progress(self) -> str:
+        """How far the study is, for the log."""
         ...
 
 
 def execute(
     study: Study,
     source: Source,
-    room: Slots,
+    slots: Slots,
+    tracker: tracking.Tracker,
     *,
     again: list[Trial],
     scheduler: TrialScheduler | None = None,
-    max_failures: int,
-    show: Callable[[], None] = lambda: None,
-    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs what is to go on ``again``, unfinished or failed, and all that ``source`` gives, and keeps the records.
 
-    ``show`` is called whenever a record has changed. A trial's own process that dies is started again, from the run's
-    newest checkpoint, ``max_failures`` times; whatever else ends a run is in its record, and the others go on.
-    Raises :class:`StoppedError` where this process was told to end, with every run saved; ``on_stop`` is called as soon
-    as it is. Raises :class:`RunError` where :data:`IN_A_ROW` runs failed, none in between.
+    A trial's own process that dies is started again, from the run's newest checkpoint, ``--max-failures`` times;
+    whatever else ends a run is in its record, and the others go on. Raises :class:`StoppedError` where this process was
+    told to end, with every run saved; ``tracker`` is told at once. Raises :class:`RunError` where :data:`IN_A_ROW` runs
+    failed, none in between.
     """
-    adapter = _Adapter(study, source, room, again, scheduler, show)
-    _set_environment()
+    adapter = _Adapter(study, source, slots, again, scheduler)
+    set_environment()
     filesystem, path = storage.resolve_lasting(storage.join(study.uri, "ray"))
     tuner = tune.Tuner(
         tune.with_resources(TrialProcess, RESOURCES),
@@ -70,25 +74,25 @@ def execute(
             search_alg=adapter,
             scheduler=scheduler,
             num_samples=-1,  # until the searcher ends
-            max_concurrent_trials=room.side_by_side,
-            trial_dirname_creator=lambda trial: adapter.name_of(trial.trial_id),
-            trial_name_creator=lambda trial: adapter.name_of(trial.trial_id),
+            max_concurrent_trials=slots.side_by_side,
+            trial_dirname_creator=_name_of,
+            trial_name_creator=_name_of,
         ),
         run_config=cast(Any, tune.RunConfig)(
             name=f"job-{uuid4().hex[:8]}",  # of no later use; see arplus.study.record
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=max_failures),
+            failure_config=tune.FailureConfig(max_failures=study.config.run.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs save themselves
             verbose=0,
         ),
     )
 
     def stop() -> None:
-        on_stop()
+        tracker.mark("KILLED")
         adapter.stop()
 
-    with attempt.on_stop_signal(stop), _quiet():
+    with attempt.on_stop_signal(stop):
         tuner.fit()
     storage.with_retries(study.uri, lambda: storage.delete(storage.join(study.uri, "ray")))
     if len(adapter.failures) >= IN_A_ROW:
@@ -119,16 +123,20 @@ def asha(budget: int, validations: int, reduction: float, known: Iterable[Trial]
         stop_last_trials=False,  # the run ends by itself, with its last checkpoint and final metrics
     )
     for trial in known:
-        _replay(scheduler, trial.name, trial.results)
+        replay(scheduler, trial.name, trial.results)
     return scheduler
 
 
-def _replay(scheduler: TrialScheduler, trial_id: str, results: list[dict[str, float]]) -> None:
+def replay(scheduler: TrialScheduler, trial_id: str, results: list[dict[str, float]]) -> None:
     """Tells a scheduler of a trial's validations so far; a rung that knows a trial takes no later value of it."""
-    past = cast(Any, SimpleNamespace(trial_id=trial_id))
+    past = TuneTrial("", trial_id=trial_id, stub=True)
     scheduler.on_trial_add(cast(Any, None), past)
     for result in results:
         scheduler.on_trial_result(cast(Any, None), past, cast(Any, result))
+
+
+def _name_of(trial: TuneTrial) -> str:
+    return Path(trial.config["record"]).stem
 
 
 class _Adapter(Searcher):
@@ -138,22 +146,20 @@ class _Adapter(Searcher):
         self,
         study: Study,
         source: Source,
-        room: Slots,
+        slots: Slots,
         again: list[Trial],
         scheduler: TrialScheduler | None,
-        show: Callable[[], None],
     ) -> None:
         super().__init__()
         self.study = study
         self.source = source
-        self.room = room
+        self.slots = slots
         self.scheduler = scheduler
-        self.show = show
         self.again = list(again)
         self.live: dict[str, Trial] = {}
         """Records of the trials that run, by Tune's id."""
-        self.names: dict[str, str] = {}
         self.stopping = False
+        self.ended, self.told_at = -1, 0.0
         self.failures: list[str] = []
         """Why the last runs failed; empty once one has not."""
 
@@ -161,28 +167,23 @@ class _Adapter(Searcher):
         """The next run, written down before it starts."""
         trial = None
         if not self.stopping and len(self.failures) < IN_A_ROW:
-            trial = self._again() or self.source.next()
+            if self.again:
+                self.study.renew(trial := self.again.pop(0))
+            else:
+                trial = self.source.next()
         if trial is None:
             return Searcher.FINISHED
         trial.outcome, trial.problem = "running", ""
-        self.study.save(trial)
+        self._save(trial)
         if self.scheduler is not None:
-            _replay(self.scheduler, trial_id, trial.results)
-        self.live[trial_id], self.names[trial_id] = trial, trial.name
-        self.show()
+            replay(self.scheduler, trial_id, trial.results)
+        self.live[trial_id] = trial
         return {
             "record": self.study.record_uri(trial.name),
             "study": self.study.name,
             "parent_run_id": self.study.tracked.run_id,
-            **self.room._asdict(),
+            **self.slots._asdict(),
         }
-
-    def _again(self) -> Trial | None:
-        if not self.again:
-            return None
-        trial = self.again.pop(0)
-        self.study.renew(trial)
-        return trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Notes a validation."""
@@ -208,10 +209,6 @@ class _Adapter(Searcher):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
         self._note(trial, result or {})
         self.source.tell(trial)
-
-    def name_of(self, trial_id: str) -> str:
-        """The run's name."""
-        return self.names.get(trial_id, trial_id)
 
     def stop(self) -> None:
         """Has every run save and end; starts no further one."""
@@ -240,8 +237,14 @@ class _Adapter(Searcher):
         known = trial.results[-1]["examples"] if trial.results else 0
         if trial.outcome != "diverged" and result.get("examples", 0) > known and "response_ppl" in result:
             trial.results.append({key: result[key] for key in ("examples", "response_ppl", OBJECTIVE)})
+        self._save(trial)
+
+    def _save(self, trial: Trial) -> None:
         self.study.save(trial)
-        self.show()
+        ended = sum(t.outcome != "running" for t in self.study.trials.values())
+        if ended != self.ended or time.monotonic() - self.told_at >= PROGRESS_S:
+            self.ended, self.told_at = ended, time.monotonic()
+            log.info("%s", self.source.progress())
 
 
 @contextmanager
@@ -249,7 +252,8 @@ def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
     tracker = tracking.Tracker(study.tracked, record=study.record, keep=study.records)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
-    tracker.log_dataset(Path(study.config.data).name, study.fingerprint, study.config.data, study.kind)
+    data = study.config.run.data
+    tracker.log_dataset(Path(data).name, study.fingerprint, data, study.kind)
     status: tracking.Status | None = "FAILED"
     try:
         yield tracker
@@ -285,24 +289,9 @@ def check_outcome(study: Study) -> None:
         raise RunError(f"study {study.name}: no run came to a result ({'; '.join(problems[:3]) or 'there was none'})")
 
 
-def _set_environment() -> None:
-    """Ray Tune's own files, loggers and Ctrl-C off, by the environment alone; AWS's keys stay where they are."""
+def set_environment() -> None:
+    """Ray Tune's own files, banner and Ctrl-C off, by the environment alone; AWS's keys stay where they are."""
     ray_private.keep_keys_out_of_trials()
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it gives the runs ten seconds to end
-    os.environ.setdefault("TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "600")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner and end ignore verbose=0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Only errors of Ray Tune, whose commentary is about its own files and about restoring from them."""
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -5,7 +5,6 @@ Rates", section 3.3). The response's loss L_D first stands still, then falls, th
 rates that are worth a sweep.
 """
 
-import csv
 import functools
 import io
 import itertools
@@ -26,6 +25,7 @@ from arplus.config import LrFindConfig, flat
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UsageError
+from arplus.study.publish import as_csv
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
@@ -48,36 +48,28 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     Raises :class:`UsageError` for wrong settings or data, :class:`ResourceError` for a cluster that is too small and
     :class:`RunError` where the loss never fell or the workers died.
     """
-    config = resolve_lr_find(config)
-    dataset = Dataset.open(config.data)
-    scaling = preflight.scaling(config)
-    preflight.check_nodes(config, dataset, 0)  # it writes no checkpoint
-    uri = storage.join(config.storage, config.run_name)
-    if config.resume == "never" and storage.exists(storage.join(uri, FILE)):
+    run = resolve(replace(config.run, run_name=config.run.run_name or f"lr-{config.run.preset}"))
+    run = replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage))
+    config = replace(config, run=run)
+    dataset = Dataset.open(run.data)
+    scaling = preflight.scaling(run)
+    preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
+    uri = storage.join(run.storage, run.run_name)
+    if run.resume == "never" and storage.exists(storage.join(uri, FILE)):
         raise UsageError(f"--resume never: {uri} exists; take another --run-name, or --resume auto to make it anew")
     if storage.exists(storage.join(uri, "attempt.json")) or storage.exists(storage.join(uri, "study.json")):
-        raise UsageError(f"--run-name {config.run_name}: {uri} is a run or a study; take another name")
-    assert config.mlflow is not None
-    tracked = tracking.start_run(
-        config.mlflow,
-        config.experiment,
-        config.run_name,
-        tags={
-            "kind": "lr range test",
-            "preset": config.preset,
-            "fingerprint": dataset.fingerprint,
-        }
-        | node.code_tags(),
-        params=flat(config),
-    )
+        raise UsageError(f"--run-name {run.run_name}: {uri} is a run or a study; take another name")
+    assert run.mlflow is not None
+    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | node.code_tags()
+    tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=flat(config))
     record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
     with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
-        tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
+        tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")
         points = _run(config, scaling, uri)
         for number, point in enumerate(points):
             tracker.log({f"lr_range/{key}": value for key, value in point.items()}, step=number)
         result: dict[str, Any] = {
-            "preset": config.preset,
+            "preset": run.preset,
             "fingerprint": dataset.fingerprint,
             "mlflow_url": tracking.run_url(tracked),
             "lr": analyse([p["lr"] for p in points], [p["dialogue_loss"] for p in points]),
@@ -86,19 +78,13 @@ def find(config: LrFindConfig) -> dict[str, Any]:
         files = {
             FILE: json.dumps(result, indent=2) + "\n",
             "lr_range.csv": as_csv(points),
-            "lr_range.svg": plot(points, result["lr"], f"{config.preset}: learning-rate range test"),
+            "lr_range.svg": plot(points, result["lr"], f"{run.preset}: learning-rate range test"),
         }
         for name, text in files.items():
             storage.with_retries(uri, functools.partial(storage.write_bytes, storage.join(uri, name), text.encode()))
             tracker.log_text(name, text)
         tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
-
-
-def resolve_lr_find(config: LrFindConfig) -> LrFindConfig:
-    """The settings with every name and path filled in."""
-    config = resolve(replace(config, run_name=config.run_name or f"lr-{config.preset}"))
-    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))
 
 
 def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, float]:
@@ -146,15 +132,6 @@ def smooth(losses: list[float]) -> NDArray[np.float64]:
     return np.array([np.mean(losses[max(i - half, 0) : i + half + 1]) for i in range(len(losses))])
 
 
-def as_csv(points: list[dict[str, float]]) -> str:
-    """The curve as comma-separated values."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(points[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(points)
-    return out.getvalue()
-
-
 def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> str:
     """The curve with its bounds and suggestion, as SVG."""
     from matplotlib.figure import Figure  # seconds, once a machine
@@ -177,7 +154,9 @@ def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> st
 
 def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[str, float]]:
     try:
-        outcome = workers.run(_worker, {"config": config}, scaling, uri)
+        outcome = workers.run(
+            _worker, {"config": config}, scaling, uri, timeout_minutes=config.run.collective_timeout_minutes
+        )
     except TrainingFailedError as error:
         log.error("%s", error)
         raise RunError(
@@ -192,14 +171,15 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
 
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
     config: LrFindConfig = arguments["config"]
+    run = config.run
     device = workers.set_up()
     try:
-        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(config.data, lambda: load(config, None)))
+        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(run.data, lambda: load(run, None)))
     except RunEndedError as ended:
         error: UsageError = ended.args[0]
         return error
-    loader, _ = loaders(config, dataset, device)
-    return curve(Engine(model, config, device), loader.batches, loader.steps, config)
+    loader, _ = loaders(run, dataset, device)
+    return curve(Engine(model, run, device), loader.batches, loader.steps, config)
 
 
 def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
@@ -216,7 +196,7 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
             rate = config.lr_from * factor ** len(points)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-            seed_dropout(config.seed, len(points))
+            seed_dropout(config.run.seed, len(points))
             engine.train_step(step)
             try:
                 (result,), _ = engine.read()
@@ -226,8 +206,8 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
                 {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
             )
             mean = 0.9 * mean + 0.1 * result.dialogue
-            smooth = mean / (1 - 0.9 ** len(points))
-            lowest = min(lowest, smooth)
-            if smooth > config.give_up * lowest or len(points) == config.steps:
+            smoothed = mean / (1 - 0.9 ** len(points))
+            lowest = min(lowest, smoothed)
+            if smoothed > config.give_up * lowest or len(points) == config.steps:
                 return points
     raise AssertionError("itertools.count ends")

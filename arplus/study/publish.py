@@ -1,9 +1,12 @@
-"""A study's best model, where colleagues look for it: in its MLflow run and in the model registry."""
+"""What a study leaves: its files on storage and in MLflow, and its best model in the model registry."""
 
+import csv
+import io
 import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from arplus import storage, tracking
 from arplus.data.dataset import Dataset
@@ -15,6 +18,28 @@ log = logging.getLogger(__name__)
 
 ALIAS = "best"
 """Alias of the registered model's version that is the best run's."""
+
+
+def conclude(
+    study: Study, tracker: tracking.Tracker, dataset: Dataset, result: dict[str, Any], files: dict[str, str]
+) -> None:
+    """Writes files and ``result.json`` into the study's folder, registers the best model, and tracks it all."""
+    for name, text in (files | {"result.json": storage.as_json(result)}).items():
+        study.write(name, text)
+    result["model"] = publish_best(study, dataset)  # with the numbers safe: MLflow may be away
+    files["result.json"] = storage.as_json(result)
+    study.write("result.json", files["result.json"])
+    for name, text in files.items():
+        tracker.log_text(name, text)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows as comma-separated values; a column that a row lacks is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def publish_best(study: Study, dataset: Dataset) -> str | None:

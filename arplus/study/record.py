@@ -17,7 +17,17 @@ from uuid import uuid4
 
 from arplus import storage, tracking
 from arplus.cluster import node
-from arplus.config import StudyConfig, TrainConfig, flat, from_dict, run_settings, to_dict, with_values
+from arplus.config import (
+    Role,
+    StudyConfig,
+    TrainConfig,
+    flat,
+    from_dict,
+    names_of_role,
+    to_dict,
+    validate,
+    with_values,
+)
 from arplus.errors import UsageError
 from arplus.runs import attempt, resume
 from arplus.runs.attempt import SupersededError
@@ -29,10 +39,6 @@ Outcome = Literal["running", "finished", "stopped", "diverged", "failed"]
 OBJECTIVE = "best_response_ppl"
 """What runs are compared by: their lowest response perplexity on validation. Never the total loss, whose scale moves
 with λ1."""
-MAY_DIFFER = (resume.MAY_DIFFER - {"epochs", "max_steps", "validate_every"}) | {"trials", "concurrency"}
-"""Settings that may change when a study goes on."""
-_RENEWED = MAY_DIFFER & resume.MAY_DIFFER - {"run_name", "storage"}
-"""Those that its unfinished runs then take on."""
 
 
 @dataclass(kw_only=True)
@@ -93,16 +99,17 @@ class Study:
         Raises :class:`UsageError` where the name is taken: by a run, by a study of other settings (which are listed) or
         other data, or by any study where --resume is never.
         """
-        uri = storage.join(config.storage, config.run_name)
+        run = config.run
+        uri = storage.join(run.storage, run.run_name)
         file = storage.join(uri, "study.json")
         before = storage.with_retries(file, lambda: _compatible(file, config, kind, fingerprint))
         if before is None and storage.with_retries(uri, lambda: storage.exists(storage.join(uri, "config.json"))):
-            raise UsageError(f"--run-name {config.run_name}: {uri} is a training run; take another name")
+            raise UsageError(f"--run-name {run.run_name}: {uri} is a training run; take another name")
         tracked = tracking.start_run(
-            config.mlflow or tracking.default_uri(config.storage),
-            config.experiment,
-            config.run_name,
-            tags={"kind": kind, "preset": config.preset, "fingerprint": fingerprint} | node.code_tags(),
+            run.mlflow or tracking.default_uri(run.storage),
+            run.experiment,
+            run.run_name,
+            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | node.code_tags(),
             params=flat(config),
             resume_run_id=before["mlflow_run_id"] if before else None,
         )
@@ -123,7 +130,7 @@ class Study:
     @property
     def name(self) -> str:
         """Its name."""
-        return self.config.run_name
+        return self.config.run.run_name
 
     @property
     def record(self) -> Path:
@@ -151,8 +158,10 @@ class Study:
 
     def renew(self, trial: Trial) -> None:
         """Gives a run that is to go on the study's settings of today, where it may differ from those it began with."""
-        today = {name: value for name, value in flat(run_settings(self.config)).items() if name in _RENEWED}
-        trial.config = to_dict(replace(with_values(trial.settings, today, source=trial.name), storage=self.runs_uri))
+        today = flat(self.config.run)
+        changed = {name: today[name] for name in names_of_role(TrainConfig, Role.OPERATION)}
+        own = {"run_name": trial.name, "storage": self.runs_uri}
+        trial.config = to_dict(with_values(trial.settings, changed | own, source=trial.name))
 
     def save(self, trial: Trial) -> None:
         """Writes a record. Raises :class:`SupersededError` where another job has taken the study over."""
@@ -207,23 +216,24 @@ def _compatible(file: str, config: StudyConfig, kind: str, fingerprint: str) -> 
     if before is None:
         return None
     other = "take another --run-name"
-    if config.resume == "never":
+    if config.run.resume == "never":
         raise UsageError(f"--resume never: {file} exists; {other}, or --resume auto to go on with it")
     if before["kind"] != kind:
-        raise UsageError(f"--run-name {config.run_name}: {file} is of a study of kind {before['kind']}; {other}")
+        raise UsageError(f"--run-name {config.run.run_name}: {file} is of a study of kind {before['kind']}; {other}")
     if before["fingerprint"] != fingerprint:
         raise UsageError(
-            f"{file}: this study is on data of fingerprint {before['fingerprint']}, and {config.data} has "
+            f"{file}: this study is on data of fingerprint {before['fingerprint']}, and {config.run.data} has "
             f"{fingerprint}; {other}"
         )
     theirs = from_dict(type(config), before["config"], source=file)
-    if different := resume.differences(theirs, config, MAY_DIFFER):
+    if different := resume.differences(theirs, config, names_of_role(type(config), Role.OPERATION)):
         raise UsageError(f"{file}: this study has other settings ({'; '.join(different)}); {other}")
     return before
 
 
 def resolve_study(config: C, kind: str) -> C:
     """The settings of a study of this kind with every name and path filled in."""
-    name = config.run_name or f"{kind}-{config.preset}"
-    config = resolve(replace(config, run_name=name, experiment=config.experiment or name))
-    return replace(config, mlflow=config.mlflow or tracking.default_uri(config.storage))
+    run = validate(config).run
+    name = run.run_name or f"{kind}-{run.preset}"
+    run = resolve(replace(run, run_name=name, experiment=run.experiment or name))
+    return replace(config, run=replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage)))

@@ -68,7 +68,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
     sizes = sorted({key.sessions for key in rows})
     rates = {
         "paper": "each row at the rate that the paper's code used for it",
-        "common": f"all rows at the rate {config.optimizer.lr:g}",
+        "common": f"all rows at the rate {config.run.optimizer.lr:g}",
         "tuned": f"each row at the best of {config.rates} rates",
     }
     tables = []
@@ -79,7 +79,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
     presets = {key.preset for key in rows}
     return pages.render(
         "report.html",
-        title=f"Ablation {config.run_name}",
+        title=f"Ablation {config.run.run_name}",
         config=config,
         sizes=sizes,
         rate=rates[config.lr],

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optuna
@@ -13,25 +13,58 @@ from arplus.config import Dimension, TuneConfig, flat
 from arplus.study.record import OBJECTIVE, Trial
 
 
-class Search(Protocol):
-    """A way to choose trials. It knows those that ended; it is told of no other."""
+class Search:
+    """Chooses trials, each by the settings, its number and the trials that ended before.
+
+    So a search that goes on chooses what one that was never interrupted would. TPE is the tree-structured Parzen
+    estimator (Bergstra et al. 2011); to it trials that run count as bad ones near by, one that ASHA stopped is ranked
+    by its last validation behind all that finished, and one that diverged comes last.
+    """
+
+    def __init__(self, config: TuneConfig, dimensions: list[Dimension], known: Mapping[int, Trial]) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config = config
+        self.space = {dimension.name: _distribution(dimension) for dimension in dimensions}
+        self.first = own_values(config, dimensions)
+        axes = [[(d.name, value) for value in d.grid(config.grid_points)] for d in dimensions]
+        self.grid = [dict(point) for point in itertools.product(*axes)] if config.search == "grid" else None
+        self.study = optuna.create_study()
+        self.asked: dict[int, optuna.Trial] = {}
+        for number, trial in known.items() if self.grid is None else ():
+            self._ask(number, trial.values)
+            if trial.ended:
+                self.learn(number, trial)
 
     def choose(self, number: int) -> dict[str, Any] | None:
         """Values of the trial ``number`` (from 1 on) by dotted name; None where there is none any more."""
-        ...
+        if self.grid is not None:
+            return self.grid[number - 1] if number <= len(self.grid) else None
+        return self._ask(number, self.first if number == 1 else None)
 
     def learn(self, number: int, trial: Trial) -> None:
         """Takes note of how a trial ended."""
-        ...
+        if (asked := self.asked.pop(number, None)) is None:  # a grid's points are what they are
+            return
+        if trial.outcome == "finished":
+            self.study.tell(asked, trial.score)
+            return
+        if trial.outcome == "stopped":
+            for result in trial.results:
+                asked.report(result[OBJECTIVE], int(result["examples"]))
+        self.study.tell(asked, state=TrialState.FAIL if trial.outcome == "failed" else TrialState.PRUNED)
 
-
-def make_search(config: TuneConfig, dimensions: list[Dimension], known: Mapping[int, Trial]) -> Search:
-    """The search that ``config`` asks for, which knows the trials that there are already."""
-    if config.search == "grid":
-        return Grid(config, dimensions)
-    if config.search == "random":
-        return Random(config, dimensions)
-    return Tpe(config, dimensions, known)
+    def _ask(self, number: int, values: dict[str, Any] | None) -> dict[str, Any]:
+        """The values, or where there are none those that the sampler draws; known to it from now on."""
+        if values is not None:
+            self.study.enqueue_trial(values)
+        seed = int(np.random.SeedSequence([self.config.run.seed, number]).generate_state(1)[0])
+        if self.config.search == "random":
+            self.study.sampler = optuna.samplers.RandomSampler(seed)
+        else:
+            start = min(max(3, self.config.trials // 4), 10)  # Optuna's 10 random trials would be all of a small sweep
+            self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=start, seed=seed)
+        self.asked[number] = self.study.ask(self.space)
+        return dict(self.asked[number].params)
 
 
 def own_values(config: TuneConfig, dimensions: Iterable[Dimension]) -> dict[str, Any] | None:
@@ -39,82 +72,6 @@ def own_values(config: TuneConfig, dimensions: Iterable[Dimension]) -> dict[str,
     settings = flat(config)
     held = all(dimension.holds(settings[dimension.name]) for dimension in dimensions)
     return {dimension.name: settings[dimension.name] for dimension in dimensions} if held else None
-
-
-class Grid:
-    """All combinations of some values of each dimension."""
-
-    def __init__(self, config: TuneConfig, dimensions: list[Dimension]) -> None:
-        axes = [[(d.name, value) for value in d.grid(config.grid_points)] for d in dimensions]
-        self.points = [dict(point) for point in itertools.product(*axes)]
-
-    def choose(self, number: int) -> dict[str, Any] | None:
-        """The point of that number."""
-        return self.points[number - 1] if number <= len(self.points) else None
-
-    def learn(self, number: int, trial: Trial) -> None:
-        """Nothing: the points are what they are."""
-
-
-class Random:
-    """Independent values, a function of the seed and the trial's number alone."""
-
-    def __init__(self, config: TuneConfig, dimensions: list[Dimension]) -> None:
-        self.config = config
-        self.dimensions = dimensions
-
-    def choose(self, number: int) -> dict[str, Any] | None:
-        """The trial's values."""
-        if number == 1 and (own := own_values(self.config, self.dimensions)) is not None:
-            return own
-        shares = np.random.default_rng([self.config.seed, number]).random(len(self.dimensions)).tolist()
-        return {d.name: d.at(share) for d, share in zip(self.dimensions, shares, strict=True)}
-
-    def learn(self, number: int, trial: Trial) -> None:
-        """Nothing: what is random learns nothing."""
-
-
-class Tpe:
-    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011); trials that run count as bad ones near by.
-
-    A trial that ASHA stopped is ranked by its last validation behind all that finished, one that diverged last.
-    """
-
-    def __init__(self, config: TuneConfig, dimensions: list[Dimension], known: Mapping[int, Trial]) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.space = {dimension.name: _distribution(dimension) for dimension in dimensions}
-        # A search that goes on must not draw again what it drew at first.
-        seed = int(np.random.SeedSequence([config.seed, len(known)]).generate_state(1)[0])
-        start = min(max(3, config.trials // 4), 10)  # Optuna's 10 random trials would be all of a small sweep
-        sampler = optuna.samplers.TPESampler(n_startup_trials=start, seed=seed)
-        self.study = optuna.create_study(sampler=sampler)
-        self.open: dict[int, optuna.Trial] = {}
-        for number, trial in known.items():
-            self._enqueue(number, trial.values)
-            if trial.ended:
-                self.learn(number, trial)
-        if 1 not in known and (own := own_values(config, dimensions)) is not None:
-            self.study.enqueue_trial(own)
-
-    def choose(self, number: int) -> dict[str, Any] | None:
-        """The estimator's next choice."""
-        self.open[number] = self.study.ask(self.space)
-        return dict(self.open[number].params)
-
-    def learn(self, number: int, trial: Trial) -> None:
-        """Tells the estimator."""
-        if trial.outcome == "finished":
-            self.study.tell(self.open.pop(number), trial.score)
-        else:
-            asked = self.open.pop(number)
-            if trial.outcome == "stopped":
-                for result in trial.results:
-                    asked.report(result[OBJECTIVE], int(result["examples"]))
-            self.study.tell(asked, state=TrialState.FAIL if trial.outcome == "failed" else TrialState.PRUNED)
-
-    def _enqueue(self, number: int, values: dict[str, Any]) -> None:
-        self.study.enqueue_trial(values)
-        self.choose(number)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

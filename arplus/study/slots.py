@@ -19,8 +19,8 @@ class Slots(NamedTuple):
 
 
 def find_slots(config: StudyConfig, runs: int) -> Slots:
-    """Room for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
-    cpus, gpus = connection.offer(config.device, config.world_sizes[-1] * (config.concurrency or 1))
+    """Slots for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
+    cpus, gpus = connection.offer(config.run.device, config.run.world_sizes[-1] * (config.concurrency or 1))
     return fit(config, runs, cpus, gpus, driver=driver_cpus(), nodes=cpu_nodes())
 
 
@@ -31,10 +31,10 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float
     end. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
     not even one run fits, or not the ``--concurrency`` asked for.
     """
-    workers, taken = config.world_sizes[-1], FEED_CPUS + driver
+    workers, taken = config.run.world_sizes[-1], FEED_CPUS + driver
 
     def share(n: int) -> float:
-        return config.cpus_per_worker or fair_share(cpus - taken, nodes, n * workers, n * workers)
+        return config.run.cpus_per_worker or fair_share(cpus - taken, nodes, n * workers, n * workers)
 
     def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
         enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6
@@ -44,7 +44,7 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float
     if not fits(wanted):
         raise ResourceError(_refusal(config, wanted, max(share(wanted), MIN_WORKER_CPUS), cpus, gpus, driver))
     if config.concurrency is None:
-        least = MIN_WORKER_CPUS if gpus or config.cpus_per_worker else 1.0
+        least = MIN_WORKER_CPUS if gpus or config.run.cpus_per_worker else 1.0
         while wanted < runs and fits(wanted + 1, least):
             wanted += 1
     # Ray keeps resources to four decimals.
@@ -52,8 +52,8 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float
 
 
 def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:
-    workers = config.world_sizes[-1]
-    flags = f"--workers {config.workers}" + (f" --concurrency {runs}" if config.concurrency else "")
+    workers = config.run.world_sizes[-1]
+    flags = f"--workers {config.run.workers}" + (f" --concurrency {runs}" if config.concurrency else "")
     if gpus and runs * workers > gpus:
         return (
             f"{flags}: {runs} run(s) side by side × {workers} workers × 1 GPU = {runs * workers} GPUs, and the cluster "

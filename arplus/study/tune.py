@@ -1,13 +1,10 @@
 """A sweep from beginning to end: its trials, its table, and what it leaves on storage and in MLflow."""
 
-import csv
-import io
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from arplus import storage, tracking
@@ -17,22 +14,18 @@ from arplus.config import (
     TrainConfig,
     TuneConfig,
     parse_space,
-    run_settings,
     to_dict,
     with_values,
 )
 from arplus.data.dataset import Dataset
 from arplus.study import execute, lr_find
-from arplus.study.publish import publish_best
+from arplus.study.publish import as_csv, conclude
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
-from arplus.study.search import make_search
+from arplus.study.search import Search
 from arplus.study.slots import find_slots
 from arplus.training.footprint import checkpoint_bytes
 
 log = logging.getLogger(__name__)
-
-TABLE_S = 20.0
-"""Seconds between two tables at least, unless a trial has ended."""
 
 
 def sweep(config: TuneConfig) -> dict[str, Any]:
@@ -44,35 +37,29 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     config = resolve_study(config, "tune")
     dataset = _dataset(config)
     dimensions = space(config, dataset)
-    examples = dataset.split("train", config.feed.max_examples).examples
-    budget = config.examples or config.epochs * examples
-    room = find_slots(config, config.trials)
+    examples = dataset.split("train", config.run.feed.max_examples).examples
+    budget = config.examples or config.run.epochs * examples
+    slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
-    asked = replace(config, precision="bf16") if varied else config
-    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.model, dataset.sizes))
+    asked = replace(config.run, precision="bf16") if varied else config.run
+    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.run.model, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
-        source = _Trials(config, study, dimensions, budget, examples, tracker)
+        search = Search(config, dimensions, dict(enumerate(study.trials.values(), 1)))
+        source = _Trials(config, study, search, budget, examples, tracker)
         log.info(
             "sweep %s: %d trials of %s examples, %d side by side; %s",
             study.name,
             config.trials,
             f"{budget:,}",
-            room.side_by_side,
+            slots.side_by_side,
             ", ".join(d.text for d in dimensions),
         )
         known = [trial for trial in study.trials.values() if trial.ended and trial.score is not None]
         asha = execute.asha(budget, config.validations, config.reduction, known)
-        execute.execute(
-            study,
-            source,
-            room,
-            again=[trial for trial in study.trials.values() if not trial.ended],
-            scheduler=asha if config.scheduler == "asha" else None,
-            max_failures=config.max_failures,
-            show=source.show,
-            on_stop=lambda: tracker.mark("KILLED"),
-        )
+        again = [trial for trial in study.trials.values() if not trial.ended]
+        scheduler = asha if config.scheduler == "asha" else None
+        execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
         return _conclude(config, study, tracker, dataset)
 
@@ -84,34 +71,34 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     """
     dimensions = parse_space(config.space)
     if config.lr_bounds is not None:
-        bounds = lr_find.read_bounds(config.lr_bounds, config.preset, dataset.fingerprint if dataset else None)
+        bounds = lr_find.read_bounds(config.lr_bounds, config.run.preset, dataset.fingerprint if dataset else None)
         rate = Dimension("optimizer.lr", "loguniform", bounds)
         dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
     for dimension in dimensions:
         ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
         for value in ends:
-            with_values(run_settings(config), {dimension.name: value}, source=f"--space {dimension.text}")
+            with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
     return dimensions
 
 
 def _dataset(config: TuneConfig) -> Dataset:
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
     return dataset
 
 
 def plan(config: TuneConfig) -> str:
     """What a sweep would try, as text, computed without starting anything."""
-    dataset = _dataset(config) if config.data else None
+    dataset = _dataset(config) if config.run.data else None
     dimensions = space(config, dataset)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
     lines += [f"  {dimension.text}" for dimension in dimensions]
     lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
     if dataset is None:
         return "\n".join([*lines, "examples a trial: unknown without --data"])
-    examples = dataset.split("train", config.feed.max_examples).examples
-    budget = config.examples or config.epochs * examples
-    run = with_budget(run_settings(config), budget, config.validations, examples)
+    examples = dataset.split("train", config.run.feed.max_examples).examples
+    budget = config.examples or config.run.epochs * examples
+    run = with_budget(config.run, budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
     return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
 
@@ -128,55 +115,39 @@ def with_budget(run: TrainConfig, budget: int, validations: int, examples: int) 
     )
 
 
+@dataclass
 class _Trials(execute.Source):
     """The trials of a sweep, and what is said of them."""
 
-    def __init__(
-        self,
-        config: TuneConfig,
-        study: Study,
-        dimensions: list[Dimension],
-        budget: int,
-        examples: int,
-        tracker: tracking.Tracker,
-    ) -> None:
-        self.config = config
-        self.study = study
-        self.budget = budget
-        self.examples = examples
-        self.tracker = tracker
-        self.numbers = {name: number for number, name in enumerate(study.trials, 1)}
-        known = {number: study.trials[name] for name, number in self.numbers.items()}
-        self.search = make_search(config, dimensions, known)
-        self.shown_at = -math.inf
-        self.ended = 0
+    config: TuneConfig
+    study: Study
+    search: Search
+    budget: int
+    examples: int
+    tracker: tracking.Tracker
 
     def next(self) -> Trial | None:
         """The next trial, up to ``--trials`` of them."""
-        number = len(self.numbers) + 1
+        number = len(self.study.trials) + 1
         values = self.search.choose(number) if number <= self.config.trials else None
         if values is None:
             return None
         name = f"trial-{number:04d}"
-        self.numbers[name] = number
-        run = with_values(run_settings(self.config), values, source=f"--space: {name} ({_shown(values)})")
+        run = with_values(self.config.run, values, source=f"--space: {name} ({_shown(values)})")
         run = with_budget(run, self.budget, self.config.validations, self.examples)
         return self.study.add(name, values, run)
 
     def tell(self, trial: Trial) -> None:
         """Lets the search learn, and tracks the best so far."""
-        self.search.learn(self.numbers[trial.name], trial)
+        self.search.learn(list(self.study.trials).index(trial.name) + 1, trial)
         if self.study.best is not None and self.study.best.score is not None:
             ended = sum(t.ended for t in self.study.trials.values())
             self.tracker.log({"best/response_ppl": self.study.best.score}, step=ended)
 
-    def show(self) -> None:
-        """Logs the table where a trial has ended, or some time after the last one."""
+    def progress(self) -> str:
+        """How many trials have ended, and the table."""
         ended = sum(t.outcome != "running" for t in self.study.trials.values())
-        if ended == self.ended and time.monotonic() - self.shown_at < TABLE_S:
-            return
-        self.ended, self.shown_at = ended, time.monotonic()
-        log.info("%d of %d trials have ended\n%s", ended, self.config.trials, table(self.study, self.budget))
+        return f"{ended} of {self.config.trials} trials have ended\n{table(self.study, self.budget)}"
 
 
 def table(study: Study, budget: int, rows: int = 20) -> str:
@@ -195,17 +166,16 @@ def table(study: Study, budget: int, rows: int = 20) -> str:
     return "\n".join([*text, *([f"… {len(trials) - rows} more"] if len(trials) > rows else [])])
 
 
-def as_csv(study: Study) -> str:
-    """All trials as a table of comma-separated values."""
-    names = list(dict.fromkeys(name for t in study.trials.values() for name in t.values))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", *names, "examples", OBJECTIVE, "outcome", "mlflow_run_id"])
-    for t in study.trials.values():
-        examples = t.results[-1]["examples"] if t.results else 0
-        score = "" if t.score is None else t.score
-        writer.writerow([t.name, *(t.values.get(n, "") for n in names), examples, score, t.outcome, t.mlflow_run_id])
-    return out.getvalue()
+def rows(study: Study) -> list[dict[str, Any]]:
+    """All trials as the rows of ``trials.csv``."""
+    names = dict.fromkeys(name for t in study.trials.values() for name in t.values)
+    return [
+        {"trial": t.name}
+        | {name: t.values.get(name) for name in names}
+        | {"examples": t.results[-1]["examples"] if t.results else 0, OBJECTIVE: t.score, "outcome": t.outcome}
+        | {"mlflow_run_id": t.mlflow_run_id}
+        for t in study.trials.values()
+    ]
 
 
 def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
@@ -215,10 +185,8 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     assert best.score is not None
     run = study.tracked_run(best)
     assert run is not None
-    settings = with_values(run_settings(config), best.values, source="the best trial")
+    settings = with_values(config.run, best.values, source="the best trial")
     settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
-    file = storage.join(study.uri, "best_config.json")
-    study.write("best_config.json", storage.as_json(to_dict(settings)))
     compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]
     runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
     for trial in study.trials.values():
@@ -228,23 +196,18 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
         "best": best.name,
         "values": best.values,
         "response_ppl": best.score,
-        "config": file,
+        "config": storage.join(study.uri, "best_config.json"),
         "model": None,
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),
         "compare_url": tracking.compare_url(runs),
         "trials": [asdict(trial) | {"config": None} for trial in study.trials.values()],
     }
-    study.write("trials.csv", as_csv(study))
-    study.write("result.json", storage.as_json(result))
-    result["model"] = publish_best(study, dataset)  # with the numbers safe: MLflow may be away
-    study.write("result.json", storage.as_json(result))
+    files = {"best_config.json": storage.as_json(to_dict(settings)), "trials.csv": as_csv(rows(study))}
+    conclude(study, tracker, dataset, result, files)
     figures = {key: value for key, value in best.final.items() if isinstance(value, int | float)}
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
-    tracker.log_text("best_config.json", storage.as_json(to_dict(settings)))
-    tracker.log_text("trials.csv", as_csv(study))
-    tracker.log_text("result.json", storage.as_json(result))
     tracker.set_tags(
         {"best": best.name, "best.run": run.run_id} | {f"best.{k}": _value(v) for k, v in best.values.items()}
     )

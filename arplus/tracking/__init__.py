@@ -10,7 +10,15 @@ Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only mod
 (logging) · ``replay``.
 """
 
-from arplus.tracking.client import check_reachable, end_children, end_run, find_run, register_model, start_run
+from arplus.tracking.client import (
+    SystemMonitor,
+    check_reachable,
+    end_children,
+    end_run,
+    find_run,
+    register_model,
+    start_run,
+)
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
     RunRef,
@@ -27,6 +35,7 @@ from arplus.tracking.tracker import Status, Tracker
 __all__ = [
     "RunRef",
     "Status",
+    "SystemMonitor",
     "Tracker",
     "check_reachable",
     "compare_url",

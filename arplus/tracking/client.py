@@ -334,3 +334,46 @@ def without_repeats(client: Any, events: list[Event], known: dict[str, set[int]]
 def digest(fingerprint: str) -> str:
     """A data set's fingerprint, cut to what MLflow takes."""
     return fingerprint[:_DIGEST_LENGTH]
+
+
+# ----------------------------------------------------------------------------------------------------------- system
+
+
+class SystemMonitor:
+    """MLflow's system metrics of this machine, under its names, for whoever sends them on; it asks no server.
+
+    MLflow's own variables say how often: ``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL`` and ``…_SAMPLES_BEFORE_LOGGING``.
+    """
+
+    def __init__(self) -> None:
+        _load()
+        from mlflow import environment_variables
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self.seconds = environment_variables.MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10.0
+        """Seconds between two samples."""
+        self.samples = environment_variables.MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING.get() or 6
+        """Samples of which means are taken."""
+        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # where there is no GPU of NVIDIA's, or no driver
+            self._monitors.append(GPUMonitor())
+        self.sample()  # psutil's first use of a CPU is 0, whatever it was
+        self._clear()
+
+    def sample(self) -> None:
+        """Takes a sample."""
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+
+    def means(self) -> dict[str, float]:
+        """The means of the samples since the last time; empty where there was none."""
+        found = {f"system/{name}": v for monitor in self._monitors for name, v in monitor.aggregate_metrics().items()}
+        self._clear()
+        return found
+
+    def _clear(self) -> None:
+        for monitor in self._monitors:
+            monitor.clear_metrics()

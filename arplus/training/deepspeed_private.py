@@ -4,6 +4,7 @@
 READ_IN.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -27,6 +28,26 @@ def leave_shm_out() -> None:
 def reduce_gradients(engine: Any, wanted: bool) -> None:
     """Whether stage 0 adds gradients up over the workers. It flattens and copies them all, for one worker too."""
     engine.enable_backward_allreduce = wanted
+
+
+def tell_before_reduction(engine: Any, tell: Callable[[], None]) -> None:
+    """Calls ``tell`` when a backward pass is over and its gradients are about to be added up over the workers.
+
+    Stages 2 and 3 have added most of them up by then. DeepSpeed offers no hook between the two.
+    """
+    reduce = engine.allreduce_gradients
+
+    def told(*arguments: Any, **named: Any) -> None:
+        tell()
+        reduce(*arguments, **named)
+
+    engine.allreduce_gradients = told
+
+
+def data_parallel_group(engine: Any) -> dist.ProcessGroup:
+    """The group in which gradients are added up: DeepSpeed's own clone of torch's, with torch's default timeout."""
+    group: dist.ProcessGroup = engine.seq_data_parallel_group
+    return group
 
 
 def fp32_partitions(optimizer: Any, stage: int) -> list[Tensor]:

@@ -12,6 +12,8 @@ to 3 wait for the norm of the gradient themselves.)
 import math
 import os
 import shutil
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
-from arplus.kernels.torch_private import leave_update_out
+from arplus.kernels.torch_private import leave_update_out, set_timeout
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
@@ -135,6 +137,11 @@ class Engine:
             dist_init_required=False,
         )[0]
         deepspeed_private.reduce_gradients(self.engine, self.stage > 0 or dist.get_world_size() > 1)
+        self.before_reduction: Callable[[], None] = lambda: None
+        """Called when this worker has its own part of a step's gradient, before it is added up over the workers."""
+        deepspeed_private.tell_before_reduction(self.engine, lambda: self.before_reduction())
+        timeout = timedelta(minutes=config.collective_timeout_minutes)
+        set_timeout(timeout, deepspeed_private.data_parallel_group(self.engine))
         self.module: nn.Module = self.engine.module
         self.schedule = ReduceLROnPlateau(
             self.optimizer,
@@ -172,18 +179,20 @@ class Engine:
         bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
         return self.reads_each_step or len(self.unread) > bad_steps_left
 
-    def read(self, ask: int = 0) -> tuple[list[StepResult], int]:
-        """What the steps since the last reading computed, and the sum of what the workers ask for; a collective call.
+    def read(self, number: int = 0) -> tuple[list[StepResult], int]:
+        """What the steps since the last reading computed; a collective call.
+
+        A ``number`` of the caller's goes along in the same collective, and its sum over the workers comes back.
 
         Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
         Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
         """
         unread, self.unread = self.unread, []
-        asked = torch.full((1,), ask, dtype=torch.float64, device=self.device)
-        together = torch.cat([asked, *(step.nats for step in unread)])
+        own_number = torch.full((1,), number, dtype=torch.float64, device=self.device)
+        together = torch.cat([own_number, *(step.nats for step in unread)])
         dist.all_reduce(together)
         norms = [step.grad_norm.double().reshape(1) for step in unread]
-        asked_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
+        number_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
         n, results = len(unread), []
         for i, step in enumerate(unread):
             dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
@@ -196,7 +205,7 @@ class Engine:
                 raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
             self.schedule.step(total)
             results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
-        return results, int(asked_sum)
+        return results, int(number_sum)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:

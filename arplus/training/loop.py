@@ -1,13 +1,14 @@
 """The training loop: one worker's way through the epochs. Everything else is called from here and lives elsewhere."""
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from enum import IntFlag
-from typing import Any, NamedTuple, TypeVar
+from datetime import timedelta
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,57 +16,14 @@ import torch.distributed as dist
 
 from arplus.config import TrainConfig
 from arplus.data.loader import RankLoader, Step
-from arplus.process import peak_memory_bytes
 from arplus.runs.checkpoint import TrainProgress
-from arplus.training.engine import Engine, NonFiniteLossError, StepResult
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
+from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.group import RollCall
+from arplus.training.hooks.base import Hook, Request
+from arplus.training.meter import Meter, peak_of
 
 POLL_EVERY_BATCHES = 16
 """Batches of a validation between two questions what rank 0 asks for."""
-
-
-class Control(IntFlag):
-    """What rank 0 asks all workers for at the end of a step. Only one worker may look at a clock or at storage."""
-
-    NOTHING = 0
-    LOOK = 1
-    """See whether a node is to be taken away."""
-    SAVE = 2
-    """Save the train state."""
-    END = 4
-    """Save the train state and end the run here."""
-
-
-class Hooks:
-    """What happens around the loop; the run's owner overrides what it needs. Every method is called on all workers."""
-
-    def ask(self) -> Control:
-        """Before a step, and in a validation: what this worker asks for. Only rank 0 may ask for anything."""
-        return Control.NOTHING
-
-    def on_step(self, progress: TrainProgress, step: Step) -> None:
-        """After a step's update; ``progress`` is where the step began."""
-
-    def wants_checkpoint(self, asked: Control) -> bool:
-        """Whether what rank 0 asked for needs a checkpoint after this step."""
-        return bool(asked & (Control.SAVE | Control.END))
-
-    def on_log(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
-        """Every ``log_every`` steps, with the means since the last time."""
-
-    def on_validation(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
-        """After a validation over exactly all validation examples."""
-
-    def checkpoint(self, progress: TrainProgress) -> None:
-        """Where the train state is to be saved."""
-
-    @property
-    def last_checkpoint(self) -> str | None:
-        """URI of the newest checkpoint, for messages."""
-        return None
 
 
 class Trained(NamedTuple):
@@ -78,108 +36,204 @@ class Trained(NamedTuple):
 
 
 def fit(
-    engine: Engine, train: RankLoader, valid: RankLoader, progress: TrainProgress, config: TrainConfig, hooks: Hooks
+    engine: Engine,
+    train: RankLoader,
+    valid: RankLoader,
+    progress: TrainProgress,
+    config: TrainConfig,
+    hooks: Sequence[Hook],
 ) -> None:
     """Trains from ``progress`` to the end of the run, or until rank 0 asks to end, and keeps ``progress`` up to date.
 
     Where the validation split has no example, nothing is validated and no checkpoint is the best one. Raises
-    :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint.
+    :class:`NonFiniteLossError` naming the step, its example ids and the last good checkpoint, and
+    :class:`HangError` naming the workers that the others have waited for too long.
     """
-    total = total_steps(config, train)
-    validates = valid.sampler.split.examples > 0
-    if progress.unvalidated:
-        if not _validated(engine, valid, progress, config, hooks):
-            return
-        hooks.checkpoint(progress)
-    meter = Meter(total_steps=total, config=config)
-    unread: list[Trained] = []
-    while progress.step < total:
-        last = min(train.steps, progress.epoch_step + total - progress.step)
-        for step in meter.waiting(train.batches(progress.epoch, progress.epoch_step, last)):
-            seed_dropout(config.seed, progress.step)
-            engine.train_step(step)
-            unread.append(Trained(progress.step, progress.epoch, [b.example_id_B for b in step.micro_batches]))
-            hooks.on_step(progress, step)
-            progress.step += 1
-            progress.epoch_step += 1
-            progress.examples = _examples_seen(progress, train)
-            at_end = progress.step >= total or progress.epoch_step == train.steps
-            due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
-            logs = progress.step % config.log_every == 0 or at_end
-            if not (logs or due or engine.wants_reading):
-                continue
-            try:
-                results, ask = engine.read(hooks.ask())
-            except NonFiniteLossError as error:
-                raise _explained(error, unread[error.index], hooks) from None
-            unread.clear()
-            asked = Control(ask)
-            progress.train_seconds += meter.add(results)
-            if logs:
-                hooks.on_log(progress, meter.take(progress))
-            if progress.epoch_step == train.steps:
-                progress.epoch += 1
-                progress.epoch_step = 0
-            if validates and (at_end or _due(config.validate_every, progress.step)):
-                progress.unvalidated = True
-                if Control.END in asked or not _validated(engine, valid, progress, config, hooks):
-                    asked |= Control.END
-                meter.restart()
-            if at_end or due or hooks.wants_checkpoint(asked):
-                hooks.checkpoint(progress)
-                meter.restart()
-            if Control.END in asked:
-                return
+    with RollCall(timedelta(minutes=config.collective_timeout_minutes)) as roll:
+        _Loop(engine, train, valid, progress, config, hooks, roll).run()
 
 
 def total_steps(config: TrainConfig, train: RankLoader) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, if nothing ends it before."""
     steps = config.epochs * train.steps
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _validated(engine: Engine, valid: RankLoader, progress: TrainProgress, config: TrainConfig, hooks: Hooks) -> bool:
-    """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
+@dataclass
+class _Loop:
+    """What one call of :func:`fit` works with."""
 
-    Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take itself:
-    what rank 0 asks for is done in it, and a checkpoint that is saved in it holds that it is still due.
-    """
-    assert progress.unvalidated
+    engine: Engine
+    train: RankLoader
+    valid: RankLoader
+    progress: TrainProgress
+    config: TrainConfig
+    hooks: Sequence[Hook]
+    roll: RollCall
+    unread: list[Trained] = field(default_factory=list)
 
-    def ended() -> bool:
-        asked = _asked(engine, hooks)
-        if Control.END not in asked and hooks.wants_checkpoint(asked):
-            hooks.checkpoint(progress)
-        return Control.END in asked
+    def __post_init__(self) -> None:
+        self.total = total_steps(self.config, self.train)
+        self.validates = self.valid.sampler.split.examples > 0
+        self.meter = Meter(
+            total_steps=self.total,
+            config=self.config,
+            sizes=self.train.maker.spec.sizes,
+            device=self.engine.device,
+            peak_flops=peak_of(self.engine.device, self.config.precision),
+        )
+        self.engine.before_reduction = self._before_reduction
 
-    metrics = validate(engine, valid, config, ended)
-    if metrics is None:
-        return False
-    progress.unvalidated = False
-    hooks.on_validation(progress, metrics)
-    return True
+    def run(self) -> None:
+        """Trains, validates and saves until the end."""
+        progress = self.progress
+        if progress.unvalidated:
+            if not self._validated():
+                return
+            self._save()
+        while not self._is_over():
+            last = min(self.train.steps, progress.epoch_step + self.total - progress.step)
+            self.roll.at(f"waits for the data of step {progress.step + 1}")
+            for step in self.meter.measure(self.train.batches(progress.epoch, progress.epoch_step, last)):
+                self._make(step)
+                if self._ends():
+                    return
+                self.roll.at(f"waits for the data of step {progress.step + 1}")
+
+    def _is_over(self) -> bool:
+        return self.progress.step >= self.total or any(hook.is_over(self.progress) for hook in self.hooks)
+
+    def _make(self, step: Step) -> None:
+        progress = self.progress
+        self.roll.at(f"computes step {progress.step + 1}")
+        for hook in self.hooks:
+            hook.before_step(progress)
+        seed_dropout(self.config.seed, progress.step)
+        self.engine.train_step(step)
+        self.unread.append(Trained(progress.step, progress.epoch, [b.example_id_B for b in step.micro_batches]))
+        for hook in self.hooks:
+            hook.after_step(progress, step)
+        progress.step += 1
+        progress.epoch_step += 1
+        progress.examples = _examples_seen(progress, self.train)
+
+    def _ends(self) -> bool:
+        """Reads, logs, validates and saves what is due after a step; whether the run ends with it."""
+        progress, config = self.progress, self.config
+        at_end = progress.step >= self.total or progress.epoch_step == self.train.steps
+        due = _due(config.validate_every, progress.step) or _due(config.checkpoint_every, progress.step)
+        logs = progress.step % config.log_every == 0 or at_end
+        if not (logs or due or self.engine.wants_reading):
+            return False
+        requested = self._read(logs)
+        if progress.epoch_step == self.train.steps:
+            progress.epoch += 1
+            progress.epoch_step = 0
+        if self.validates and (at_end or _due(config.validate_every, progress.step)):
+            progress.unvalidated = True
+            if Request.END in requested or not self._validated():
+                requested |= Request.END
+            self.meter.restart()
+        if at_end or due or requested & (Request.SAVE | Request.END):
+            self._save()
+        return Request.END in requested or self._is_over()
+
+    def _before_reduction(self) -> None:
+        self.meter.own.stop()
+        self.roll.at(f"adds up the gradients of step {self.progress.step + 1}")
+
+    def _read(self, logs: bool) -> Request:
+        """Reads the steps since the last time, and logs their means; what rank 0 asks for, and what follows from it."""
+        self.roll.at(f"reads the losses of step {self.progress.step}")
+        try:
+            results, asked = self.engine.read(self._request())
+        except NonFiniteLossError as error:
+            raise self._explain(error) from None
+        self.unread.clear()
+        self.progress.train_seconds += self.meter.add(results)
+        if logs:
+            metrics = self.meter.take(self.progress)
+            for hook in self.hooks:
+                hook.on_log(self.progress, metrics)
+        return self._answer(asked)
+
+    def _request(self) -> Request:
+        """What this worker's hooks ask for. The numbers of all workers are added up, and only rank 0 has one."""
+        if dist.get_rank():
+            return Request.NOTHING
+        return reduce(or_, (hook.request() for hook in self.hooks), Request.NOTHING)
+
+    def _answer(self, asked: int) -> Request:
+        requested = Request(asked)
+        return reduce(or_, (hook.on_request(requested) for hook in self.hooks), requested)
+
+    def _validated(self) -> bool:
+        """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
+
+        Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take
+        itself: what rank 0 asks for is done in it, and a checkpoint that is saved in it holds that it is still due.
+        """
+        assert self.progress.unvalidated
+        metrics = validate(self.engine, self.valid, self.config, self._asks_to_end)
+        if metrics is None:
+            return False
+        self.progress.add_validation(metrics)
+        for hook in self.hooks:
+            hook.on_validation(self.progress, metrics)
+        return True
+
+    def _asks_to_end(self) -> bool:
+        """Whether rank 0 asks to end; all workers ask at the same batch, so that they leave, or save, at the same."""
+        self.roll.at(f"validates at step {self.progress.step}")
+        asked = torch.tensor(int(self._request()), device=self.engine.device)
+        dist.all_reduce(asked)
+        requested = self._answer(int(asked))
+        if Request.END not in requested and Request.SAVE in requested:
+            self._save()
+        return Request.END in requested
+
+    def _save(self) -> None:
+        self.roll.at(f"saves at step {self.progress.step}")
+        began = time.monotonic()
+        for hook in self.hooks:
+            hook.on_checkpoint(self.progress)
+        for hook in self.hooks:
+            hook.after_checkpoint(self.progress, time.monotonic() - began)
+        self.meter.restart()
+
+    def _explain(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        trained = self.unread[error.index]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, [i for ids in trained.example_ids for i in ids.tolist()])
+        ids = sorted(i for part in gathered for i in part)
+        checkpoint = next((hook.last_checkpoint for hook in self.hooks if hook.last_checkpoint), "none yet")
+        return NonFiniteLossError(
+            f"step {trained.step + 1} of epoch {trained.epoch + 1}: {error}; the step was not applied. "
+            f"Example ids: {ids}. Last good checkpoint: {checkpoint}. "
+            f"A lower --optimizer.lr is the usual cure"
+        )
 
 
 def validate(
     engine: Engine, loader: RankLoader, config: TrainConfig, ended: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Losses over exactly all examples of a split, summed over the workers: means are over targets, not batches.
+    """Losses over exactly all examples of a split, summed over the workers: means are per target, not per batch.
 
     None once ``ended``, which is asked every :data:`POLL_EVERY_BATCHES` batches on all workers.
     """
     nats = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    targets = examples = 0
+    targets = examples = 0  # targets of all workers, and this one's examples
     with closing(loader.batches(epoch=0)) as steps:
         for number, step in enumerate(steps):
             if number % POLL_EVERY_BATCHES == 0 and ended():
                 return None
+            targets += step.targets
             for batch in step.micro_batches:
                 nats += torch.stack(engine.evaluate(batch))
-                targets += len(batch.target_N)
                 examples += len(batch.example_id_B)
-    sums = torch.cat([nats, nats.new_tensor([targets, examples])])
+    sums = torch.cat([nats, nats.new_tensor([examples])])
     dist.all_reduce(sums)
-    dialogue, auxiliary, targets, examples = sums.tolist()
+    dialogue, auxiliary, examples = sums.tolist()
     assert examples == loader.sampler.split.examples, "validation must see every example exactly once"
     return {
         "dialogue_loss": dialogue / targets,
@@ -190,93 +244,10 @@ def validate(
     }
 
 
-def _asked(engine: Engine, hooks: Hooks) -> Control:
-    """What rank 0 asks for; all workers ask at the same batch, so that they do it, or leave, at the same one."""
-    asked = torch.tensor(int(hooks.ask()), device=engine.device)
-    dist.all_reduce(asked)
-    return Control(int(asked))
-
-
 def seed_dropout(seed: int, step: int) -> None:
     """Seeds torch for one step of one worker, so that a resumed run draws the dropout that it would have drawn."""
     state = np.random.SeedSequence([seed, step, dist.get_rank()]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
-
-
-@dataclass(kw_only=True)
-class Meter:
-    """Rates and means of the steps since the last log line."""
-
-    total_steps: int
-    config: TrainConfig
-    results: list[StepResult] = field(default_factory=list)
-    waited: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    added: float = field(default_factory=time.monotonic)
-
-    def waiting(self, steps: Iterator[T]) -> Iterator[T]:
-        """The same steps, with the time spent waiting for each one counted."""
-        while True:
-            begin = time.monotonic()
-            step = next(steps, None)
-            self.waited += time.monotonic() - begin
-            if step is None:
-                return
-            yield step
-
-    def add(self, results: list[StepResult]) -> float:
-        """Counts the steps since the last time; gives their seconds, the wait for their data included."""
-        self.results += results
-        before, self.added = self.added, time.monotonic()
-        return self.added - before
-
-    def restart(self) -> None:
-        """Forgets the steps and the clock, so that a validation or a save is not counted as training time."""
-        self.results.clear()
-        self.waited = 0.0
-        self.started = self.added = time.monotonic()
-
-    def take(self, progress: TrainProgress) -> dict[str, float]:
-        """Means and rates since the last call, as MLflow names them, and starts anew."""
-        elapsed = time.monotonic() - self.started
-        n = len(self.results)
-        last = self.results[-1]
-        rate = n / elapsed
-        metrics = {
-            "train/loss": sum(r.loss for r in self.results) / n,
-            "train/dialogue_loss": sum(r.dialogue for r in self.results) / n,
-            "train/auxiliary_loss": sum(r.auxiliary for r in self.results) / n,
-            "train/grad_norm": last.grad_norm,
-            "train/lr": last.lr,
-            "perf/examples_per_second": rate * self.config.batch_size,
-            "perf/data_wait_share": self.waited / elapsed,
-            "perf/memory_gib": memory_bytes() / 2**30,
-            "perf/workers": dist.get_world_size(),
-            "perf/eta_seconds": (self.total_steps - progress.step) / rate,
-        }
-        self.results.clear()
-        self.waited = 0.0
-        self.started = time.monotonic()
-        return metrics
-
-
-def memory_bytes() -> int:
-    """Peak memory of this worker so far: the GPU's where there is one, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_memory_bytes()
-
-
-def describe(progress: TrainProgress, metrics: dict[str, float], total_steps: int) -> str:
-    """One log line of a training step."""
-    m = metrics
-    eta = _clock(m["perf/eta_seconds"])
-    return (
-        f"step {progress.step}/{total_steps} epoch {progress.epoch + 1} | "
-        f"loss {m['train/loss']:.4f} (L_D {m['train/dialogue_loss']:.4f}, L_LM {m['train/auxiliary_loss']:.4f}) | "
-        f"lr {m['train/lr']:.2e} | norm {m['train/grad_norm']:.3f} | {m['perf/examples_per_second']:.0f} examples/s | "
-        f"data wait {m['perf/data_wait_share']:.1%} | {m['perf/memory_gib']:.2f} GiB | ETA {eta}"
-    )
 
 
 def _examples_seen(progress: TrainProgress, loader: RankLoader) -> int:
@@ -286,20 +257,3 @@ def _examples_seen(progress: TrainProgress, loader: RankLoader) -> int:
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def _explained(error: NonFiniteLossError, trained: Trained, hooks: Hooks) -> NonFiniteLossError:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [i for ids in trained.example_ids for i in ids.tolist()])
-    ids = sorted(i for part in gathered for i in part)
-    return NonFiniteLossError(
-        f"step {trained.step + 1} of epoch {trained.epoch + 1}: {error}; the step was not applied. "
-        f"Example ids: {ids}. Last good checkpoint: {hooks.last_checkpoint or 'none yet'}. "
-        f"A lower --optimizer.lr is the usual cure"
-    )

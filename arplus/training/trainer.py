@@ -37,13 +37,12 @@ from arplus.tracking.run import absolute_uri
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
 from arplus.training.footprint import checkpoint_bytes
-from arplus.training.hooks import RunContext, RunEndedError, RunHooks, StudyContext
+from arplus.training.hooks import RunContext, RunEndedError, StudyContext, close_hooks, final_metrics, make_hooks
 from arplus.training.loop import fit, total_steps
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-C = TypeVar("C", bound=TrainConfig)
 
 
 def train(
@@ -156,7 +155,13 @@ def _run_workers(
     config = job.config
     try:
         outcome = workers.run(
-            _worker, {"job": job}, scaling, job.run_uri, max_failures=config.max_failures, callbacks=callbacks
+            _worker,
+            {"job": job},
+            scaling,
+            job.run_uri,
+            timeout_minutes=config.collective_timeout_minutes,
+            max_failures=config.max_failures,
+            callbacks=callbacks,
         )
     except TrainingFailedError as error:
         log.error("%s", error)
@@ -169,7 +174,7 @@ def _run_workers(
     return cast(dict[str, Any], outcome)
 
 
-def resolve(config: C) -> C:
+def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with every name and path filled in, as it is written beside the run."""
     if not config.data:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
@@ -180,7 +185,7 @@ def resolve(config: C) -> C:
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
-        experiment=config.experiment or TrainConfig().experiment,
+        experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
     )
 
@@ -253,10 +258,9 @@ def _run(job: RunContext) -> dict[str, Any]:
     mine, start = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: _begin(job)), only_rank_0=True)
     dataset, model, state = on_all_ranks(lambda: storage.with_retries(job.run_uri, lambda: load(config, start)))
     if state is not None and start is not None and start.startswith(f"{job.run_uri}/"):
-        best = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
-        state.progress.best_response_ppl = on_all_ranks(
-            lambda: storage.with_retries(job.run_uri, best), only_rank_0=True
-        )
+        restore = functools.partial(checkpoint.restore_best, job.run_uri, start, state.progress)
+        best = on_all_ranks(lambda: storage.with_retries(job.run_uri, restore), only_rank_0=True)
+        state.progress.set_best(best)
     train_loader, valid_loader = loaders(config, dataset, device)
     engine = Engine(model, config, device)
     progress = TrainProgress(fingerprint=dataset.fingerprint)
@@ -264,12 +268,13 @@ def _run(job: RunContext) -> dict[str, Any]:
         progress = state.progress
         engine.load_moments(state.moments, progress.step)
         engine.load_schedule(state.schedule)
-    hooks = RunHooks(job, mine, engine, dataset, total_steps(config, train_loader), start)
+    steps = total_steps(config, train_loader)
+    hooks = make_hooks(job, mine, engine, dataset, steps, start)
     try:
         fit(engine, train_loader, valid_loader, progress, config, hooks)
-        return hooks.finish(progress)
+        return final_metrics(job, progress, steps, hooks)
     finally:
-        hooks.close()
+        close_hooks(hooks)
 
 
 def _begin(job: RunContext) -> tuple[Attempt, str | None]:

@@ -1,6 +1,7 @@
 """The processes that train, as Ray Train starts them: the same for a run and for a range test."""
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -14,7 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from arplus import storage
 from arplus.cluster import connection
@@ -27,18 +28,21 @@ def run(
     scaling: ScalingConfig,
     uri: str,
     *,
+    timeout_minutes: float,
     max_failures: int = 0,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Any:
     """Runs ``worker(arguments)`` in every worker to its end, starting all again where one dies; rank 0's return value.
 
-    Ray keeps its own files in the folder ``ray`` of ``uri``. Raises :class:`ray.train.TrainingFailedError` where the
-    workers failed more than ``max_failures`` times.
+    Ray keeps its own files in the folder ``ray`` of ``uri``. A worker fails where it waits longer than
+    ``timeout_minutes`` for the others. Raises :class:`ray.train.TrainingFailedError` where workers failed more than
+    ``max_failures`` times.
     """
     filesystem, path = storage.resolve_lasting(storage.join(uri, "ray"))
     trainer: Any = TorchTrainer(
         cast(Any, worker),  # its annotation forbids the return value that it documents
         train_loop_config=arguments,
+        torch_config=TorchConfig(timeout_s=math.ceil(60 * timeout_minutes)),
         scaling_config=scaling,
         # Checkpoints are ours, so Ray's own record of a job has a name that no later job resumes from.
         run_config=cast(Any, RunConfig)(  # mypy sees the class of Ray Train v1

@@ -8,7 +8,7 @@ from test_step_speed import TINY
 
 from arplus.benchmark import scaling
 from arplus.benchmark.options import ScaleBenchmark
-from arplus.benchmark.scaling import Costs, bytes_sent, gpu_rate, predict, step_seconds
+from arplus.benchmark.scaling import Costs, bytes_sent, predict, step_seconds
 from arplus.benchmark.step_speed import run_config
 
 
@@ -29,15 +29,10 @@ def test_a_step_is_the_sum_of_its_parts_and_waits_for_the_feed() -> None:
     assert step_seconds(replace(costs, checkpoint=0.5), 1, 1, 4, 1000) == pytest.approx(6.0)
 
 
-def test_a_gpus_rate_is_guessed_by_batch_size_unless_it_is_given() -> None:
-    rates = [gpu_rate(ScaleBenchmark(gpu_batch_size=b)) for b in (32, 64, 512, 1024, 2048, 8192)]
-    assert rates == pytest.approx([1_300, 2_600, 14_500, 15_250, 16_000, 16_000])
-    assert gpu_rate(ScaleBenchmark(gpu_examples_per_second=50_000, gpu_batch_size=64)) == 50_000
-
-
-def test_more_gpus_bring_more_feed() -> None:
+def test_more_gpus_bring_more_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each window is read once, so the feed is as fast as the cores of all GPUs; before, it was that of one."""
-    slow = ScaleBenchmark(gpu_examples_per_second=1e6, feed_cores=1, feed_examples_per_second=1e5, checkpoint_seconds=0)
+    slow = ScaleBenchmark(gpu_examples_per_second=1e6, feed_cores=1, feed_examples_per_second=1e5)
+    monkeypatch.setattr(scaling, "CHECKPOINT_S", 0.0)
     assert [predict(slow, 1, w, 10**6) for w in (1, 8, 64)] == pytest.approx([1e5, 8e5, 64e5])
 
 

@@ -14,14 +14,14 @@ from arplus.cluster import nodes
 from arplus.errors import ResourceError
 
 ASK = """
-from arplus import cluster, nodes
+from arplus.cluster import connection, nodes
 from arplus.config import PrepareConfig
 from arplus.prepare.pipeline import prepare
 from arplus.errors import ResourceError
 
 def look(_): pass
 
-cluster.connect(cpus=1)
+connection.connect(cpus=1)
 nodes.ANSWER_S = 4.0
 for work in (lambda: nodes.ask(look), lambda: prepare(PrepareConfig(input="records.jsonl", output="data"))):
     try:

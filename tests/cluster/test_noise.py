@@ -13,8 +13,8 @@ from arplus.cluster import noise
 JOB = """
 import os, time
 import ray
-from arplus import cluster
-cluster.connect()
+from arplus.cluster import connection
+connection.connect()
 
 class Holder:
     def __init__(self, value): self.value = value

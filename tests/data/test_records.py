@@ -1,3 +1,5 @@
+"""What the parser takes of a raw record, and why it rejects one."""
+
 import json
 from typing import Any
 

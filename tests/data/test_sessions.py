@@ -1,3 +1,5 @@
+"""Sessions as arrays hold what was put in."""
+
 import json
 
 import numpy as np

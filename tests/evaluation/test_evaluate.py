@@ -176,6 +176,7 @@ def test_losses_by_row_add_up_to_the_batchs(dataset: Dataset, preset_name: str) 
     torch.testing.assert_close(nats.sum(1), torch.stack([losses.sum_dialogue, losses.sum_auxiliary]))
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) -> None:
     uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
     config = EvaluateConfig(checkpoint=uri, data=dataset.uri, sampling=Sampling(temperature=3.0))

@@ -1,3 +1,5 @@
+"""BLEU, F1, distinct and the rest by hand, and beside sacreBLEU and the paper's code."""
+
 import math
 from functools import partial
 

@@ -4,21 +4,18 @@ from dataclasses import replace
 
 import torch
 
-from arplus.config import ExampleRules, TrainConfig, preset, tiny
+from arplus.config import ExampleRules, TrainConfig
 from arplus.model.network import PersonaTransformer
 from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.text import Vocabulary, sizes
+from helpers.small_models import smallest_run
 
 CHARACTERS = Vocabulary(list("你好吗我很，"), [9, 8, 7, 6, 5, 4])
 PERSONA_WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "四川 成都"], [5, 5, 5, 3, 2])
 
 
 def small_config(name: str = "arplus") -> TrainConfig:
-    config = tiny(preset(name))
-    model = replace(config.model, d_model=32, embedding_size=16, heads=2, ff_size=48)
-    if config.model.embedding_size == config.model.d_model:
-        model = replace(model, embedding_size=32)
-    return replace(config, model=model, data="数据", run_name="small")
+    return replace(smallest_run(name), data="数据", run_name="small")
 
 
 def state(step: int = 120, name: str = "arplus", seed: int = 0) -> TrainState:

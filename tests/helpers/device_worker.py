@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
+import forks
 import ray
 from ray.cluster_utils import Cluster
 
@@ -33,8 +34,10 @@ def main(local: Cluster, joining: int) -> dict[str, Any]:
     for device in DEVICES:
         scaling = preflight.scaling(TrainConfig(workers=2, device=device))
         found["scaling"][device] = scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker
-        found["side_by_side"][device] = find_slots(TuneConfig(workers=2, device=device), 8).side_by_side
-    found["two_asked_for"] = find_slots(TuneConfig(workers=2, device="gpu", concurrency=2), 8)
+        found["side_by_side"][device] = find_slots(
+            TuneConfig(run=TrainConfig(workers=2, device=device)), 8
+        ).side_by_side
+    found["two_asked_for"] = find_slots(TuneConfig(run=TrainConfig(workers=2, device="gpu"), concurrency=2), 8)
     found["compile"] = [bool(connection.offer(device, 1).gpus) for device in DEVICES]
     with ThreadPoolExecutor(1) as pool:  # a node is added by the main thread alone
         evaluation = pool.submit(evaluate, config)
@@ -59,6 +62,7 @@ class Lines(logging.Handler):
 
 
 if __name__ == "__main__":
+    forks.use()
     cpus, gpus, joining = map(int, sys.argv[1:])
     cluster_of_one = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "num_gpus": gpus})
     try:

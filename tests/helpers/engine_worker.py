@@ -14,23 +14,21 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arplus.config import ModelConfig, TrainConfig, VocabularySizes, preset, special_ids, tiny
+from arplus.config import ModelConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.loader import Step
 from arplus.model.batch import Batch, Packed
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.training.group import process_group
+from helpers.small_models import smallest_run
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
 
 
 def config(preset_name: str = "arplus", **changes: Any) -> TrainConfig:
     """A tiny run without dropout, so that every partition computes the same numbers."""
-    start = tiny(preset(preset_name))
-    model = replace(start.model, dropout=0.0, d_model=32, heads=2, ff_size=48)
-    if start.model.embedding_size == start.model.d_model:
-        model = replace(model, embedding_size=32)
-    return replace(start, model=model, batch_size=8, **changes)
+    run = smallest_run(preset_name)
+    return replace(run, model=replace(run.model, dropout=0.0), batch_size=8, **changes)
 
 
 def global_batch(model: ModelConfig, seed: int, index: int = 0, of: int = 1) -> Batch:

@@ -19,18 +19,20 @@ import psutil
 import ray
 import torch
 
-from arplus.config import TrainConfig, preset, tiny, to_dict
+from arplus.config import TrainConfig, to_dict
 from arplus.runs import checkpoint
+from helpers.small_models import smallest_run
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES, VALID = 132, 21
+STEPS = 2 * 17
+"""Of a run by these settings on the data set of the training's tests."""
 
 
 def settings(data: str, storage: Path, **changes: Any) -> TrainConfig:
     """A small run of two workers with dropout, an audit and a checkpoint every seven steps."""
-    config = tiny(preset("arplus"))
     config = replace(
-        config,
-        model=replace(config.model, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=16),
+        smallest_run(),
         data=data,
         storage=str(storage),
         workers=2,

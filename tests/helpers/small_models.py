@@ -5,11 +5,27 @@ from collections.abc import Iterable
 
 import torch
 
-from arplus.config import PRESETS, ModelConfig, SpecialIds, VocabularySizes, special_ids
+from arplus.config import PRESETS, ModelConfig, SpecialIds, TrainConfig, VocabularySizes, preset, special_ids, tiny
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.network import PersonaTransformer
 
 SIZES = VocabularySizes(characters=60, persona_words=50)
+
+
+def smallest_run(preset_name: str = "arplus") -> TrainConfig:
+    """A preset's run with a network as small as tests can have it that still has all of the preset's parts."""
+    run = tiny(preset(preset_name))
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(
+            run.model,
+            d_model=32,
+            embedding_size=32 if run.model.embedding_size == run.model.d_model else 16,
+            heads=2,
+            ff_size=48,
+            ff_bottleneck=None if run.model.ff_bottleneck is None else 16,
+        ),
+    )
 
 
 def small(preset: str) -> ModelConfig:

@@ -1,3 +1,5 @@
+"""The data card says what was counted."""
+
 import json
 from dataclasses import replace
 

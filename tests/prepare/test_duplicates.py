@@ -1,3 +1,5 @@
+"""Of equal sessions the first is kept, wherever the others lie."""
+
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""Lines of JSONL files, compressed or not, cut or broken."""
+
 import bz2
 import gzip
 import lzma

@@ -1,3 +1,5 @@
+"""Who prepares into a folder holds its lease, and nobody else does while that one lives."""
+
 import json
 import os
 import signal

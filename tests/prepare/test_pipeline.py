@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from arplus.config import PrepareConfig, VocabularySizes
+from arplus.config import ExampleRules, PrepareConfig, VocabularySizes
 from arplus.data.dataset import Dataset
 from arplus.data.manifest import Manifest
 from arplus.errors import UsageError
@@ -234,7 +234,7 @@ def test_no_dialogue_straddles_splits_and_growth_only_releases_to_training(tmp_p
             name=str(n),
             valid=30,
             test=0.05,
-            incomplete_personas="keep",
+            rules=ExampleRules(incomplete_personas="keep"),
             character_vocabulary=str(vocabulary),
             persona_vocabulary=str(persona),
         )
@@ -383,5 +383,5 @@ def test_no_training_example_is_an_error_with_reasons_and_counts(tmp_path: Path,
 
 def test_incomplete_personas_that_are_kept_are_examples(tmp_path: Path) -> None:
     content = {"a.jsonl": (CASES / "no_gender100.jsonl").read_bytes()}
-    _, manifest = run(tmp_path, content, incomplete_personas="keep", valid=0, test=0)
+    _, manifest = run(tmp_path, content, rules=ExampleRules(incomplete_personas="keep"), valid=0, test=0)
     assert manifest.splits["train"].examples == 100

@@ -1,3 +1,5 @@
+"""A newer job takes a run over, and the older one hears of it."""
+
 import json
 import os
 import signal

@@ -1,3 +1,5 @@
+"""The audit finds an example that was trained twice or never."""
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest

@@ -1,3 +1,5 @@
+"""A checkpoint is read as it was written, or refused; those that are no longer needed go."""
+
 import hashlib
 import json
 import pickle

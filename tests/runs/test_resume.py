@@ -1,3 +1,5 @@
+"""Where a run goes on, and with which settings it may."""
+
 import logging
 from dataclasses import replace
 from pathlib import Path

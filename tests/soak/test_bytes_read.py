@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import ray
-from conftest import S3Server
 from helpers.prepared import write_dataset
 
 from arplus import storage
@@ -71,7 +71,7 @@ def relay(s3_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingRelay]
 
 
 def test_an_epoch_reads_the_same_at_any_number_of_workers(
-    s3_server: S3Server, relay: CountingRelay, tmp_path: Path, record_property: Callable[[str, object], None]
+    s3_server: Any, relay: CountingRelay, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     groups = [[2000, 1500], [2500, 2000]]
     write_dataset(tmp_path, {"train": groups})

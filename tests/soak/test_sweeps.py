@@ -18,7 +18,7 @@ from helpers import faults
 from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
 
-from arplus.config import TuneConfig, preset, study_settings, tiny
+from arplus.config import TuneConfig, preset, tiny, with_values
 from arplus.runs import attempt
 from arplus.study import tune
 from arplus.study.record import Trial
@@ -135,16 +135,16 @@ def small(data: str, storage: Path, **changes: Any) -> TuneConfig:
     run = tiny(preset("arplus"))
     model = replace(run.model, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=16)
     run = replace(run, model=model, optimizer=replace(run.optimizer, lr=1e-5), data=data, storage=str(storage))
-    config: TuneConfig = study_settings(TuneConfig, replace(run, batch_size=8))
+    config = TuneConfig(run=replace(run, batch_size=8))
     space = ("optimizer.lr=loguniform(1e-5,0.1)", "objective.lambda1=fixed")
-    return replace(config, space=space, examples=600, validations=3, **changes)
+    return with_values(config, {"space": space, "examples": 600, "validations": 3} | changes, source="test")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_whose_process_dies_goes_on_from_its_checkpoint(data: str, tmp_path: Path) -> None:
     """The process that drives the trial: with it go the run's controller and its workers."""
     config = small(data, tmp_path, run_name="dies", trials=1)
-    config = replace(config, validations=20, optimizer=replace(config.optimizer, lr=1e-2))
+    config = with_values(config, {"validations": 20, "optimizer.lr": 1e-2}, source="test")
 
     def checkpoints() -> list[Path]:
         return list((tmp_path / "dies" / "runs" / "trial-0001" / "checkpoints").glob("*/manifest.json"))

@@ -9,7 +9,7 @@ import pytest
 from helpers.prepared import write_dataset
 
 from arplus import storage
-from arplus.config import PAPER_ROWS, AblateConfig, OptimizerConfig, preset, tiny, to_dict, validate
+from arplus.config import PAPER_ROWS, AblateConfig, TrainConfig, preset, tiny, to_dict, with_values
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.study import ablate, execute
@@ -27,7 +27,7 @@ def study(**trials: Trial) -> Study:
     return Study(
         uri="",
         kind="ablation",
-        config=AblateConfig(run_name="s"),
+        config=AblateConfig(run=TrainConfig(run_name="s")),
         fingerprint="",
         owner="",
         tracked=RunRef("", "", ""),
@@ -41,7 +41,7 @@ def done(row: RunSpec, ppl: float) -> Trial:
 
 
 def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
-    config = AblateConfig(row=("arplus", "ar"), seeds=2, sessions="all,30", seed=5)
+    config = AblateConfig(run=TrainConfig(seed=5), row=("arplus", "ar"), seeds=2, sessions="all,30")
     sizes = ablate._sizes(config, dataset)
     whole = dataset.split("train")
     assert [size.examples for size in sizes] == [round(30 * 200 / whole.sessions), 200]
@@ -49,8 +49,8 @@ def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
     assert len(rows) == len({row.name for row in rows}) == 8
     assert {row.seed for row in rows} == {5, 6}
     assert {(row.preset, row.lr) for row in rows} == {("arplus", 2e-3), ("ar", 1.5e-4)}, "the paper's rates"
-    common = ablate._rows(replace(config, lr="common", optimizer=replace(config.optimizer, lr=7e-4)), sizes[0], study())
-    assert {row.lr for row in common} == {7e-4}
+    common = with_values(config, {"lr": "common", "optimizer.lr": 7e-4}, source="test")
+    assert {row.lr for row in ablate._rows(common, sizes[0], study())} == {7e-4}
 
 
 def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
@@ -58,7 +58,7 @@ def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
     size = dataset.split("train")
     tried = ablate._rate_rows(config, size)
     assert [row.lr for row in tried[:4]] == pytest.approx([1.5e-4, 6.08e-4, 2.47e-3, 1e-2], rel=1e-2)
-    assert {row.seed for row in tried} == {config.seed}
+    assert {row.seed for row in tried} == {config.run.seed}
     scores = {row.name: done(row, 30 + abs(row.lr - tried[2].lr)) for row in tried if row.preset == "arplus"}
     found = ablate._rows(config, size, study(**scores))
     assert [(row.preset, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
@@ -86,7 +86,7 @@ def test_a_rate_that_failed_is_not_tried_among_the_seeds(dataset: Dataset, monke
 def test_an_evaluation_is_saved_although_mlflow_is_away(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = AblateConfig(row=("arplus",), seeds=1, data=dataset.uri)
+    config = AblateConfig(run=TrainConfig(data=dataset.uri), row=("arplus",), seeds=1)
     (row,) = rows = ablate._rows(config, dataset.split("train"), study())
     trial = done(row, 30.0)
     trial.config = to_dict(ablate.settings(config, row))
@@ -106,8 +106,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
 
 
 def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:
-    run = tiny(preset("arplus"))
-    config = AblateConfig(tiny=True, model=run.model, batch_size=8, optimizer=run.optimizer, epochs=3)
+    config = AblateConfig(run=replace(tiny(preset("arplus")), batch_size=8, epochs=3))
     for name, row in PAPER_ROWS.items():
         found = ablate.settings(config, RunSpec(name, 10, 40, 1, 3e-4))
         assert found.model == tiny(row).model
@@ -124,22 +123,21 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
         ({"sessions": "10,10"}, "--sessions: must be different numbers"),
         ({"row": ("arplus", "no-bert")}, "--row: names no preset"),
         ({"row": ("ar", "ar")}, "--row: names a preset twice"),
-        ({"model": preset("ar").model}, "takes no --model settings"),
-        ({"optimizer": OptimizerConfig(lr=1e-3)}, "--optimizer.lr: needs --lr common; with --lr paper"),
-        ({"optimizer": OptimizerConfig(lr=1e-3), "lr": "tuned"}, "--optimizer.lr: needs --lr common; with --lr tuned"),
-        ({"optimizer": OptimizerConfig(lr=1e-3, eps=1e-8), "lr": "common"}, "--optimizer.eps: is each row's own"),
+        ({"model": to_dict(preset("ar").model)}, "takes no --model settings"),
+        ({"optimizer": {"lr": 1e-3}}, "--optimizer.lr: needs --lr common; with --lr paper"),
+        ({"optimizer": {"lr": 1e-3}, "lr": "tuned"}, "--optimizer.lr: needs --lr common; with --lr tuned"),
+        ({"optimizer": {"lr": 1e-3, "eps": 1e-8}, "lr": "common"}, "--optimizer.eps: is each row's own"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        validate(replace(AblateConfig(), **changes))  # type: ignore[arg-type]
+        with_values(AblateConfig(), changes, source="test")
 
 
 def test_settings_that_hold_for_all_rows_pass() -> None:
     for run in (preset("arplus"), tiny(preset("arplus"))):
-        config = AblateConfig(tiny=run != preset("arplus"), model=run.model)
-        validate(replace(config, optimizer=replace(run.optimizer, max_grad_norm=0.5)))
-        validate(replace(config, optimizer=replace(run.optimizer, lr=1e-3), lr="common"))
+        with_values(AblateConfig(run=run), {"optimizer.max_grad_norm": 0.5}, source="test")
+        with_values(AblateConfig(run=run), {"optimizer.lr": 1e-3, "lr": "common"}, source="test")
 
 
 def test_more_sessions_than_there_are(dataset: Dataset) -> None:
@@ -148,6 +146,6 @@ def test_more_sessions_than_there_are(dataset: Dataset) -> None:
 
 
 def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:
-    text = ablate.plan(AblateConfig(data=dataset.uri, lr="tuned", rates=4, seeds=3, sessions="20,all"))
+    text = ablate.plan(AblateConfig(run=TrainConfig(data=dataset.uri), lr="tuned", sessions="20,all"))
     assert f"{7 * 2 * 6} runs: 7 rows × 2 sizes × 3 seeds and 4 rates for the first" in text
     assert "200 examples, 600 a run" in text

@@ -12,7 +12,7 @@ from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
 
 from arplus.cluster import node
-from arplus.config import LrFindConfig, from_dict, preset, study_settings, tiny, to_dict
+from arplus.config import LrFindConfig, from_dict, preset, tiny, with_values
 from arplus.errors import RunError, UsageError
 from arplus.study import lr_find
 
@@ -28,9 +28,8 @@ def loss(rate: float) -> float:
 def settings(data: str, storage: Path, **changes: Any) -> LrFindConfig:
     run = tiny(preset("arplus"))
     model = replace(run.model, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=16, dropout=0.0)
-    config: LrFindConfig = study_settings(LrFindConfig, replace(run, model=model))
-    config = replace(config, data=data, storage=str(storage), run_name="rates", batch_size=8, steps=60, lr_from=1e-5)
-    return replace(config, **changes)
+    run = replace(run, model=model, data=data, storage=str(storage), run_name="rates", batch_size=8)
+    return LrFindConfig(run=replace(run, **changes), steps=60, lr_from=1e-5)
 
 
 def test_bounds_and_suggestion_lie_where_the_curve_says() -> None:
@@ -53,13 +52,12 @@ def test_a_loss_that_never_falls_is_said(curve: list[float]) -> None:
 
 
 def test_a_range_must_be_one() -> None:
-    plain = to_dict(study_settings(LrFindConfig, preset("arplus")))
     with pytest.raises(UsageError, match="--lr-from: must be below lr_to = 1"):
-        from_dict(LrFindConfig, plain | {"lr_from": 2.0}, source="test")
+        from_dict(LrFindConfig, {"lr_from": 2.0}, source="test")
     with pytest.raises(UsageError, match=r"--lr-from: is LOW and lr_to is HIGH: .* at least 2\.23e-308"):
-        from_dict(LrFindConfig, plain | {"lr_from": 1e-320}, source="test")
+        from_dict(LrFindConfig, {"lr_from": 1e-320}, source="test")
     with pytest.raises(UsageError, match=r"--lr-from: .*HIGH / LOW must be below"):
-        from_dict(LrFindConfig, plain | {"lr_from": 1e-300, "lr_to": 1e300}, source="test")
+        from_dict(LrFindConfig, {"lr_from": 1e-300, "lr_to": 1e300}, source="test")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -85,4 +83,4 @@ def test_a_real_range_test_leaves_curve_plot_and_bounds(tmp_path: Path) -> None:
     assert [m.value for m in client.get_metric_history(run.info.run_id, "lr_range/lr")] == rates
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"lr_range.csv", "lr_range.json", "lr_range.svg"}
     with pytest.raises(UsageError, match=r"--resume never: .*rates exists"):
-        lr_find.find(replace(config, resume="never"))
+        lr_find.find(with_values(config, {"resume": "never"}, source="test"))

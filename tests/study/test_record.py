@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from arplus import storage
-from arplus.config import StudyConfig, TuneConfig, run_settings
+from arplus.config import StudyConfig, TrainConfig, TuneConfig, with_values
 from arplus.errors import RefusedError
 from arplus.study.record import Study
 from arplus.tracking import RunRef
@@ -42,11 +42,12 @@ def test_a_study_waits_for_storage_that_refuses(
     s3_server: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, refusing: Callable[[], Any]
 ) -> None:
     monkeypatch.setattr("arplus.tracking.start_run", lambda *_, **__: RunRef("", "", "run"))
-    config = TuneConfig(storage=s3_server.uri(tmp_path.name), run_name="s", mlflow="http://127.0.0.1:9")
+    run = TrainConfig(storage=s3_server.uri(tmp_path.name), run_name="s", mlflow="http://127.0.0.1:9")
+    config = TuneConfig(run=run)
     with refusing():
         study = begin(config)
     with refusing():
-        trial = study.add("trial-0001", {}, config)
+        trial = study.add("trial-0001", {}, run)
     with refusing():
         trial.outcome = "finished"
         study.save(trial)
@@ -61,13 +62,15 @@ def test_a_study_waits_for_storage_that_refuses(
 def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path) -> None:
     """Two GPUs less, another folder: but never other numbers."""
     folder = str(tmp_path / "old")
-    began = TuneConfig(storage=folder, run_name="s", experiment="e", mlflow=f"sqlite:///{tmp_path}/m.db", workers=4)
+    run = TrainConfig(storage=folder, run_name="s", experiment="e", mlflow=f"sqlite:///{tmp_path}/m.db", workers=4)
+    began = TuneConfig(run=run)
     study = begin(began)
-    run = replace(run_settings(began), run_name="t", storage=f"{study.uri}/runs", max_steps=7, seed=3, log_every=9)
+    run = replace(run, run_name="t", storage=f"{study.uri}/runs", max_steps=7, seed=3, log_every=9)
     trial = study.add("t", {"seed": 3}, run)
     (tmp_path / "old").rename(tmp_path / "new")
-    study = begin(replace(began, storage=str(tmp_path / "new"), workers=2, zero_stage=1))
+    changes = {"storage": str(tmp_path / "new"), "workers": 2, "zero_stage": 1}
+    study = begin(with_values(began, changes, source="test"))
     trial = study.trials["t"]
     study.renew(trial)
-    today = replace(run, workers=2, zero_stage=1, storage=f"{study.uri}/runs", log_every=began.log_every)
+    today = replace(run, workers=2, zero_stage=1, storage=f"{study.uri}/runs", log_every=began.run.log_every)
     assert trial.settings == today

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from arplus.config import AblateConfig
+from arplus.config import AblateConfig, TrainConfig
 from arplus.study import report
 from arplus.study.paper import COLUMNS, FIGURES, LABELS, STANDARD_COLUMNS, TABLES
 from arplus.study.record import Trial
@@ -69,7 +69,7 @@ def test_the_effect_is_in_per_cent_of_the_whole_model() -> None:
 
 
 def page() -> str:
-    config = AblateConfig(run_name="<full>", seeds=3, sessions="100,1000")
+    config = AblateConfig(run=TrainConfig(run_name="<full>"), seeds=3, sessions="100,1000")
     return report.page(
         config, rows(TRIALS), study_url="http://h/#/a", compare_url="http://h/#/b?c&d", unfinished={"x": "<why>"}
     )

@@ -12,8 +12,6 @@ from arplus.config import (
     TuneConfig,
     parse_space,
     preset,
-    run_settings,
-    study_settings,
     tiny,
     to_dict,
     with_values,
@@ -21,10 +19,10 @@ from arplus.config import (
 from arplus.errors import UsageError
 from arplus.study import execute
 from arplus.study.record import OBJECTIVE, Trial
-from arplus.study.search import make_search
+from arplus.study.search import Search
 from arplus.study.tune import with_budget
 
-CONFIG: TuneConfig = study_settings(TuneConfig, tiny(preset("arplus")))
+CONFIG = TuneConfig(run=tiny(preset("arplus")))
 LR = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-1))]
 
 
@@ -41,7 +39,7 @@ def bowl(values: dict[str, Any]) -> float:
 def run(config: TuneConfig, trials: int, known: dict[int, Trial] | None = None) -> dict[int, Trial]:
     """A search without training."""
     known = dict(known or {})
-    search = make_search(config, LR, known)
+    search = Search(config, LR, known)
     for number in range(len(known) + 1, trials + 1):
         values = search.choose(number)
         assert values is not None
@@ -53,14 +51,14 @@ def run(config: TuneConfig, trials: int, known: dict[int, Trial] | None = None) 
 @pytest.mark.parametrize("kind", ["optuna", "random"])
 def test_the_first_trial_is_the_settings_as_they_are_where_the_space_holds_them(kind: Any) -> None:
     config = replace(CONFIG, search=kind)
-    assert make_search(config, LR, {}).choose(1) == {"optimizer.lr": 2e-3}
+    assert Search(config, LR, {}).choose(1) == {"optimizer.lr": 2e-3}
     elsewhere = [Dimension("optimizer.lr", "loguniform", (1e-5, 1e-3))]
-    assert make_search(config, elsewhere, {}).choose(1) != {"optimizer.lr": 2e-3}
+    assert Search(config, elsewhere, {}).choose(1) != {"optimizer.lr": 2e-3}
 
 
 def test_a_grid_has_every_point_once_and_ends() -> None:
     config = replace(CONFIG, search="grid", grid_points=2)
-    grid = make_search(config, parse_space(["batch_size=choice(16,32)"]), {})
+    grid = Search(config, parse_space(["batch_size=choice(16,32)"]), {})
     points = [grid.choose(number) for number in range(1, 9)]
     assert len({str(point) for point in points}) == 8
     assert all(
@@ -69,17 +67,24 @@ def test_a_grid_has_every_point_once_and_ends() -> None:
     assert grid.choose(9) is None
 
 
+@pytest.mark.parametrize("kind", ["optuna", "random", "grid"])
+def test_a_search_that_goes_on_chooses_what_an_undisturbed_one_would(kind: Any) -> None:
+    config = replace(CONFIG, search=kind, trials=12, grid_points=12)
+    whole = {n: t.values for n, t in run(config, 12).items()}
+    assert {n: t.values for n, t in run(config, 12, run(config, 7)).items()} == whole
+    assert len({values["optimizer.lr"] for values in whole.values()}) == 12
+    assert kind == "grid" or run(with_values(config, {"seed": 1}, source="test"), 2)[2].values != whole[2]
+
+
 def test_random_values_depend_on_seed_and_number_alone() -> None:
     config = replace(CONFIG, search="random")
-    whole = {n: t.values for n, t in run(config, 6).items()}
-    assert {n: t.values for n, t in run(config, 6, dict(list(run(config, 3).items()))).items()} == whole
-    assert len({t["optimizer.lr"] for t in whole.values()}) == 6
-    assert run(replace(config, seed=1), 6)[2].values != whole[2]
+    known = {n: ended({"optimizer.lr": 10.0**-n}, 40.0, "diverged") for n in range(1, 5)}
+    assert run(config, 5, known)[5].values == run(config, 5)[5].values
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_optuna_finds_the_best_rate_and_goes_on_without_repeating_itself(seed: int) -> None:
-    config = replace(CONFIG, trials=16, seed=seed, optimizer=replace(CONFIG.optimizer, lr=1e-5))
+    config = with_values(CONFIG, {"trials": 16, "seed": seed, "optimizer.lr": 1e-5}, source="test")
     first = run(config, 6)
     whole = run(config, 16, first)
     assert len({t.values["optimizer.lr"] for t in whole.values()}) == 16
@@ -92,7 +97,7 @@ def test_optuna_keeps_away_from_what_diverged_and_knows_what_runs() -> None:
         n: ended(v, bowl(v), "diverged" if v["optimizer.lr"] > 1e-2 else "finished") for n, v in enumerate(values, 1)
     }
     known[6] = Trial(name="t", values={"optimizer.lr": 2e-3}, config={})
-    search = make_search(replace(CONFIG, trials=6), LR, known)
+    search = Search(replace(CONFIG, trials=6), LR, known)
     proposed = [search.choose(number) for number in range(7, 19)]
     assert sum(p is not None and p["optimizer.lr"] > 1e-2 for p in proposed) <= 3
     search.learn(6, ended({"optimizer.lr": 2e-3}, 40.0))  # it was unfinished, and is now done
@@ -130,7 +135,7 @@ def test_a_trial_that_goes_on_keeps_its_place_on_the_rungs_it_had_reached() -> N
     """Its next validation is later and better, and would push the others down."""
     asha = execute.asha(800, 8, 3.0, [ended({}, 50.0, examples=100)])
     assert asha is not None
-    execute._replay(asha, "again", [{"examples": 100, OBJECTIVE: 49.0}])
+    execute.replay(asha, "again", [{"examples": 100, OBJECTIVE: 49.0}])
     trials: list[Any] = [SimpleNamespace(trial_id=name) for name in ("again", "new")]
     for trial, examples, ppl in zip(trials, (200, 100), (44.0, 48.5), strict=True):
         asha.on_trial_add(None, trial)  # type: ignore[arg-type]
@@ -143,7 +148,7 @@ def test_one_validation_leaves_nothing_to_stop() -> None:
 
 @pytest.mark.parametrize(("batch_size", "budget"), [(8, 200), (32, 200), (8, 83), (8, 40), (7, 83 * 3)])
 def test_a_budget_is_examples_whatever_the_batch_size(batch_size: int, budget: int) -> None:
-    run = with_budget(replace(run_settings(CONFIG), batch_size=batch_size), budget, 4, 83)
+    run = with_budget(replace(CONFIG.run, batch_size=batch_size), budget, 4, 83)
     assert run.max_steps is not None
     epochs, left = divmod(run.max_steps, -(-83 // batch_size))
     seen = epochs * 83 + min(left * batch_size, 83)
@@ -154,9 +159,7 @@ def test_a_budget_is_examples_whatever_the_batch_size(batch_size: int, budget: i
 
 
 def test_values_go_to_their_places_and_wrong_ones_name_the_source() -> None:
-    run = with_values(run_settings(CONFIG), {"optimizer.lr": 0.5, "batch_size": 4}, source="here")
-    assert to_dict(run) == to_dict(
-        replace(run_settings(CONFIG), batch_size=4, optimizer=replace(CONFIG.optimizer, lr=0.5))
-    )
+    run = with_values(CONFIG.run, {"optimizer.lr": 0.5, "batch_size": 4}, source="here")
+    assert to_dict(run) == to_dict(replace(CONFIG.run, batch_size=4, optimizer=replace(CONFIG.run.optimizer, lr=0.5)))
     with pytest.raises(UsageError, match=r"^here: --model.heads: must divide"):
         with_values(run, {"model.heads": 5}, source="here")

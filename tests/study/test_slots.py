@@ -1,15 +1,14 @@
 """How many runs fit side by side: the arithmetic, and the sum in its refusals."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from arplus.config import TuneConfig, preset, study_settings
+from arplus.config import TuneConfig, with_values
 from arplus.errors import ResourceError
 from arplus.study.slots import fit
 
-CONFIG: TuneConfig = study_settings(TuneConfig, preset("arplus"))
+CONFIG = TuneConfig()
 
 
 @pytest.mark.parametrize(
@@ -33,10 +32,10 @@ CONFIG: TuneConfig = study_settings(TuneConfig, preset("arplus"))
 def test_runs_side_by_side(
     changes: dict[str, Any], runs: int, cpus: float, gpus: int, expected: tuple[int, float]
 ) -> None:
-    config = replace(CONFIG, **changes)
+    config = with_values(CONFIG, changes, source="test")
     room = fit(config, runs, cpus, gpus)
     assert room == (*expected, "gpu" if gpus else "cpu")
-    used = room.side_by_side * config.world_sizes[-1]
+    used = room.side_by_side * config.run.world_sizes[-1]
     assert used * room.cpus_per_worker + 1 <= cpus
     assert not gpus or used <= gpus
 
@@ -54,7 +53,7 @@ def test_one_of_two_nodes_has_a_whole_cpu_left(
     changes: dict[str, Any], cpus: float, gpus: int, expected: tuple[int, float]
 ) -> None:
     """Wherever the workers go; so little is left of two nodes of one CPU that it takes the fewest."""
-    assert fit(replace(CONFIG, **changes), 99, cpus, gpus, nodes=2)[:2] == expected
+    assert fit(with_values(CONFIG, changes, source="test"), 99, cpus, gpus, nodes=2)[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_the_sum(
     changes: dict[str, Any], cpus: float, gpus: int, message: str
 ) -> None:
     with pytest.raises(ResourceError, match=message):
-        fit(replace(CONFIG, **changes), 8, cpus, gpus)
+        fit(with_values(CONFIG, changes, source="test"), 8, cpus, gpus)
 
 
 def test_the_jobs_own_driver_takes_its_share() -> None:

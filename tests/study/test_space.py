@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,19 @@ import pytest
 from arplus import cli
 from arplus.config import (
     Dimension,
-    TrainConfig,
     TuneConfig,
+    flat,
     from_dict,
     parse_space,
     preset,
-    run_settings,
-    study_settings,
     tiny,
     to_dict,
     validate,
+    with_values,
 )
 from arplus.config.space import bounds_problem
 from arplus.errors import UsageError
-from arplus.study.search import make_search
+from arplus.study.search import Search
 
 
 def by_name(*items: str) -> dict[str, Dimension]:
@@ -32,8 +31,7 @@ def by_name(*items: str) -> dict[str, Dimension]:
 
 
 def sweep(**changes: object) -> TuneConfig:
-    plain = to_dict(study_settings(TuneConfig, tiny(preset("arplus")))) | changes
-    return from_dict(TuneConfig, plain, source="test")
+    return with_values(TuneConfig(run=tiny(preset("arplus"))), changes, source="test")
 
 
 def test_every_sweep_varies_the_rate_and_lambda_unless_told_otherwise() -> None:
@@ -129,7 +127,7 @@ def test_the_widest_and_the_narrowest_ranges_are_held(kind: Any, low: float, hig
     assert bounds_problem(kind, low, high) is None
     dimension = Dimension("optimizer.weight_decay", kind, (low, high))
     for search in ("random", "grid", "optuna"):
-        found = make_search(replace(sweep(), search=search, trials=9, grid_points=9), [dimension], {})
+        found = Search(replace(sweep(), search=search, trials=9, grid_points=9), [dimension], {})
         values = [chosen["optimizer.weight_decay"] for n in range(2, 8) if (chosen := found.choose(n))]
         assert len(set(values)) == 6
         assert all(dimension.holds(value) for value in values)
@@ -150,9 +148,7 @@ def test_what_a_study_cannot_have_is_refused() -> None:
 
 
 def command(*arguments: str) -> TuneConfig:
-    read = cli.preset_command(
-        arguments, lambda run: study_settings(TuneConfig, run), prog="jobs/tune.py", description="Searches."
-    )
+    read = cli.preset_command(arguments, lambda run: TuneConfig(run=run), prog="jobs/tune.py", description="Searches.")
     return read.config
 
 
@@ -163,17 +159,25 @@ def test_the_command_line_is_that_of_a_run_and_a_few_flags_more(tmp_path: Path) 
         "ar", "--tiny", "--config", str(file), "--trials", "5", "--space", "batch_size=choice(8,16)",
         "--space", "model.dropout=uniform(0,0.3)", "--optimizer.lr", "1e-3",
     )  # fmt: skip
-    assert (config.preset, config.epochs, config.trials, config.optimizer.lr) == ("ar", 7, 5, 1e-3)
-    assert config.model == tiny(preset("ar")).model
+    assert (config.run.preset, config.run.epochs, config.trials, config.run.optimizer.lr) == ("ar", 7, 5, 1e-3)
+    assert config.run.model == tiny(preset("ar")).model
     assert config.space == ("batch_size=choice(8,16)", "model.dropout=uniform(0,0.3)")
-    assert (config.run_name, config.experiment) == ("", ""), "a study's own defaults"
     with pytest.raises(UsageError, match=r"^command line: --space: model.dropot=uniform\(0,1\): unknown key"):
         command("ar", "--space", "model.dropot=uniform(0,1)")
     with pytest.raises(UsageError, match=r"unknown key 'trails' \(did you mean 'trials'"):
         command("ar", "--trails", "3")
 
 
-def test_the_settings_of_a_run_within_a_study_are_a_run(tmp_path: Path) -> None:
-    run = run_settings(command("arplus", "--tiny", "--epochs", "9", "--trials", "2"))
-    assert type(run) is TrainConfig
-    assert run == replace(tiny(preset("arplus")), epochs=9, experiment="")
+def test_a_study_contains_the_settings_of_its_runs() -> None:
+    config = command("arplus", "--tiny", "--epochs", "9", "--trials", "2")
+    assert config.run == replace(tiny(preset("arplus")), epochs=9)
+    plain = to_dict(config)
+    assert plain == to_dict(config.run) | {name: plain[name] for name in own_names(config)}, (
+        "one level, as on the flags"
+    )
+    assert from_dict(TuneConfig, json.loads(json.dumps(plain)), source="study.json") == config
+    assert list(flat(config)) == [*flat(config.run), *own_names(config)]
+
+
+def own_names(config: TuneConfig) -> list[str]:
+    return [field.name for field in fields(config) if field.name != "run"]

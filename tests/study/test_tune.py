@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from arplus import cli, tracking
 from arplus.cluster import node
-from arplus.config import TuneConfig, preset, study_settings, tiny, to_dict
+from arplus.config import TuneConfig, preset, tiny, to_dict, with_values
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.runs.attempt import SupersededError
@@ -33,13 +33,9 @@ def settings(data: str, storage: Path, **changes: Any) -> TuneConfig:
     """A grid of two points, the second of which learns nothing."""
     run = tiny(preset("arplus"))
     model = replace(run.model, d_model=32, embedding_size=16, heads=2, ff_size=48, ff_bottleneck=16)
-    config: TuneConfig = study_settings(TuneConfig, replace(run, model=model))
-    config = replace(
-        config,
-        data=data,
-        storage=str(storage),
-        run_name="sweep",
-        batch_size=8,
+    run = replace(run, model=model, data=data, storage=str(storage), run_name="sweep", batch_size=8)
+    config = TuneConfig(
+        run=run,
         trials=2,
         search="grid",
         space=("optimizer.lr=choice(0.01,0.000001)", "objective.lambda1=fixed"),
@@ -56,7 +52,7 @@ def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneC
 
 
 def folder(config: TuneConfig) -> Path:
-    return Path(config.storage) / config.run_name
+    return Path(config.run.storage) / config.run.run_name
 
 
 def test_the_better_trial_wins_and_the_other_is_stopped_early(finished: tuple) -> None:
@@ -86,14 +82,16 @@ def test_the_best_settings_are_a_file_that_train_takes(finished: tuple) -> None:
     config, result = finished
     run = cli.train_command(["--config", result["config"]], prog="jobs/train.py").config
     assert run.optimizer.lr == 0.01
-    assert (run.epochs, run.max_steps, run.validate_every) == (config.epochs, None, None), "a whole run, not a trial"
-    assert (run.storage, run.run_name, run.data) == (config.storage, "sweep-best", config.data)
-    assert run.model == config.model
+    assert (run.epochs, run.max_steps, run.validate_every) == (config.run.epochs, None, None), (
+        "a whole run, not a trial"
+    )
+    assert (run.storage, run.run_name, run.data) == (config.run.storage, "sweep-best", config.run.data)
+    assert run.model == config.run.model
 
 
 def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None:
     config, result = finished
-    client = MlflowClient(tracking.default_uri(config.storage))
+    client = MlflowClient(tracking.default_uri(config.run.storage))
     experiment = client.get_experiment_by_name("sweep")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["sweep", "trial-0001", "trial-0002"]
@@ -127,7 +125,7 @@ def test_without_mlflow_the_tables_are_written_and_the_lack_is_said(
         (folder(config) / name).unlink()
     study.tracked = study.tracked._replace(uri="http://127.0.0.1:9")
     tracker = tracking.Tracker(study.tracked, record=tmp_path / "r.jsonl")
-    found = tune._conclude(study.config, study, tracker, Dataset.open(config.data))  # type: ignore[arg-type]
+    found = tune._conclude(study.config, study, tracker, Dataset.open(config.run.data))  # type: ignore[arg-type]
     tracker.close(timeout=0.1)
     assert found["model"] is None
     assert found["trials"] == result["trials"]
@@ -142,7 +140,7 @@ def test_the_same_command_again_repeats_nothing(finished: tuple) -> None:
     attempts = [(folder(config) / "runs" / t["name"] / "attempt.json").read_text() for t in result["trials"]]
     again = tune.sweep(config)
     assert again == result
-    client = MlflowClient(tracking.default_uri(config.storage))
+    client = MlflowClient(tracking.default_uri(config.run.storage))
     assert len(client.search_model_versions("name = 'sweep'")) == 1
     assert [(folder(config) / "runs" / t["name"] / "attempt.json").read_text() for t in again["trials"]] == attempts
 
@@ -152,12 +150,14 @@ def test_a_sweep_of_other_settings_or_a_taken_name_is_refused(finished: tuple, d
     with pytest.raises(UsageError, match=r"other settings \(examples: 222 there, 223 here\); take another --run-name"):
         tune.sweep(replace(config, examples=223))
     with pytest.raises(UsageError, match=r"--resume never: .*study.json exists"):
-        tune.sweep(replace(config, resume="never"))
+        tune.sweep(with_values(config, {"resume": "never"}, source="test"))
     other = write_dataset(tmp_path / "data", {"train": [[40]], "valid": [[5]]}, fingerprint="another")
     with pytest.raises(UsageError, match=r"on data of fingerprint test, and .* has another"):
-        tune.sweep(replace(config, data=other.uri))
+        tune.sweep(with_values(config, {"data": other.uri}, source="test"))
     with pytest.raises(UsageError, match=r"--run-name trial-0001: .* is a training run"):
-        tune.sweep(replace(config, storage=str(folder(config) / "runs"), run_name="trial-0001"))
+        tune.sweep(
+            with_values(config, {"storage": str(folder(config) / "runs"), "run_name": "trial-0001"}, source="test")
+        )
 
 
 def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str, tmp_path: Path) -> None:
@@ -167,20 +167,20 @@ def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str,
     with pytest.raises(UsageError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
         tune.sweep(replace(config, space=("model.heads=choice(2,3)",)))
     with pytest.raises(ResourceError, match="9 workers"):
-        tune.sweep(replace(config, workers=9, batch_size=9))
+        tune.sweep(with_values(config, {"workers": 9, "batch_size": 9}, source="test"))
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_bounds_of_a_range_test_are_taken_if_they_are_of_this_model(data: str, tmp_path: Path) -> None:
     file = tmp_path / "lr_range.json"
     file.write_text(json.dumps({"preset": "arplus", "fingerprint": "test", "lr": {"low": 1e-4, "high": 3e-2}}))
-    config = settings(data, tmp_path, lr_bounds=str(file), space=())
+    config = settings(data, tmp_path, lr_bounds=str(file), search="random", space=())
     assert [d.text for d in tune.space(config)] == [
         "optimizer.lr=loguniform(0.0001,0.03)",
         "objective.lambda1=uniform(0,1)",
     ]
     with pytest.raises(UsageError, match=r"^--lr-bounds .*: is of preset 'arplus', not 'ar'"):
-        tune.space(replace(config, preset="ar"))
+        tune.space(with_values(config, {"preset": "ar"}, source="test"))
     file.write_text("{}")
     with pytest.raises(UsageError, match=r"^--lr-bounds .*: is no range test's lr_range.json"):
         tune.space(config)
@@ -202,7 +202,7 @@ def test_a_study_that_another_job_took_over_is_left_alone(finished: tuple) -> No
     trial = first.trials["trial-0001"]
     second.save(second.trials["trial-0001"])
     trial.outcome = "failed"
-    client = MlflowClient(tracking.default_uri(config.storage))
+    client = MlflowClient(tracking.default_uri(config.run.storage))
     with pytest.raises(SupersededError, match="another job has taken this study over"), execute.study_session(first):
         first.save(trial)
     assert json.loads((folder(config) / "trials" / "trial-0001.json").read_text())["outcome"] == "finished"

@@ -1,3 +1,5 @@
+"""Generated records: as many as asked for, the same for a seed, and of the statistics that were asked for."""
+
 import gzip
 import importlib.util
 import json

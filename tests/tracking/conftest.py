@@ -57,8 +57,9 @@ class Server:
             self.process = None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
+    """An MLflow server for all tests; whoever kills it starts it again."""
     running = Server(tmp_path_factory.mktemp("server"))
     try:
         running.start()

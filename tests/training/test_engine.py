@@ -20,7 +20,7 @@ from helpers.engine_worker import (
 
 from arplus.training.engine import bf16_is_used, is_compiled
 
-STEPS = 30
+STEPS = 12
 
 
 @pytest.mark.parametrize("name", ["arplus", "ar"])
@@ -80,8 +80,10 @@ def test_bf16_is_used_at_every_stage(spawn: Callable) -> None:
 
 
 def test_bf16_follows_the_curve_of_fp32(spawn: Callable) -> None:
-    reference = torch.tensor(plain_run(config(), 8)[0])
-    for curve in spawn(2, curves, [config(workers=2, zero_stage=stage, precision="bf16") for stage in (0, 3)], 8):
+    reference = torch.tensor(plain_run(config(), STEPS // 2)[0])
+    for curve in spawn(
+        2, curves, [config(workers=2, zero_stage=stage, precision="bf16") for stage in (0, 3)], STEPS // 2
+    ):
         assert 0 < (torch.tensor(curve) - reference).abs().max() < 0.02
 
 

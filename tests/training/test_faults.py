@@ -5,12 +5,13 @@ import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import faults
-from helpers.prepared import write_dataset
+from helpers.faults import EXAMPLES, STEPS
 from mlflow.tracking import MlflowClient
 
 from arplus import tracking
@@ -21,15 +22,7 @@ from arplus.runs.attempt import SupersededError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.trainer import train
 
-EXAMPLES = 260
-STEPS = 2 * 33
-
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[100, 80], [80]], "valid": [[40]]}).uri
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +31,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: str, storage: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run with dropout that nothing happens to."""
-    config = faults.settings(data, storage, run_name="undisturbed")
-    assert config.model.dropout > 0
-    assert train(config)["steps"] == STEPS
+def undisturbed(finished: tuple[TrainConfig, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The final weights of a run that nothing happened to."""
+    config, final = finished
+    assert final["steps"] == STEPS
     assert_each_example_once_an_epoch(config)
     return faults.newest_weights(config)
 
@@ -70,7 +62,7 @@ def test_kills_change_nothing(
     chance = random.Random(seed)
     config = faults.settings(data, storage, run_name=f"killed-{times}-{seed}")
     with ExitStack() as kills:
-        steps = chance.sample(range(1 + chance.randrange(10), STEPS - 5, 10), times)
+        steps = chance.sample(range(1 + chance.randrange(10), STEPS - 5, 8), times)
         faults.kill_in_turn(config, kills, steps, chance)
         final = train(config)
     assert faults.attempts(config) == 1 + times
@@ -94,7 +86,7 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     said = faults.end(job, number)
     assert job.returncode == 1, said
     stopped = progress_of(config).step
-    assert 5 <= stopped < 33, "saved at once, in mid-epoch"
+    assert 5 <= stopped < STEPS // 2, "saved at once, in mid-epoch"
     assert f"error: stopped at step {stopped}; the same command goes on from there" in said
     assert "\nTraceback" not in said, "the job's own lines, not Ray's"
     before = attempt.read(str(faults.folder(config)))
@@ -133,6 +125,22 @@ def test_a_job_whose_run_was_taken_over_stops_and_writes_nothing_more(data: str,
     now = attempt.read(run)
     assert now is not None
     assert mlflow_status(config, now.mlflow_run_id) == "RUNNING", "it is the other job's"
+
+
+@pytest.mark.soak
+def test_a_worker_that_hangs_is_named_and_the_run_goes_on(
+    data: str, storage: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    config = faults.settings(data, storage, run_name="hangs", collective_timeout_minutes=0.3)
+    job = faults.start_job(config)
+    faults.wait_for_steps(config, 5, job)
+    faults.train_workers()[1].suspend()
+    said = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, said
+    assert "no answer for 0.3 minutes (--collective-timeout-minutes): worker 1 on " in said
+    assert faults.attempts(config) == 2
+    weights = faults.newest_weights(config)
+    assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
 
 
 def test_a_run_that_fails_too_often_says_so(data: str, storage: Path) -> None:

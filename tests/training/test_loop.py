@@ -1,4 +1,4 @@
-"""A validation that is cut short is made up for, in the same place, by whoever goes on with the run."""
+"""A validation that is cut short is made up for, in the same place, by whoever goes on with the run; early stopping."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,13 +8,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from arplus.config import TrainConfig
+from arplus.config import TrainConfig, VocabularySizes
 from arplus.data.loader import RankLoader, Step
 from arplus.model.objective import Losses
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.engine import Engine, StepResult
 from arplus.training.group import process_group
-from arplus.training.loop import POLL_EVERY_BATCHES, Control, Hooks, fit
+from arplus.training.hooks.base import Hook, Request
+from arplus.training.hooks.requests import EarlyStopping
+from arplus.training.loop import POLL_EVERY_BATCHES, fit
 
 STEPS, VALID = 4, 3 * POLL_EVERY_BATCHES
 
@@ -26,7 +28,7 @@ def _alone() -> Iterator[None]:
         yield
 
 
-class Recorder(Hooks):
+class Recorder(Hook):
     """Notes what happens; asks to end, or once to save, in the given validation batch."""
 
     def __init__(self, events: list[str], end_in: int | None = None, save_in: int | None = None) -> None:
@@ -36,25 +38,25 @@ class Recorder(Hooks):
         self.validated = 0
         self.saved: list[TrainProgress] = []
 
-    def ask(self) -> Control:
+    def request(self) -> Request:
         if self.save_in is not None and self.validated >= self.save_in:
             self.save_in = None
-            return Control.SAVE
-        return Control.END if self.end_in is not None and self.validated >= self.end_in else Control.NOTHING
+            return Request.SAVE
+        return Request.END if self.end_in is not None and self.validated >= self.end_in else Request.NOTHING
 
-    def on_step(self, progress: TrainProgress, step: Step) -> None:
+    def after_step(self, progress: TrainProgress, step: Step) -> None:
         self.events.append(f"step {progress.step + 1}")
 
     def on_validation(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
         assert metrics["examples"] == 2 * VALID
         self.events.append(f"validated {progress.step}")
 
-    def checkpoint(self, progress: TrainProgress) -> None:
+    def on_checkpoint(self, progress: TrainProgress) -> None:
         self.saved.append(replace(progress))
         self.events.append(f"saved {progress.step} epoch {progress.epoch} step {progress.epoch_step}")
 
 
-def run(progress: TrainProgress, hooks: Recorder) -> None:
+def run(progress: TrainProgress, hooks: Recorder, *more: Hook) -> None:
     def loader(steps: int) -> RankLoader:
         batch = SimpleNamespace(example_id_B=torch.zeros(2), target_N=torch.zeros(2))
 
@@ -63,7 +65,8 @@ def run(progress: TrainProgress, hooks: Recorder) -> None:
                 yield Step([cast(Any, batch)], 2)
 
         sampler = SimpleNamespace(batch_size=2, split=SimpleNamespace(examples=2 * steps))
-        return cast(RankLoader, SimpleNamespace(steps=steps, batches=batches, sampler=sampler))
+        maker = SimpleNamespace(spec=SimpleNamespace(sizes=VocabularySizes()))
+        return cast(RankLoader, SimpleNamespace(steps=steps, batches=batches, sampler=sampler, maker=maker))
 
     class Steps:
         device = torch.device("cpu")
@@ -72,15 +75,15 @@ def run(progress: TrainProgress, hooks: Recorder) -> None:
         def train_step(self, step: Step) -> None:
             pass
 
-        def read(self, ask: int) -> tuple[list[StepResult], int]:
-            return [StepResult(1.0, 1.0, 1.0, 1.0, 0.1)], ask
+        def read(self, number: int) -> tuple[list[StepResult], int]:
+            return [StepResult(1.0, 1.0, 1.0, 1.0, 0.1)], number
 
         def evaluate(self, batch: Any) -> Losses:
             hooks.validated += 1
             return Losses(torch.ones(()), torch.ones(()))
 
     config = TrainConfig(batch_size=2, epochs=2, validate_every=2)
-    fit(cast(Engine, Steps()), loader(STEPS), loader(VALID), progress, config, hooks)
+    fit(cast(Engine, Steps()), loader(STEPS), loader(VALID), progress, config, [hooks, *more])
 
 
 @pytest.fixture
@@ -135,3 +138,18 @@ def test_who_is_told_to_end_again_leaves_it_due() -> None:
     run(progress, Recorder(events, end_in=0))
     assert events == []
     assert progress.unvalidated
+
+
+def test_validations_that_are_no_better_end_the_run_and_a_resume_counts_on(undisturbed: list[str]) -> None:
+    """All validations here are equal: the first is the best one, and the third is the second that is not."""
+    events: list[str] = []
+    hooks = Recorder(events)
+    run(TrainProgress(fingerprint=""), hooks, EarlyStopping(2))
+    assert events == undisturbed[: undisturbed.index("validated 6") + 2]
+    assert events[-1].startswith("saved 6 ")
+    second, third = hooks.saved[1:]
+    again: list[str] = []
+    run(second, Recorder(again), EarlyStopping(2))
+    assert again[-2:] == events[-2:]
+    run(third, Recorder(again), EarlyStopping(2))
+    assert again[-2:] == events[-2:], "started again, it makes no further step"

@@ -1,3 +1,5 @@
+"""Checkpoints are written beside the training, in order, whatever the storage does meanwhile."""
+
 import json
 import threading
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Whole training runs on a real Ray with real DeepSpeed, MLflow and storage."""
 
+import gzip
 import json
 import math
 import shutil
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import faults
+from helpers.faults import EXAMPLES, STEPS, VALID
 from helpers.prepared import write_dataset
 from mlflow.tracking import MlflowClient
 
 from arplus import tracking
 from arplus.cluster import node, preflight
-from arplus.config import TrainConfig, preset, tiny
+from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.runs import checkpoint
@@ -22,34 +25,20 @@ from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
 from arplus.training.trainer import _tracked, train
 
-EXAMPLES, VALID = 83, 21
-
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_dataset(tmp_path_factory.mktemp("data"), {"train": [[50, 33]], "valid": [[VALID]]}).uri
-
-
 def settings(data: str, storage: Path, **changes: Any) -> TrainConfig:
-    config = tiny(preset("arplus"))
-    config = replace(config, data=data, storage=str(storage), batch_size=8, epochs=2, log_every=4)
-    return replace(config, **changes)
-
-
-@pytest.fixture(scope="module")
-def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, Any]]:
-    """A run of two workers."""
-    config = settings(data, tmp_path_factory.mktemp("storage"), run_name="two", workers=2)
-    return config, train(config)
+    """One worker, by default."""
+    return replace(faults.settings(data, storage), **{"workers": 1, "audit": False, **changes})
 
 
 def test_a_run_leaves_metrics_checkpoints_and_its_configuration(finished: tuple) -> None:
     config, final = finished
     folder = Path(config.storage) / "two"
     assert json.loads((folder / "final_metrics.json").read_text()) == final
-    assert final["steps"] == 2 * math.ceil(EXAMPLES / 8)
+    assert final["steps"] == STEPS
+    assert final["stopped_early"] is False
     assert final["examples"] == 2 * EXAMPLES
     assert final["valid/examples"] == VALID
     assert final["valid/response_ppl"] == pytest.approx(math.exp(final["valid/dialogue_loss"]))
@@ -74,17 +63,31 @@ def test_mlflow_has_the_run(finished: tuple) -> None:
     assert steps == sorted(steps)
     assert run.data.metrics["valid/response_ppl"] == pytest.approx(final["valid/response_ppl"])
     assert {"perf/examples_per_second", "perf/data_wait_share", "train/grad_norm"} <= run.data.metrics.keys()
+    assert 0 < run.data.metrics["perf/median_rank_seconds"] <= run.data.metrics["perf/slowest_rank_seconds"]
+    assert "perf/mfu" not in run.data.metrics, "the peak of this CPU is not known"
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] < 100
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "sample_replies.txt", "final_metrics.json"} <= artifacts
+    profiles = {a.path for a in client.list_artifacts(run.info.run_id, "profile")}
+    assert profiles == {"profile/steps-3-4.trace.json.gz", "profile/steps-3-4.txt"}
+
+
+def test_the_steps_that_were_asked_for_are_profiled(finished: tuple) -> None:
+    folder = Path(finished[0].storage) / "two" / "profile"
+    with gzip.open(folder / "steps-3-4.trace.json.gz") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 2
+    assert any("gloo:all_reduce" in name for name in names)
+    assert "aten::addmm" in (folder / "steps-3-4.txt").read_text()
 
 
 def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
     data: str, finished: tuple, tmp_path: Path
 ) -> None:
-    _, final = finished
-    first = settings(data, tmp_path, run_name="two", workers=2, max_steps=14)
+    config, final = finished
+    first = replace(config, storage=str(tmp_path), max_steps=14)
     assert train(first)["steps"] == 14
-    resumed = train(replace(first, max_steps=None, workers=2))
+    resumed = train(replace(first, max_steps=None))
     assert resumed["mlflow_run_id"] != final["mlflow_run_id"]
     for name in ("steps", "examples", "valid/response_ppl", "best_response_ppl"):
         assert resumed[name] == final[name], "the same number of workers resumes to the bit"

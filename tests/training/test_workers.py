@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from arplus.cluster import preflight
 from arplus.config import TrainConfig
@@ -20,10 +22,13 @@ def test_cores_are_the_machines_or_those_that_ray_was_given(
     assert workers.cores() == expected
 
 
-def test_a_worker_without_a_gpu_of_its_own_sees_none(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_worker_has_the_runs_timeout_and_sees_no_gpu_but_its_own(ray_cluster: None, tmp_path: Path) -> None:
     """Ray 2.60 leaves a node's GPUs in sight of workers that took none, as with --device cpu."""
 
-    def sees(_: dict[str, Any]) -> str | None:
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
+    def sees(_: dict[str, Any]) -> tuple[str | None, float]:
+        group: Any = dist.group.WORLD
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), timeout.total_seconds()
 
-    assert workers.run(sees, {}, preflight.scaling(TrainConfig(device="cpu")), str(tmp_path)) == ""
+    scaling = preflight.scaling(TrainConfig(device="cpu"))
+    assert workers.run(sees, {}, scaling, str(tmp_path), timeout_minutes=1.5) == ("", 90)

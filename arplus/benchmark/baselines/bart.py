@@ -22,7 +22,7 @@ class Bart(nn.Module):
 
         ids = special_ids(sizes.characters)
         self.pad = ids.pad
-        shape = {"layers": config.layers, "attention_heads": config.heads, "ffn_dim": config.ff_size}
+        shape: dict[str, Any] = {"layers": config.layers, "attention_heads": config.heads, "ffn_dim": config.ff_size}
         settings: Any = BartConfig(
             vocab_size=sizes.characters,
             d_model=config.d_model,

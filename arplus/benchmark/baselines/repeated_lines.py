@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from arplus import storage
 from arplus.benchmark.figures import NOT_INSTALLED
@@ -36,7 +36,8 @@ def with_duckdb(files: list[str]) -> tuple[int, int]:
         escapechar="",
         ignore_errors=True,  # it takes no line that is not UTF-8
     )
-    ((n, distinct),) = lines.query("lines", "SELECT count(*), count(DISTINCT line) FROM lines").fetchall()
+    counted: Any = lines.query("lines", "SELECT count(*), count(DISTINCT line) FROM lines")
+    ((n, distinct),) = counted.fetchall()
     return int(n), int(distinct)
 
 

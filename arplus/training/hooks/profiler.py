@@ -1,0 +1,91 @@
+"""A profile of some steps (``--profile-steps``): where their time goes, and on a GPU their memory."""
+
+import logging
+import threading
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from arplus import storage, tracking
+from arplus.data.loader import Step
+from arplus.kernels import torch_private
+from arplus.runs.checkpoint import TrainProgress
+from arplus.training.hooks.base import Hook
+
+log = logging.getLogger(__name__)
+
+FOLDER = "profile"
+"""Folder of profiles, in the run's and among its artifacts."""
+OPERATIONS = 40
+"""Rows of the table."""
+ALLOCATIONS = 1_000_000
+"""Allocations that a memory snapshot remembers."""
+
+
+class Profiler(Hook):
+    """Profiles rank 0, which has it alone; a profile that fails costs the run nothing but a warning.
+
+    Beside the run and in MLflow it leaves a trace for Perfetto or chrome://tracing and a table of the dearest
+    operations; on a GPU also a memory snapshot for pytorch.org/memory_viz, with every allocation of these steps and so
+    with their peak.
+    """
+
+    def __init__(self, steps: range, run_uri: str, tracker: tracking.Tracker) -> None:
+        """``steps`` are counted from 1, as in the log line."""
+        self.steps = steps
+        self.run_uri = run_uri
+        self.tracker = tracker
+        self.on_gpu = torch.cuda.is_available()
+        self.profile: profile | None = None
+        self.writing: threading.Thread | None = None
+        # A remote run's files lie beside its record, where the driver clears them away.
+        here = Path(storage.resolve(run_uri)[1]) if storage.is_local(run_uri) else tracker.record.with_suffix("")
+        self.stem = here / FOLDER / f"steps-{steps[0]}-{steps[-1]}"
+
+    def before_step(self, progress: TrainProgress) -> None:
+        """Starts in the first of the steps that this start of the workers makes."""
+        if self.writing is None and self.profile is None and progress.step + 1 in self.steps:
+            if self.on_gpu:
+                torch_private.record_allocations(ALLOCATIONS)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
+            self.profile = profile(activities=activities)
+            self.profile.start()
+
+    def after_step(self, progress: TrainProgress, step: Step) -> None:
+        """Ends after the last one."""
+        if progress.step + 1 == self.steps[-1]:
+            self._stop()
+
+    def close(self) -> None:
+        """Ends a profile of steps that the run did not come to, and waits for the files."""
+        self._stop()
+        if self.writing is not None:
+            self.writing.join(timeout=60)
+
+    def _stop(self) -> None:
+        if self.profile is None:
+            return
+        done, self.profile = self.profile, None
+        done.stop()
+        self.writing = threading.Thread(target=self._write, args=(done,), name="profile", daemon=True)
+        self.writing.start()
+
+    def _write(self, done: profile) -> None:
+        """In the background, since a trace may have millions of events and storage may be away."""
+        try:
+            self.stem.parent.mkdir(parents=True, exist_ok=True)
+            if self.on_gpu:
+                torch_private.dump_allocations(f"{self.stem}.memory.pickle")
+            done.export_chrome_trace(f"{self.stem}.trace.json.gz")
+            order = f"self_{'cuda' if self.on_gpu else 'cpu'}_time_total"
+            table = done.key_averages().table(sort_by=order, row_limit=OPERATIONS, max_name_column_width=80)
+            Path(f"{self.stem}.txt").write_text(table, encoding="utf-8")
+            for path in sorted(self.stem.parent.glob(f"{self.stem.name}.*")):
+                if not storage.is_local(self.run_uri):
+                    there, content = storage.join(self.run_uri, FOLDER, path.name), path.read_bytes()
+                    storage.with_retries(there, partial(storage.write_bytes, there, content))
+                self.tracker.log_file(path, FOLDER)
+        except Exception as error:  # whatever the profiler or a disk may do, training goes on
+            log.warning("--profile-steps: no profile of %s: %s", self.stem.name, error)
