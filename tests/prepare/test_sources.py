@@ -15,6 +15,7 @@ import pytest
 
 from arplus import cli, storage
 from arplus.config import PrepareConfig
+from arplus.data.manifest import LeftOut
 from arplus.data.sessions import parse_block
 from arplus.errors import UsageError
 from arplus.prepare.jsonl import read_blocks
@@ -126,9 +127,9 @@ def test_names_of_left_out_files_are_bounded_and_the_least_expected_come_first(t
     make(tmp_path, {f".git/{i}": "" for i in range(30)} | {f".h{i:02}": "" for i in range(30)} | {"z.txt": ""})
     make(tmp_path, {"a.jsonl": ""})
     summary = summarise(find_files(str(tmp_path)).left_out)
-    assert summary["files"] == 61
-    assert len(summary["names"]) == 20
-    assert summary["names"][0] == {"name": "z.txt", "files": 1, "why": "not named as records are"}
+    assert summary.files == 61
+    assert len(summary.names) == 20
+    assert summary.names[0] == LeftOut("z.txt", 1, "not named as records are")
 
 
 def test_no_record_file_is_an_error_that_names_the_others(tmp_path: Path) -> None:
