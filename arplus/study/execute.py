@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from uuid import uuid4
 
 from ray import tune
@@ -33,12 +33,12 @@ PROGRESS_S = 30.0
 """Seconds between two words on a study's progress at least, unless a run has ended."""
 
 
-class Source(Protocol):
+class Source:
     """Where a study's runs come from."""
 
     def next(self) -> Trial | None:
         """The record of a new run, made with :meth:`Study.add`; None where there is none any more."""
-        ...
+        raise NotImplementedError
 
     def tell(self, trial: Trial) -> None:
         """Says that a run ended; a source that learns nothing from it leaves this out."""
@@ -46,7 +46,7 @@ class Source(Protocol):
 
     def progress(self) -> str:
         """How far the study is, for the log."""
-        ...
+        raise NotImplementedError
 
 
 def execute(
