@@ -28,19 +28,19 @@ class ParsedError(Exception):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_job_takes_the_command(command: re.Match[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = cli.parse
+    validate = cli.validate
 
-    def parsed(*arguments: Any, **options: Any) -> None:
-        raise ParsedError(parse(*arguments, **options))
+    def parsed(config: Any) -> None:
+        raise ParsedError(validate(config))
 
     monkeypatch.chdir(tmp_path)
     storage.write_json("runs/sweep/best_config.json", to_dict(preset("arplus")))  # as a sweep before has left it
-    monkeypatch.setattr(cli, "parse", parsed)
+    monkeypatch.setattr(cli, "validate", parsed)
     monkeypatch.setattr(sys, "argv", [command["job"], *shlex.split(command["flags"])])
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ParsedError) as caught:
         runpy.run_path(str(ROOT / command["job"]))["main"]()
-    config = caught.value.args[0]
+    config = getattr(caught.value.args[0], "run", caught.value.args[0])
     local = getattr(config, "storage", "").startswith("s3://arplus/")  # local.sh's, whose nodes know their server
     if hasattr(config, "storage") and not config.mlflow and not local:
         tracking.default_uri(config.storage)

@@ -32,7 +32,7 @@ _SQLITE_S = 180.0
 _DIGEST_LENGTH = 36
 
 
-class _RefusingError(RefusedError, ResourceError):
+class _RefusingError(ResourceError, RefusedError):
     """The server answers, and refuses."""
 
 
