@@ -1,4 +1,4 @@
-"""Small files that several processes may write at the same moment: each is replaced as it was read, or read again.
+"""Atomic changes of small shared files, local or on S3: read, change, write, and once more if another wrote first.
 
 On S3 that is a conditional write (``If-Match``, ``If-None-Match``), of which exactly one of several succeeds. On a
 local file system the file is locked meanwhile; where there is no ``flock``, a second file is the lock while it exists.

@@ -1,4 +1,4 @@
-"""What a process knows of itself."""
+"""Peak memory of this process."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sums that are taken apart and put together: what several workers counted adds up to what one would have counted."""
+"""Base class for counts that workers collect separately and add up."""
 
 from collections import Counter
 from dataclasses import fields

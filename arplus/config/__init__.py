@@ -3,9 +3,10 @@
 A configuration is a tree of frozen dataclasses. The command line is made from these types (:mod:`arplus.cli`);
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
-Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps and range tests) ·
-``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``gpus`` (their peaks) · ``settings`` (what a field says
-of itself: when it may change, what may be searched) · ``checks`` (plain values and back).
+Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps, ablations and
+range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) ·
+``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be searched) · ``checks`` (plain
+values and back).
 """
 
 from arplus.config.checks import (

@@ -1,4 +1,4 @@
-"""The settings of every job but training."""
+"""The settings of every job but training, and the rules by which sessions become examples."""
 
 import re
 from collections.abc import Iterator

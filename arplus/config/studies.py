@@ -28,7 +28,7 @@ class StudyConfig:
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
     concurrency: Annotated[int | None, Gt(0), Role.OPERATION] = None
-    """Runs side by side; by default as many as the cluster has living GPUs for, or, on CPUs, whole CPUs, or one."""
+    """Runs side by side; by default as many as fit, at least one: a GPU per worker, or on CPUs a CPU per worker."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -61,7 +61,7 @@ class TuneConfig(StudyConfig):
     """File that jobs/lr_find.py wrote: the learning rate's bounds are taken from it."""
     search: Literal["optuna", "random", "grid"] = "optuna"
     """How trials are chosen: by Optuna's TPE, which learns from the finished ones; at random; or all points of a grid.
-    But for the grid, the first trial has the settings as they are, where the space holds them."""
+    With optuna and random, the first trial has the given settings if the space holds them."""
     grid_points: Annotated[int, Ge(2)] = 4
     """Points of a grid along each range."""
     scheduler: Literal["asha", "none"] = "asha"

@@ -58,8 +58,8 @@ class FeedConfig:
     """How Ray Data turns the encoded examples into batches."""
 
     shuffle_window_batches: Annotated[int, Gt(0)] = 256
-    """Global batches per window: a window is read, shuffled and cut into batches. Fewer where they would be more than
-    262,144 examples."""
+    """Global batches per window: a window is read, shuffled and cut into batches; lowered so that
+    a window holds at most 262,144 examples."""
     prefetch: Annotated[int, Gt(0), Role.OPERATION] = 2
     """Windows fetched ahead of the training step."""
     max_examples: Annotated[int | None, Gt(0)] = None
@@ -104,7 +104,7 @@ class TrainConfig:
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one per worker and waits until the
     cluster has started them; cpu takes none."""
     cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
-    """CPUs per worker; by default all but one, which is for the data feed, in equal shares."""
+    """CPUs per worker; by default an equal share, at most one each, of what data feed and driver leave."""
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
@@ -142,8 +142,8 @@ class TrainConfig:
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
     resume: Annotated[str, Role.OPERATION] = "auto"
-    """auto goes on with the run or study of this name if there is one (a range test is made anew); never refuses an
-    existing name; a checkpoint's URI starts a run from its whole state."""
+    """With auto the run or study of this name goes on, if there is one (a range test is made anew). With never an existing
+    name is an error. A checkpoint's URI starts a run from its whole state."""
     max_failures: Annotated[int, Ge(0), Role.OPERATION] = 8
     """How often the workers are started again, from the newest checkpoint, after one of them died."""
     audit: Annotated[bool, Role.OPERATION] = False

@@ -1,1 +1,1 @@
-"""Raw records to batches: records, examples, prepare, dataset, collate, feed; and the generator of test records."""
+"""Records, sessions and examples; the prepared data set; and its way to a worker's batches."""

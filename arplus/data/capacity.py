@@ -1,4 +1,4 @@
-"""Batches of one shape, for devices that record a step once and play it again.
+"""Fills batches up to one fixed shape, for compiled steps (CUDA graphs).
 
 Sequences are packed, so that the shapes of a batch are its numbers of tokens. These differ little between large random
 batches: filled up with tokens that count nowhere, all but one in a thousand fit a capacity of their mean and three

@@ -1,4 +1,4 @@
-"""The output head, and the two losses of L = L_D + λ1 · L_LM (Eq. 4) as sums and counts.
+"""The output head, and L_D and L_LM as separate sums; the engine weights them with λ1 (Eq. 4).
 
 Shape suffixes are those of :mod:`arplus.model.batch`; G is the two losses.
 """

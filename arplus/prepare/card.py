@@ -1,4 +1,4 @@
-"""The data card: what a prepared data set is made of, as JSON and as one page for people; and as a short table."""
+"""The data card: what a data set is made of, as JSON, as a page (``templates/data_card.html``) and as a short table."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Which sessions are duplicates, and which split a session belongs to: arithmetic on hashes alone.
+"""Finds sessions with equal hashes, and the split of each; ``data.records`` and ``data.sessions`` say what is hashed.
 
 A split is a range of a salted hash of the dialogue: validation owns the lowest 5 % of the range, test the next 5 %,
 training the rest. So equal dialogues share a split whatever their profiles, and the split of a session depends on

@@ -1,4 +1,4 @@
-"""Which failures the same request would meet again, however long one waits, and what to say of them.
+"""Which MLflow errors are final and which are tried again, and the advice given to the user.
 
 The rule, for MLflow and for the store that its artifacts lie in:
 

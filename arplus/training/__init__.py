@@ -1,1 +1,1 @@
-"""Engine, loop, state and checkpoints of one run; the Ray Train job around them."""
+"""One run: the engine, the loop, the hooks around it, and the Ray Train job around them."""

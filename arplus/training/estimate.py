@@ -1,4 +1,4 @@
-"""What a training job would do, computed without starting anything."""
+"""``--dry-run``: what a training job would do, computed without starting anything."""
 
 import json
 

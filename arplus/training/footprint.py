@@ -1,6 +1,6 @@
-"""What one worker's memory holds at most in a step, computed from the settings: train state and activations.
+"""What one worker's memory holds at most in a step, for ``--dry-run`` and checks: train state and activations.
 
-The train state follows what DeepSpeed 0.19 was seen to hold; ``tests/training/test_worker_memory.py`` counts it again.
+The train state follows what DeepSpeed 0.19 was seen to hold; ``tests/training/test_footprint.py`` counts it again.
 All of it is fp32: bf16 is autocast's, and its copies of weights are counted with the activations.
 """
 

@@ -88,7 +88,7 @@ class _Loop:
         """Trains, validates and saves until the end."""
         progress = self.progress
         if progress.unvalidated:
-            if not self._validated():
+            if not self._validate_unless_ended():
                 return
             self._save()
         while not self._is_over():
@@ -96,7 +96,7 @@ class _Loop:
             self.roll.at(f"waits for the data of step {progress.step + 1}")
             for step in self.meter.measure(self.train.batches(progress.epoch, progress.epoch_step, last)):
                 self._make(step)
-                if self._ends():
+                if self._finish_step():
                     return
                 self.roll.at(f"waits for the data of step {progress.step + 1}")
 
@@ -117,7 +117,7 @@ class _Loop:
         progress.epoch_step += 1
         progress.examples = _examples_seen(progress, self.train)
 
-    def _ends(self) -> bool:
+    def _finish_step(self) -> bool:
         """Reads, logs, validates and saves what is due after a step; whether the run ends with it."""
         progress, config = self.progress, self.config
         at_end = progress.step >= self.total or progress.epoch_step == self.train.steps
@@ -131,7 +131,7 @@ class _Loop:
             progress.epoch_step = 0
         if self.validates and (at_end or _due(config.validate_every, progress.step)):
             progress.unvalidated = True
-            if Request.END in requested or not self._validated():
+            if Request.END in requested or not self._validate_unless_ended():
                 requested |= Request.END
             self.meter.restart()
         if at_end or due or requested & (Request.SAVE | Request.END):
@@ -167,7 +167,7 @@ class _Loop:
         requested = Request(asked)
         return reduce(or_, (hook.on_request(requested) for hook in self.hooks), requested)
 
-    def _validated(self) -> bool:
+    def _validate_unless_ended(self) -> bool:
         """Makes the validation that is due; False where rank 0 asks to end meanwhile, which leaves it due.
 
         Whoever stops a job waits seconds and a node that is taken away leaves minutes, which a validation may take

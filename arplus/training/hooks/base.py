@@ -1,4 +1,4 @@
-"""What a hook may do: the methods that the loop calls, and what rank 0's hooks may ask all workers for."""
+"""What a hook may do: methods that the loop calls, and what rank 0's may ask for; ``make_hooks`` lists the hooks."""
 
 from enum import IntFlag
 

@@ -1,4 +1,4 @@
-"""What may end a run before its last step, or ask for a checkpoint: a word to stop, a node that goes, no progress."""
+"""What may end a run early or ask for a checkpoint: a word to stop, another job that took over, a node that goes."""
 
 import logging
 import time
