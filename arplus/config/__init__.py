@@ -5,8 +5,8 @@ A configuration is a tree of frozen dataclasses. The command line is made from t
 
 Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps, ablations and
 range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) ·
-``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be searched) · ``checks`` (plain
-values and back).
+``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be searched) ·
+``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (

@@ -142,8 +142,8 @@ class TrainConfig:
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
     resume: Annotated[str, Role.OPERATION] = "auto"
-    """With auto the run or study of this name goes on, if there is one (a range test is made anew). With never an existing
-    name is an error. A checkpoint's URI starts a run from its whole state."""
+    """With auto the run or study of this name goes on, if there is one (a range test is made anew). With never an
+    existing name is an error. A checkpoint's URI starts a run from its whole state."""
     max_failures: Annotated[int, Ge(0), Role.OPERATION] = 8
     """How often the workers are started again, from the newest checkpoint, after one of them died."""
     audit: Annotated[bool, Role.OPERATION] = False
