@@ -191,6 +191,7 @@ def _client(settings: _Settings, process: int) -> Any:
         read_timeout=20,
         retries={"mode": "standard", "total_max_attempts": 3},
         s3={"addressing_style": to.addressing_style},
+        request_checksum_calculation="when_required",  # not every store knows the headers of the others
         proxies={"http": to.proxy, "https": to.proxy} if to.proxy else {},
     )
     region = to.region or file_system().region

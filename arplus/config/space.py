@@ -53,10 +53,8 @@ class Dimension:
         return list(dict.fromkeys(self.at(i / (points - 1)) for i in range(points)))
 
     def at(self, share: float) -> Any:
-        """The value at ``share`` (0 … 1) of the way from the lowest to the highest."""
+        """The value at ``share`` (0 … 1) of the way from the lowest to the highest; not for a choice."""
         low, high = self.values[0], self.values[-1]
-        if self.kind == "choice":
-            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         if self.kind == "int":
             return round(low + share * (high - low))
         if share in (0, 1):  # to the bit, where the road over logarithms is not

@@ -137,8 +137,8 @@ class TrainConfig:
     """Profile the steps A to B, given as A:B and counted from 1, on the first worker: a trace, the dearest operations
     and, on a GPU, a snapshot of its memory, in the run's folder profile and in MLflow."""
     collective_timeout_minutes: Annotated[float, Gt(0), Role.OPERATION] = 10.0
-    """Minutes that workers wait for one that does not answer; then all are started again. Below 10, an outage of the
-    storage may do that too."""
+    """Minutes that workers wait for one that does not answer; then all are started again. An outage of the storage that
+    lasts longer does that too."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of initial weights, order, infilling and dropout."""
     resume: Annotated[str, Role.OPERATION] = "auto"

@@ -84,7 +84,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            self._write(None if finished else self._entry(lifetime=0.0))
+            self._write(None if finished else self._entry(ended=True))
 
     def _write(
         self, entry: bytes | None, held: Callable[[dict[str, Any]], bool] = lambda _: True
@@ -103,11 +103,11 @@ class Lease:
             return error.entry
         return None
 
-    def _entry(self, lifetime: float | None = None) -> bytes:
+    def _entry(self, *, ended: bool = False) -> bytes:
         entry = {
             "token": self.token,
             "holder": f"process {os.getpid()} on {socket.gethostname()}",
-            "expires": time.time() + (self._lifetime if lifetime is None else lifetime),
+            "expires": 0.0 if ended else time.time() + self._lifetime,
             "process": _this_process(),
         }
         return json.dumps(entry).encode()

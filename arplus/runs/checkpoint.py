@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +77,8 @@ class TrainProgress:
         self.validation = metrics
         self.unvalidated = False
         self.validations_since_best += 1
-        if self.best_response_ppl is None or metrics["response_ppl"] < self.best_response_ppl:
+        lowest = math.inf if self.best_response_ppl is None else self.best_response_ppl
+        if metrics["response_ppl"] < lowest:  # one that is not a number is never the best
             self.set_best(metrics["response_ppl"])
 
     def set_best(self, response_ppl: float | None) -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection
 from typing import NamedTuple, TypeVar
 
+from arplus import storage
 from arplus.config import Role, TrainConfig, flat, names_of_role
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
@@ -61,8 +62,7 @@ def _auto(config: TrainConfig, run: RunFolder, dataset: Dataset) -> ResumePoint:
         _check(state, config, dataset, run.uri, MAY_DIFFER)
         log.info("going on with run %s from step %d", config.run_name, state.progress.step)
         return ResumePoint(uri, state.mlflow_run_id)
-    if run.checkpoints.list_complete():
-        raise UsageError(f"{run.uri}: all its checkpoints are damaged; take another --run-name")
+    _refuse_what_is_there(run)
     before = run.read_attempt()
     theirs = run.config.find() if before else None
     if before is None or theirs is None:
@@ -73,11 +73,13 @@ def _auto(config: TrainConfig, run: RunFolder, dataset: Dataset) -> ResumePoint:
 
 def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> ResumePoint:
     uri = config.resume
-    if checkpoint.is_complete(uri):
-        state = checkpoint.load(uri, moments=True)
-    elif (found := checkpoint.newest(uri)) is not None:
+    other = RunFolder(uri)
+    if storage.with_retries(uri, checkpoint.is_complete, uri):
+        state = storage.with_retries(uri, checkpoint.load, uri, moments=True)
+    elif (found := other.checkpoints.newest()) is not None:
         uri, state = found
     else:
+        _refuse_what_is_there(other)
         raise UsageError(f"--resume {uri}: must be auto, never, or the URI of a checkpoint or of a run's folder")
     if state.progress.step and not state.moments:
         raise UsageError(f"--resume {uri}: holds weights alone; --init-from starts a new run from them")
@@ -85,6 +87,15 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
     _check(state, config, dataset, uri, MAY_DIFFER | {"experiment", "init_from"})
     log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
     return ResumePoint(uri, state.mlflow_run_id if own else None)
+
+
+def _refuse_what_is_there(run: RunFolder) -> None:
+    """Raises :class:`UsageError` with what is wrong with the newest checkpoint of a run that has no whole one."""
+    if complete := run.checkpoints.list_complete():
+        try:
+            checkpoint.load(complete[-1])
+        except UsageError as error:
+            raise UsageError(f"{run.uri}: no checkpoint can be read ({error}); take another --run-name") from None
 
 
 def find_differences(theirs: T, mine: T, may_differ: Collection[str]) -> list[str]:

@@ -136,11 +136,11 @@ def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
         if config.lr == "tuned":
             tried = [row for row in _rate_rows(config, size) if row.preset == preset]
             finished = [t for row in tried if (t := study.trials.get(row.name)) and t.outcome == "finished"]
-            scores = {trial.score: trial.values["optimizer.lr"] for trial in finished if trial.score is not None}
-            if not scores:
+            scored = [trial for trial in finished if trial.score is not None]
+            if not scored:
                 log.warning("%s with %d sessions: no rate came to a result", preset, size.sessions)
                 continue
-            lr = scores[min(scores)]
+            lr = min(scored, key=lambda trial: trial.score or 0.0).values["optimizer.lr"]
         else:
             lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.run.optimizer.lr
         found += [RunSpec(preset, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]

@@ -172,7 +172,7 @@ class Study:
         mine = StudyFacts(kind, fingerprint, tracked.run_id, owner=uuid4().hex, config=to_dict(config))
 
         def take_over(there: StudyFacts | None) -> StudyFacts:
-            if there != mine:  # another job's that began at the same moment, or our own whose answer was lost
+            if there is None or there.owner != mine.owner:  # another job's that began at the same moment
                 _check_same(folder.facts.uri, there, config, kind, fingerprint)
             return mine
 
@@ -198,7 +198,9 @@ class Study:
 
     def add(self, name: str, values: dict[str, Any], config: TrainConfig) -> Trial:
         """Makes the record of a new run in the study's folder, which is durable before anything starts."""
-        trial = Trial(name=name, values=values, config=replace(config, run_name=name, storage=self.folder.runs))
+        # Of its own, whatever the study's: a trial whose process died goes on.
+        config = replace(config, run_name=name, storage=self.folder.runs, resume="auto")
+        trial = Trial(name=name, values=values, config=config)
         self.trials[name] = trial
         self.save(trial)
         return trial
@@ -207,7 +209,7 @@ class Study:
         """Gives a run that is to go on the study's settings of today, where it may differ from those it began with."""
         today = flat(self.config.run)
         changed = {name: today[name] for name in names_of_role(TrainConfig, Role.OPERATION)}
-        own = {"run_name": trial.name, "storage": self.folder.runs}
+        own = {"run_name": trial.name, "storage": self.folder.runs, "resume": "auto"}
         trial.config = with_values(trial.config, changed | own, source=trial.name)
 
     def save(self, trial: Trial) -> None:

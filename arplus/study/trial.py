@@ -19,7 +19,7 @@ from ray.util.queue import Empty, Queue
 
 from arplus import tracking
 from arplus.documents import Document
-from arplus.errors import ArplusError, RunError, UsageError
+from arplus.errors import ArplusError
 from arplus.runs.attempt import StoppedError
 from arplus.runs.folder import FinalMetrics
 from arplus.study.record import OBJECTIVE, Trial
@@ -122,7 +122,7 @@ class TrialProcess(tune.Trainable):
             return end | {"outcome": "diverged", "problem": str(self.error), OBJECTIVE: DIVERGED}
         if isinstance(self.error, StoppedError):
             return end | {"outcome": "running"}
-        if isinstance(self.error, UsageError | RunError):
+        if isinstance(self.error, ArplusError):
             return end | {"outcome": "failed", "problem": str(self.error)}
         assert self.error is not None
         raise self.error

@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Callable
 
+from arplus import storage
+from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
-from arplus.runs.folder import RunFolder
 
 
 class Saver:
@@ -12,7 +13,7 @@ class Saver:
 
     def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
         """``check`` raises when the run is no longer this attempt's; it is asked before each of the steps of a save."""
-        self.checkpoints = RunFolder(run_uri).checkpoints
+        self.run_uri = run_uri
         self.attempt = attempt
         self.keep = keep
         self.check = check
@@ -38,11 +39,18 @@ class Saver:
 
     def _run(self, state: TrainState, best: float | None) -> None:
         try:
-            self.check()
-            self.newest = self.checkpoints.save(state, attempt=self.attempt, check=self.check)
-            self.check()  # best.json, and the checkpoints that go, are the run's, not this attempt's
-            if best is not None:
-                self.checkpoints.mark_best(self.newest, best)
-            self.checkpoints.retain(self.keep, attempt=self.attempt)
+            self.newest = storage.with_retries(self.run_uri, self._write, state)
+            storage.with_retries(self.run_uri, self._tidy, self.newest, best)
         except Exception as error:
             self.error = error
+
+    def _write(self, state: TrainState) -> str:
+        self.check()
+        return checkpoint.save(self.run_uri, state, attempt=self.attempt, check=self.check)
+
+    def _tidy(self, newest: str, best: float | None) -> None:
+        # Asked in every try: best.json, and the checkpoints that go, are the run's, not this attempt's.
+        self.check()
+        if best is not None:
+            checkpoint.mark_best(self.run_uri, newest, best)
+        checkpoint.retain(self.run_uri, self.keep, attempt=self.attempt)

@@ -272,7 +272,8 @@ def _run(job: RunContext) -> FinalMetrics:
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     mine, start = on_all_ranks(lambda: _begin(job, run), only_rank_0=True)
     dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
-    if state is not None and start is not None and start.startswith(f"{run.uri}/"):
+    own = start is not None and start.startswith(f"{run.uri}/")
+    if state is not None and start is not None and own:
         restore = functools.partial(run.checkpoints.restore_best, start, state.progress)
         state.progress.set_best(on_all_ranks(restore, only_rank_0=True))
     train_loader, valid_loader = loaders(config, dataset, device)
@@ -280,6 +281,8 @@ def _run(job: RunContext) -> FinalMetrics:
     progress = TrainProgress(fingerprint=dataset.fingerprint)
     if state is not None:
         progress = state.progress
+        if not own:
+            progress.validations_since_best = 0  # this run's patience, not the other's
         engine.load_moments(state.moments, progress.step)
         engine.load_schedule(state.schedule)
     steps = total_steps(config, train_loader)

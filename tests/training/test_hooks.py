@@ -1,6 +1,7 @@
 """Hooks by themselves, with the real tracker and no server."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from arplus.data.loader import Step
 from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.tracking import RunRef, Tracker
-from arplus.training.hooks import RunContext, RunEndedError, final_metrics
+from arplus.training.hooks import RunContext, RunEndedError, close_hooks, final_metrics
+from arplus.training.hooks.base import Hook
 from arplus.training.hooks.profiler import Profiler
 from arplus.training.hooks.reports import SystemMetrics
 from arplus.training.hooks.requests import EarlyStopping
@@ -85,3 +87,29 @@ def test_a_run_that_stopped_early_is_finished_and_says_so() -> None:
     assert isinstance(ended.value.args[0], StoppedError)
     final = final_metrics(job, progress, 9, [EarlyStopping(2)])
     assert (final.stopped_early, final.best_response_ppl, final.steps) == (True, 2.0, 5)
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best() -> None:
+    progress = TrainProgress(fingerprint="")
+    progress.add_validation({"response_ppl": math.nan})
+    assert progress.best_response_ppl is None
+    progress.add_validation({"response_ppl": 9.0})
+    progress.add_validation({"response_ppl": math.nan})
+    assert progress.best_response_ppl == 9.0
+
+
+def test_a_hook_that_cannot_close_keeps_no_other_from_it() -> None:
+    closed = []
+
+    class Noting(Hook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+            if self.name == "first":
+                raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        close_hooks([Noting("first"), Noting("second")])
+    assert closed == ["first", "second"]

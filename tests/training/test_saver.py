@@ -192,3 +192,19 @@ def test_s3_that_refuses_for_a_while_costs_no_checkpoint(s3_server, tmp_path, mo
     again.join()
     assert mine.error is None
     assert steps(run) == [10]
+
+
+def test_storage_that_is_away_at_a_check_is_waited_for(s3_server, tmp_path):
+    uri, looks = s3_server.uri(f"saver/{tmp_path.name}"), []
+
+    def check():
+        looks.append(1)
+        if len(looks) in (1, 4):  # as the save begins, and before best.json
+            raise ResourceError("away for a moment")
+
+    mine = Saver(uri, attempt=1, keep=2, check=check)
+    mine.save(state(10), 20.0)
+    mine.wait()
+    assert mine.error is None
+    assert checkpoint.find(uri) == mine.newest
+    assert len(looks) == 5

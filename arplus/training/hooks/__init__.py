@@ -5,6 +5,8 @@ audit) · ``requests`` (stop, preemption, early stopping) · ``profiler`` · ``c
 A new one is a class of :class:`Hook` and a line in :func:`make_hooks`.
 """
 
+import contextlib
+
 import torch.distributed as dist
 
 from arplus import tracking
@@ -89,6 +91,7 @@ def final_metrics(job: RunContext, progress: TrainProgress, steps: int, hooks: l
 
 
 def close_hooks(hooks: list[Hook]) -> None:
-    """Has every hook let go of what it holds."""
-    for hook in hooks:
-        hook.close()
+    """Has every hook let go of what it holds, in their order, also where one of them fails."""
+    with contextlib.ExitStack() as stack:
+        for hook in reversed(hooks):
+            stack.callback(hook.close)

@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,11 +48,12 @@ class Profiler(Hook):
     def before_step(self, progress: TrainProgress) -> None:
         """Starts in the first of the steps that this start of the workers makes."""
         if self.writing is None and self.profile is None and progress.step + 1 in self.steps:
-            if self.on_gpu:
-                torch_private.record_allocations(ALLOCATIONS)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
             self.profile = profile(activities=activities)
-            self.profile.start()
+            with self._only_warned_of():
+                if self.on_gpu:
+                    torch_private.record_allocations(ALLOCATIONS)
+                self.profile.start()
 
     def after_step(self, progress: TrainProgress, step: Step) -> None:
         """Ends after the last one."""
@@ -67,13 +70,14 @@ class Profiler(Hook):
         if self.profile is None:
             return
         done, self.profile = self.profile, None
-        done.stop()
+        with self._only_warned_of():
+            done.stop()
         self.writing = threading.Thread(target=self._write, args=(done,), name="profile", daemon=True)
         self.writing.start()
 
     def _write(self, done: profile) -> None:
         """In the background, since a trace may have millions of events and storage may be away."""
-        try:
+        with self._only_warned_of():
             self.stem.parent.mkdir(parents=True, exist_ok=True)
             if self.on_gpu:
                 torch_private.dump_allocations(f"{self.stem}.memory.pickle")
@@ -86,5 +90,11 @@ class Profiler(Hook):
                     there, content = storage.join(self.run_uri, FOLDER, path.name), path.read_bytes()
                     storage.with_retries(there, storage.write_bytes, there, content)
                 self.tracker.log_file(path, FOLDER)
-        except Exception as error:  # whatever the profiler or a disk may do, training goes on
+
+    @contextmanager
+    def _only_warned_of(self) -> Iterator[None]:
+        """Whatever the profiler or a disk may do, training goes on."""
+        try:
+            yield
+        except Exception as error:
             log.warning("--profile-steps: no profile of %s: %s", self.stem.name, error)
