@@ -129,7 +129,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_that_is_said(config, data, ca
 
 def test_damage_alone_is_not_a_new_run(config, data):
     Path(save(config, 10), "state.json").write_text("{")
-    with pytest.raises(UsageError, match="no checkpoint can be read \(.*/state.json: does not match its manifest"):
+    with pytest.raises(UsageError, match=r"no checkpoint can be read \(.*/state.json: does not match its manifest"):
         start(config, data)
 
 
