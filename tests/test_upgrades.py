@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = {
     "ray": "arplus.cluster.ray_private",
     "deepspeed": "arplus.training.deepspeed_private",
-    "torch": "arplus.kernels.torch_private",
+    "torch": "arplus.torch_private",
 }
 """Library → the one file that takes what it does not offer."""
 _ZERO = "deepspeed.runtime.zero"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from arplus.kernels.cross_entropy import linear_cross_entropies
 from arplus.kernels.dropout import dropout
-from arplus.kernels.torch_private import onednn_linear
 from arplus.model.ops import Operations
+from arplus.torch_private import onednn_linear
 
 # oneDNN compiles kernels for every shape that it sees, 2 ms each, and would keep 1,024 of them: a seventh of the memory
 # of a process that has seen 45 shapes of batches. Within a step, where they are used again, 64 are enough. Read lazily.

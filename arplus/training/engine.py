@@ -38,11 +38,11 @@ from arplus.config import TrainConfig
 from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
-from arplus.kernels.torch_private import leave_update_out, set_timeout
 from arplus.model.batch import Batch
 from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
+from arplus.torch_private import leave_update_out, set_timeout
 from arplus.training import deepspeed_private
 from arplus.training.footprint import BUCKET
 

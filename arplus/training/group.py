@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 
+from arplus import torch_private
 from arplus.errors import RunError
-from arplus.kernels import torch_private
 
 log = logging.getLogger(__name__)
 

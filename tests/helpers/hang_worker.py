@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from arplus import torch_private
 from arplus.data.loader import RankLoader, Step
-from arplus.kernels import torch_private
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.group import HangError
 from arplus.training.hooks import Hook

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from arplus import storage, tracking
+from arplus import storage, torch_private, tracking
 from arplus.data.loader import Step
-from arplus.kernels import torch_private
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.hooks.base import Hook
 
