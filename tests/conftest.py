@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"ray_cluster", "forked_workers"}:
             item.add_marker(pytest.mark.ray)
-        if fixtures & {"spawn", "server"}:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if fixtures & {"spawn", "server", "s3_server"} or "s3" in values:
             item.add_marker(pytest.mark.processes)
         if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-import psutil
 import pytest
 import ray
+from helpers.faults import own_processes
 
 from arplus.cluster import noise
 
@@ -49,7 +49,7 @@ def test_a_harmless_remark_is_left_out_and_an_error_is_not() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_reaches_the_job_alone() -> None:
     """The terminal tells all of a job's group; of Ray's processes some would die before the job has saved."""
-    own = [p.pid for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
+    own = [process.pid for process in own_processes("ray")]
     assert len(own) > 3
     assert os.getpgrp() not in {os.getpgid(pid) for pid in own}
 

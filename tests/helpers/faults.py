@@ -68,16 +68,21 @@ def newest_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return found[1].weights
 
 
-def train_workers() -> list[psutil.Process]:
-    """Ray Train's worker processes of this test session's own cluster."""
+def own_processes(word: str) -> list[psutil.Process]:
+    """The processes that this test session has started, by a word of their command lines."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if word in " ".join(process.cmdline()):
                 found.append(process)
-        except psutil.Error:
+        except psutil.Error:  # it has just ended
             continue
     return found
+
+
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes of this test session's own cluster."""
+    return own_processes("RayTrainWorker")
 
 
 @contextmanager
