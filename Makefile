@@ -13,7 +13,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
-	@echo "make quick   the tests that need neither Ray nor servers, for a first change: a minute or two"
+	@echo "make quick   the tests that need neither Ray nor servers, for a first change"
 	@echo "make test    the tests, without the long proofs"
 	@echo "make check   lint, format, types, spelling"
 	@echo "make soak    the long proofs"

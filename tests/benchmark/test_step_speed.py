@@ -87,6 +87,7 @@ def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
         examples_of(dataset.uri, 31)
 
 
+@pytest.mark.processes  # each side measures its peak memory in one of its own
 @pytest.mark.parametrize("bart", [True, False])
 def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if bart:
