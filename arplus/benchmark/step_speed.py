@@ -32,10 +32,10 @@ from arplus.data.loader import Step
 from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.cost import forward_backward_flops
 from arplus.model.network import PersonaTransformer
-from arplus.process import peak_memory_bytes
 from arplus.training.engine import Engine, is_compiled
 from arplus.training.group import process_group
 from arplus.training.loop import seed_dropout
+from arplus.training.meter import memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -185,4 +185,4 @@ def _peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: li
         take = train_step(side, run, sizes)
         for batch in inputs(side, steps, run, sizes):
             take(batch)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_bytes()
+    return memory_bytes()

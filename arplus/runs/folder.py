@@ -77,14 +77,15 @@ class RunFolder:
         self.request_stop = patient(attempt.request_stop, uri)
         self.delete_audit = patient(storage.delete, storage.join(uri, "audit"))
 
+    def holds(self, uri: str) -> bool:
+        """Whether what is at ``uri``, such as a checkpoint, is this run's own."""
+        return uri.startswith(f"{self.uri}/")
+
 
 class Checkpoints:
-    """The functions of :mod:`arplus.runs.checkpoint` on one run's checkpoints."""
+    """What reads and mends a run's checkpoints, of :mod:`arplus.runs.checkpoint`; the saver of training writes them."""
 
     def __init__(self, run_uri: str) -> None:
         self.list_complete = patient(checkpoint.list_complete, run_uri)
         self.newest = patient(checkpoint.newest, run_uri)
-        self.save = patient(checkpoint.save, run_uri)
-        self.mark_best = patient(checkpoint.mark_best, run_uri)
         self.restore_best = patient(checkpoint.restore_best, run_uri)
-        self.retain = patient(checkpoint.retain, run_uri)

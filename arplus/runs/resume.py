@@ -44,7 +44,7 @@ def find_resume_point(config: TrainConfig, run: RunFolder, dataset: Dataset) -> 
                 f"--resume never: {run.uri} exists; take another --run-name, or --resume auto to go on with it"
             )
         return ResumePoint(None, None)
-    own = config.resume.startswith(f"{run.uri}/")
+    own = run.holds(config.resume)
     if started and not own:
         raise UsageError(
             f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "

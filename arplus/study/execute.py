@@ -251,8 +251,7 @@ class _Adapter(Searcher):
 @contextmanager
 def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
-    record, keep = tracking.record_of(study.tracked, study.uri), tracking.keep_of(study.uri)
-    tracker = tracking.Tracker(study.tracked, record=record, keep=keep)
+    tracker = tracking.Tracker.beside(study.tracked, study.uri)
     tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
     data = study.config.run.data
     tracker.log_dataset(Path(data).name, study.facts.fingerprint, data, study.facts.kind)

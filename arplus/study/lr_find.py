@@ -64,8 +64,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     assert run.mlflow is not None
     tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | node.code_tags()
     tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=flat(config))
-    record, keep = tracking.record_of(tracked, uri), tracking.keep_of(uri)
-    with tracking.Tracker(tracked, record=record, keep=keep) as tracker:
+    with tracking.Tracker.beside(tracked, uri) as tracker:
         tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")
         points = _run(config, scaling, uri)
         for number, point in enumerate(points):

@@ -26,7 +26,6 @@ from arplus.tracking.run import (
     default_uri,
     keep_of,
     open_command,
-    record_of,
     run_url,
     study_url,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "find_run",
     "keep_of",
     "open_command",
-    "record_of",
     "register_model",
     "replay",
     "run_url",

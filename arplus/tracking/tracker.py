@@ -19,7 +19,7 @@ from arplus import storage
 from arplus.errors import ArplusError, redact
 from arplus.tracking.client import METRICS_A_REQUEST, TAG_LENGTH, make_client, send, without_repeats
 from arplus.tracking.refusal import Event, Refused, advice, brief, is_final, kind_of, send_each, title, titles
-from arplus.tracking.run import RunRef
+from arplus.tracking.run import RunRef, keep_of, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,11 @@ class Tracker:
                 shlex.quote(redact(self.run.uri)),
             )
         return self.dropped
+
+    @classmethod
+    def beside(cls, run: RunRef, folder: str) -> Self:
+        """Of a run or a study, whose record is in its ``folder``: a temporary one, kept there, where that is remote."""
+        return cls(run, record=record_of(run, folder), keep=keep_of(folder))
 
     def __enter__(self) -> Self:
         return self

@@ -78,7 +78,7 @@ def train(
         versions=node.versions(),
         part=part,
     )
-    tracker = tracking.Tracker(tracked, record=job.record, keep=job.records)
+    tracker = tracking.Tracker.beside(tracked, run.uri)
     _log_inputs(tracker, run, config, dataset)
     status: tracking.Status | None = "FAILED"
 
@@ -272,17 +272,15 @@ def _run(job: RunContext) -> FinalMetrics:
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     mine, start = on_all_ranks(lambda: _begin(job, run), only_rank_0=True)
     dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
-    own = start is not None and start.startswith(f"{run.uri}/")
-    if state is not None and start is not None and own:
-        restore = functools.partial(run.checkpoints.restore_best, start, state.progress)
-        state.progress.set_best(on_all_ranks(restore, only_rank_0=True))
+    progress = TrainProgress(fingerprint=dataset.fingerprint) if state is None else state.progress
+    if start is not None and run.holds(start):
+        restore = functools.partial(run.checkpoints.restore_best, start, progress)
+        progress.set_best(on_all_ranks(restore, only_rank_0=True))
+    else:
+        progress.validations_since_best = 0  # this run's patience, not another's
     train_loader, valid_loader = loaders(config, dataset, device)
     engine = Engine(model, config, device)
-    progress = TrainProgress(fingerprint=dataset.fingerprint)
     if state is not None:
-        progress = state.progress
-        if not own:
-            progress.validations_since_best = 0  # this run's patience, not the other's
         engine.load_moments(state.moments, progress.step)
         engine.load_schedule(state.schedule)
     steps = total_steps(config, train_loader)

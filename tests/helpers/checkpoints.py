@@ -7,6 +7,7 @@ import torch
 from arplus.config import ExampleRules, TrainConfig
 from arplus.model.network import PersonaTransformer
 from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.folder import FinalMetrics
 from arplus.text import Vocabulary, sizes
 from helpers.small_models import smallest_run
 
@@ -16,6 +17,24 @@ PERSONA_WORDS = Vocabulary(["性别", "地址", "兴趣", "男", "四川 成都"
 
 def small_config(name: str = "arplus") -> TrainConfig:
     return replace(smallest_run(name), data="数据", run_name="small")
+
+
+def final_metrics(preset: str = "arplus", **changes: object) -> FinalMetrics:
+    """What a finished run leaves."""
+    values: dict[str, object] = {
+        "run_name": "first",
+        "preset": preset,
+        "fingerprint": "abc",
+        "steps": 10,
+        "examples": 80,
+        "stopped_early": False,
+        "best_response_ppl": None,
+        "train_seconds": 1.5,
+        "peak_memory_bytes": 2**30,
+        "mlflow_run_id": "m",
+        "valid": {},
+    }
+    return FinalMetrics(**(values | changes))
 
 
 def state(step: int = 120, name: str = "arplus", seed: int = 0) -> TrainState:

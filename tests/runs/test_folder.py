@@ -6,25 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.checkpoints import final_metrics
 
 from arplus import storage
 from arplus.config import preset, tiny
 from arplus.errors import RefusedError, UsageError
-from arplus.runs.folder import FinalMetrics, RunFolder
+from arplus.runs.folder import RunFolder
 
-FINAL = FinalMetrics(
-    run_name="first",
-    preset="arplus",
-    fingerprint="abc",
-    steps=10,
-    examples=80,
-    stopped_early=False,
-    best_response_ppl=None,
-    train_seconds=1.5,
-    peak_memory_bytes=2**30,
-    mlflow_run_id="m",
-    valid={"loss": 3.5, "examples": 7},
-)
+FINAL = final_metrics(valid={"loss": 3.5, "examples": 7})
 
 
 def test_final_metrics_are_flat_in_the_file(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from helpers.checkpoints import final_metrics
 
 from arplus.config import AblateConfig, TrainConfig
-from arplus.runs.folder import FinalMetrics
 from arplus.study import report
 from arplus.study.paper import COLUMNS, FIGURES, LABELS, STANDARD_COLUMNS, TABLES
 from arplus.study.record import Evaluation, Trial
@@ -20,19 +20,7 @@ def trial(preset: str, seed: int, ppl: float, sessions: int = 1000) -> Trial:
         "paper_compatible": {"paper_ppl": 3 * ppl, "paper_bleu": 0.001},
         "persona": {"questions": 4, "agreement": 0.5},
     }
-    final = FinalMetrics(
-        run_name="a",
-        preset=preset,
-        fingerprint="",
-        steps=10,
-        examples=5000,
-        stopped_early=False,
-        best_response_ppl=ppl,
-        train_seconds=90.0,
-        peak_memory_bytes=2**30,
-        mlflow_run_id="",
-        valid={},
-    )
+    final = final_metrics(preset, examples=5000, best_response_ppl=ppl, train_seconds=90.0)
     return replace(
         not_evaluated(preset, f"{preset}-{sessions}-{seed}"),
         final=final,

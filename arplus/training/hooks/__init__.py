@@ -45,7 +45,7 @@ def make_hooks(
     config, is_first = job.config, dist.get_rank() == 0
     hooks: list[Hook] = []
     if is_first:
-        tracker = tracking.Tracker(job.tracked, record=job.record, keep=job.records)
+        tracker = tracking.Tracker.beside(job.tracked, job.run_uri)
         tracker.set_tags({"attempts": str(mine.number)})
         hooks += [StopRequests(job.run_uri, mine)]
         if job.part is None:

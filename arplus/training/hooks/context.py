@@ -1,7 +1,6 @@
 """What every worker of a run is given, and how a run ends early."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from arplus import tracking
 from arplus.config import TrainConfig
@@ -36,16 +35,6 @@ class RunContext:
     """Those of the job's own node, which every worker's must equal (:func:`arplus.cluster.node.versions`)."""
     part: StudyContext | None = None
     """Of which study the run is a part, if it is of one."""
-
-    @property
-    def record(self) -> Path:
-        """The local JSONL record of what is tracked: in the run's folder, a temporary one where that is remote."""
-        return tracking.record_of(self.tracked, self.run_uri)
-
-    @property
-    def records(self) -> str | None:
-        """Where a record that MLflow lacks a part of is kept, for a run whose folder is remote."""
-        return tracking.keep_of(self.run_uri)
 
 
 class RunEndedError(Exception):
