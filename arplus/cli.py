@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
+from unittest import mock
 
+import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -22,7 +24,7 @@ from arplus.config import (
     flag,
     preset,
     tiny,
-    unknown_key,
+    unknown_flag,
     validate,
     with_values,
 )
@@ -60,7 +62,7 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
 
     ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
     unsets a setting that may be None, such as an address; what is free text takes it as text, and so does every setting
-    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the list of valid ones) and
+    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the nearest one) and
     for a value that fails a check; exits 2 with tyro's message for a value that is not of the flag's type.
     """
     return validate(_read(type(default), default, arguments, dotted_names(type(default)), prog, description))
@@ -71,19 +73,29 @@ def _read(
 ) -> T:
     for argument in arguments:
         if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
-            raise UsageError(f"command line: {mask(storage.printable(argument))} is not UTF-8; rename what it names")
+            raise UsageError(f"{mask(storage.printable(argument))} is not UTF-8; rename what it names")
     text = f"{description or kind.__doc__} The word None unsets a setting that may be None."
     found, unknown = _tyro(kind, default=default, args=arguments, prog=prog, description=text)
     if unknown:
-        name = flag(unknown[0].partition("=")[0].removeprefix("--"))
-        raise UsageError(f"command line: {unknown_key(mask(name), [*map(flag, names)])}")
+        raise UsageError(unknown_flag(mask(unknown[0].partition("=")[0]), names))
     return found
 
 
 def _tyro(kind: type[T], **settings: Any) -> tuple[T, list[str]]:
     """What tyro reads of a command line, and what it does not know."""
     marks = (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction)
-    return tyro.cli(kind, return_unknown_args=True, config=marks, registry=_TYPES, **settings)
+    # tyro joins the lines of a field's docstring where none is indented, as docstring_parser 0.18 leaves them.
+    with mock.patch("docstring_parser.parse_from_object", _parse_without_indentation):
+        return tyro.cli(kind, return_unknown_args=True, config=marks, registry=_TYPES, **settings)
+
+
+def _parse_without_indentation(
+    of: Any, parse: Callable[[Any], docstring_parser.Docstring] = docstring_parser.parse_from_object
+) -> docstring_parser.Docstring:
+    found = parse(of)
+    for field in found.params:
+        field.description = field.description and " ".join(field.description.split())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +171,7 @@ def preset_command(
         advice = "leave it out" if only else f"write {prog} {run.preset} …"
         raise UsageError(f"--preset: only names what the defaults are; {advice}")
     for field, problem in run.name_problems():
-        raise UsageError(f"command line: --{flag(field)}: {problem}")
+        raise UsageError(f"--{flag(field)}: {problem}")
     return replace(command, config=validate(command.config))
 
 

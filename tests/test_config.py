@@ -274,23 +274,23 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
 @pytest.mark.parametrize(
     ("values", "start"),
     [
-        ({"batch_size": 0}, "--batch-size: input should be greater than 0"),
+        ({"batch_size": 0}, "--batch-size: must be greater than 0"),
         ({"optimizer": {"lr": "fast"}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.nan}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.inf}}, "--optimizer.lr: must be finite"),
-        ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: input should be less than 1"),
+        ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: must be less than 1"),
         ({"precision": "fp16"}, "--precision: "),
-        ({"zero_stage": 4}, "--zero-stage: input should be 'auto', 0, 1, 2 or 3"),
+        ({"zero_stage": 4}, "--zero-stage: must be 'auto', 0, 1, 2 or 3"),
         ({"seed": -1}, "--seed: "),
         ({"seed": 2**63}, "--seed: "),
         ({"max_steps": 0}, "--max-steps: "),  # a union with None, whose error pydantic places below the field
         ({"max_steps": "many"}, "--max-steps: "),
         ({"cpus_per_worker": math.inf}, "--cpus-per-worker: must be finite"),
-        ({"cpus_per_worker": 0.1}, "--cpus-per-worker: input should be greater than or equal to 0.2"),
-        ({"device": "cuda"}, "--device: input should be 'auto', 'gpu' or 'cpu'"),
+        ({"cpus_per_worker": 0.1}, "--cpus-per-worker: must be greater than or equal to 0.2"),
+        ({"device": "cuda"}, "--device: must be 'auto', 'gpu' or 'cpu'"),
         ({"epochs": 1.5}, "--epochs: "),
         ({"epochs": None}, "--epochs: "),
-        ({"model": {"dropout": 1.0}}, "--model.dropout: input should be less than 1"),
+        ({"model": {"dropout": 1.0}}, "--model.dropout: must be less than 1"),
         ({"model": {"auxiliary": "none"}}, "--model.auxiliary: "),
     ],
 )
@@ -304,7 +304,7 @@ def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any]
 
 
 def test_a_section_in_a_settings_place_is_a_bad_value() -> None:
-    problem = "--seed: input should be a valid integer (got {'x': 1})"
+    problem = "--seed: must be a valid integer (got {'x': 1})"
     assert message_of(TrainConfig, {"seed": {"x": 1}}) == f"settings.json: {problem}"
 
 
@@ -387,7 +387,7 @@ def test_rules_are_bounded() -> None:
 
 
 def test_a_changed_preset_is_checked_too() -> None:
-    with pytest.raises(UsageError, match=r"^command line: --model\.repeats: "):
+    with pytest.raises(UsageError, match=r"^--model\.repeats: "):
         validate(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
 
 

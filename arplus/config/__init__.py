@@ -12,7 +12,7 @@ range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · 
 from arplus.config.checks import (
     from_dict,
     to_dict,
-    unknown_key,
+    unknown_flag,
     validate,
     with_values,
 )

@@ -72,7 +72,7 @@ def test_a_folder_without_manifest_or_of_another_format_is_refused(folder: Path)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"records": "many"}, "records: input should be a valid integer"),
+        ({"records": "many"}, "records: must be a valid integer"),
         ({"splits": {"train": {"sessions": 1, "files": []}}}, "splits.*field required"),
         ({"rules": {"max_utterance_letters": 15}}, "unknown key 'rules.max_utterance_letters'"),
         ({"colour": "red"}, "unknown key 'colour'"),
