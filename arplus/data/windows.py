@@ -90,6 +90,7 @@ class WindowMaker:
         dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
             functools.partial(_task, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
         )
+        connection.quiet()  # Ray Data's import, just now in a server of windows, has set its loggers anew
         context = dataset.context
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True  # ray#35053
@@ -134,7 +135,6 @@ class WindowServer:
     """
 
     def __init__(self, maker: WindowMaker) -> None:
-        connection.quiet()
         self.maker = maker
         self.number = -1
         """The newest pass; the following is about this one."""

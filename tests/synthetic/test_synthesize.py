@@ -343,4 +343,4 @@ def test_the_job(tmp_path):
     assert len((tmp_path / "x.jsonl").read_bytes().splitlines()) == 50
     wrong = subprocess.run([*job, "--output", str(tmp_path / "y"), "--recrds", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "did you mean 'records'" in wrong.stderr
+    assert "did you mean --records" in wrong.stderr
