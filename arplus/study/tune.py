@@ -18,8 +18,9 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
+from arplus.evaluation.sheets import as_csv
 from arplus.study import execute, lr_find
-from arplus.study.publish import as_csv, conclude
+from arplus.study.publish import conclude
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import Search
 from arplus.study.slots import find_slots
