@@ -127,8 +127,9 @@ class TrainConfig:
     """Steps between checkpoints beside those after each validation."""
     checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
     """Minutes after which there is a checkpoint in any case."""
-    keep_checkpoints: Annotated[int, Gt(0), Role.OPERATION] = 2
-    """Newest checkpoints kept, beside the best one."""
+    keep_checkpoints: Annotated[Annotated[int, Gt(0)] | Literal["all"], Role.OPERATION] = 2
+    """Newest checkpoints kept, beside the best one; with all, every one. Of a study's runs that have ended the best one
+    keeps them, and until the study ends each other one its best weights; unless this is all."""
     log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
     """Steps between log lines and tracked points."""
     patience: Annotated[int | None, Gt(0), Role.BUDGET] = None

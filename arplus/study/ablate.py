@@ -32,9 +32,8 @@ from arplus.model.network import PersonaTransformer
 from arplus.study import execute, report, results
 from arplus.study.publish import conclude
 from arplus.study.record import Evaluation, Study, Trial, resolve_study
-from arplus.study.slots import Slots, find_slots
+from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
-from arplus.training.footprint import checkpoint_bytes
 from arplus.training.trainer import resolve
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
     slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
-    preflight.check_nodes(config.run, dataset, config.runs * checkpoint_bytes(config.run.model, dataset.sizes))
+    preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
@@ -91,6 +90,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         _run(config, study, slots, rows, tracker)
         execute.check_outcome(study)
         _evaluate(config, study, dataset, rows)
+        study.drop_checkpoints()
         return _conclude(study, config, tracker, dataset, rows)
 
 
