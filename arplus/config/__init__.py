@@ -26,6 +26,7 @@ from arplus.config.jobs import (
     PrepareConfig,
     Sampling,
     SynthesizeConfig,
+    VectorsConfig,
 )
 from arplus.config.model import (
     SPECIAL_TOKENS,
@@ -45,6 +46,7 @@ from arplus.config.training import (
     Device,
     EstimateConfig,
     FeedConfig,
+    InitConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,

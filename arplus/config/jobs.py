@@ -232,6 +232,30 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorsConfig:
+    """Trains character vectors on the training split of a prepared data set, for --init.character-vectors."""
+
+    data: Annotated[str, Required("the URI of a prepared data set")] = ""
+    """URI of a prepared data set."""
+    output: Annotated[str, Required("the URI of the file to write")] = ""
+    """URI of the file to write, in word2vec's text form."""
+    size: Annotated[int, Gt(0)] = 200
+    """Components of a vector: --model.embedding-size of the run that starts from them."""
+    window: Annotated[int, Gt(0)] = 5
+    """Characters on either side that a character is predicted from."""
+    negative: Annotated[int, Gt(0)] = 5
+    """Random characters that each one is told from."""
+    epochs: Annotated[int, Gt(0)] = 5
+    """Passes over the text."""
+    skip_gram: bool = False
+    """Predict the characters around from the one between, instead of the other way round (CBOW)."""
+    workers: Annotated[int, Gt(0)] = 1
+    """Threads. With one, the same seed gives the same vectors."""
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seed of the vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
 
