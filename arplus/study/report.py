@@ -70,7 +70,7 @@ def _variant_rows(
     variants: Sequence[Row], here: Mapping[str, Mapping[str, Cell]]
 ) -> list[tuple[str, list[Shown], list[str]]]:
     """The third table: each preset and its variants, and below a variant what it has more or less than its preset."""
-    found = []
+    found: list[tuple[str, list[Shown], list[str]]] = []
     for preset in dict.fromkeys(row.preset for row in variants):
         mine = [row for row in variants if row.preset == preset and row.name in here]
         if mine and preset in here:
