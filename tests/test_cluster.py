@@ -248,7 +248,8 @@ def test_the_image_has_what_the_jobs_need(tmp_path):
     (command,) = re.findall(r"^RUN (python -c .*?) > requirements.txt", text, flags=re.MULTILINE | re.DOTALL)
     found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    extras = project["optional-dependencies"]
+    needed = {*project["dependencies"], *extras["demo"], *extras["vectors"]}
     assert {"torch", "jieba"} <= needed == set(found.stdout.split())
 
 

@@ -29,9 +29,12 @@ ALLOWED = {
     "prepare": _rooms("prepare", "data", "cluster"),
     "synthetic": _rooms("synthetic", "data"),
     "runs": _rooms("runs", "data", "model"),
+    "pretrained": _rooms("pretrained", "data", "model"),
     "tracking": _rooms("tracking"),
     "evaluation": _rooms("evaluation", "cluster", "runs", "data", "kernels", "model", "tracking"),
-    "training": _rooms("training", "cluster", "runs", "data", "evaluation", "kernels", "model", "tracking"),
+    "training": _rooms(
+        "training", "cluster", "runs", "data", "evaluation", "kernels", "model", "pretrained", "tracking"
+    ),
     "study": _rooms("study", "cluster", "runs", "data", "evaluation", "model", "tracking", "training"),
     # It measures all the others, and none of them knows it.
     "benchmark": _rooms(
@@ -43,6 +46,7 @@ ALLOWED = {
 MODEL_NEEDS = {"numpy", "safetensors", "torch"}
 ONLY_IN = {
     "deepspeed": "arplus/training/",
+    "gensim": "arplus/pretrained/word2vec.py",
     "mlflow": "arplus/tracking/client.py",
     "optuna": "arplus/study/search.py",
 }

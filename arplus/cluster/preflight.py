@@ -138,10 +138,11 @@ def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:
     folder = storage.resolve(config.storage)[1]
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    free, needed = shutil.disk_usage(folder).free, (config.keep_checkpoints + 2) * checkpoint_bytes
+    kept = 1 if config.keep_checkpoints == "all" else config.keep_checkpoints  # at the least
+    free, needed = shutil.disk_usage(folder).free, (kept + 2) * checkpoint_bytes
     if free < needed:
         raise ResourceError(
-            f"--storage {config.storage}: {_size(free)} free, and {config.keep_checkpoints} + 2 checkpoints of "
+            f"--storage {config.storage}: {_size(free)} free, and {kept} + 2 checkpoints of "
             f"{_size(checkpoint_bytes)} take {_size(needed)}; free some space or lower --keep-checkpoints"
         )
 

@@ -4,9 +4,9 @@ A configuration is a tree of frozen dataclasses. The command line is made from t
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
 Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps, ablations and
-range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) ·
-``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be searched) ·
-``checks`` (plain values and back).
+range tests) · ``space`` (what a sweep varies) · ``variants`` (an ablation's rows beside presets) · ``jobs`` (all other
+jobs) · ``names`` (of runs and experiments) · ``gpus`` (their peaks) · ``settings`` (what a field says of itself: when
+it may change, what may be searched) · ``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (
@@ -26,6 +26,7 @@ from arplus.config.jobs import (
     PrepareConfig,
     Sampling,
     SynthesizeConfig,
+    VectorsConfig,
 )
 from arplus.config.model import (
     SPECIAL_TOKENS,
@@ -45,9 +46,11 @@ from arplus.config.training import (
     Device,
     EstimateConfig,
     FeedConfig,
+    InitConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
     preset,
     tiny,
 )
+from arplus.config.variants import Row

@@ -188,6 +188,10 @@ class EvaluateConfig:
     tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
+    replies: str | None = None
+    """URI of a .csv or .jsonl file to write every reply to, with its context, persona, reference, and loss in nats per
+    target. With --against also NAME.sheet.csv (or .jsonl), pairs of replies in random order for people to rate, and
+    NAME.key.csv, which says whose they are."""
     device: Device = "auto"
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
@@ -200,6 +204,11 @@ class EvaluateConfig:
     """MLflow tracking URI; by default that of the training run, whose MLflow run takes the metrics."""
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if self.replies is not None and not self.replies.endswith((".csv", ".jsonl")):
+            yield "replies", f"must end with .csv or .jsonl, which says how it is written (got {self.replies!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +229,30 @@ class ChatConfig:
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsConfig:
+    """Trains character vectors on the training split of a prepared data set, for --init.character-vectors."""
+
+    data: Annotated[str, Required("the URI of a prepared data set")] = ""
+    """URI of a prepared data set."""
+    output: Annotated[str, Required("the URI of the file to write")] = ""
+    """URI of the file to write, in word2vec's text form."""
+    size: Annotated[int, Gt(0)] = 200
+    """Components of a vector: --model.embedding-size of the run that starts from them."""
+    window: Annotated[int, Gt(0)] = 5
+    """Characters on either side that a character is predicted from."""
+    negative: Annotated[int, Gt(0)] = 5
+    """Random characters that each one is told from."""
+    epochs: Annotated[int, Gt(0)] = 5
+    """Passes over the text."""
+    skip_gram: bool = False
+    """Predict the characters around from the one between, instead of the other way round (CBOW)."""
+    workers: Annotated[int, Gt(0)] = 1
+    """Threads. With one, the same seed gives the same vectors."""
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seed of the vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,15 @@ class OptimizerConfig:
     """Floor of the schedule."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a new run's weights start from, where not at random; a run that goes on has its own."""
+
+    character_vectors: str | None = None
+    """URI of vectors for the character table, in word2vec's text form, such as jobs/vectors.py writes: of the width
+    --model.embedding-size, and brought to the scale at which the table starts. They are trained on."""
+
+
 MOST_OF_WINDOW = 1 << 18
 """Examples: about a second's work of a core, and 0.1 GB."""
 
@@ -127,8 +136,9 @@ class TrainConfig:
     """Steps between checkpoints beside those after each validation."""
     checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
     """Minutes after which there is a checkpoint in any case."""
-    keep_checkpoints: Annotated[int, Gt(0), Role.OPERATION] = 2
-    """Newest checkpoints kept, beside the best one."""
+    keep_checkpoints: Annotated[Annotated[int, Gt(0)] | Literal["all"], Role.OPERATION] = 2
+    """Newest checkpoints kept, beside the best one; with all, every one. Of a study's runs that have ended the best one
+    keeps them, and until the study ends each other one its best weights; unless this is all."""
     log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
     """Steps between log lines and tracked points."""
     patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
@@ -154,6 +164,8 @@ class TrainConfig:
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: Annotated[str, Role.LABEL] = ""
     """MLflow experiment; where empty arplus, or a study's own name."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """The initial weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -214,6 +226,8 @@ class TrainConfig:
                 f"must be A:B, the first and the last step, counted from 1, and at most {MOST_PROFILED_STEPS} in all, "
                 f"since a trace holds every operation (got {self.profile_steps!r})",
             )
+        if self.init.character_vectors is not None and self.init_from is not None:
+            yield "init.character_vectors", "contradicts --init-from, which brings all weights; leave one out"
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"
         if self.compile == "on" and self.zero_stage == 3:

@@ -37,13 +37,14 @@ class Destination:
 def destination(config: EvaluateConfig) -> Destination:
     """Where the metrics will go.
 
-    Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer or --json cannot be written.
+    Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer, or --json or --replies cannot be
+    written.
     """
     state = checkpoint.load(config.checkpoint)
     mlflow = config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage)
     tracking.check_reachable(mlflow)
-    if config.json is not None:
-        storage.check_writable(config.json)
+    for file in filter(None, (config.json, config.replies)):
+        storage.check_writable(file)
     return Destination(
         mlflow=mlflow,
         run_id=state.mlflow_run_id,

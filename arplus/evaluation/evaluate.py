@@ -27,11 +27,12 @@ from arplus.data.dataset import Dataset, Split
 from arplus.data.personas import Persona
 from arplus.data.sampler import EpochSampler
 from arplus.errors import ResourceError, UsageError
-from arplus.evaluation import compare
+from arplus.evaluation import compare, sheets
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import StandardMetrics
 from arplus.evaluation.paper_metrics import PaperMetrics
+from arplus.evaluation.replies import readable
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
@@ -61,6 +62,8 @@ class Tally(Sums):
     examples: int = 0
     samples: list[Sample] = field(default_factory=list)
     """What is compared with another checkpoint, if it is."""
+    replies: list[dict[str, Any]] = field(default_factory=list)
+    """What ``--replies`` writes, if it is given: a row per example."""
 
     @classmethod
     def empty(cls, special: SpecialIds, rules: ExampleRules) -> "Tally":
@@ -103,6 +106,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             name: compare.compare(Sample.together(tally.samples), Sample.together(found[name].samples), config.seed)
             for name, tally in tallies[0].items()
         }
+    if config.replies is not None:
+        sheets.write(config, *([row for t in found.values() for row in t.replies] for found in tallies))
     return result
 
 
@@ -227,6 +232,11 @@ class Evaluator:
         if self.config.against is not None:
             sample = Sample.of(self.special, window.example_id, nats_GR[0], window.targets, replies, references)
             tally.samples.append(sample)
+        if self.config.replies is not None:
+            split, losses = {"split": self.sampler.split.name}, nats_GR[0] / window.targets
+            for i, example in enumerate(table.select(["context", "response", "target_words"]).to_pylist()):
+                row = {**split, "example": int(window.example_id[i]), **readable(self.state, example, replies[i])}
+                tally.replies.append(row | {"loss": float(losses[i])})
         return tally
 
     def _batches(self, window: Window, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Batch]]:

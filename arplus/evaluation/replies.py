@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import orjson
@@ -89,11 +90,18 @@ def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
     replies = generate(model, batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):
-        context = "".join(dataset.characters.token(i) for i in example["context"]).replace("[SEP]", " / ")
-        persona = " ".join(dataset.persona_words.token(i) for i in example["target_words"])
-        blocks.append(
-            f"context    {context}\npersona    {persona}\n"
-            f"reference  {dataset.characters.decode(example['response'])}\n"
-            f"reply      {dataset.characters.decode(reply)}\n"
-        )
+        texts = readable(state, example, reply)
+        blocks.append("".join(f"{name:10} {text}\n" for name, text in texts.items()))
     return "\n".join(blocks)
+
+
+def readable(state: TrainState, example: dict[str, Any], reply: Sequence[int]) -> dict[str, str]:
+    """Context, persona, reference and reply of an encoded example as text; a context's utterances with / between."""
+    decode = state.characters.decode
+    context = "".join(state.characters.token(i) for i in example["context"])
+    return {
+        "context": context.removesuffix("[SEP]").replace("[SEP]", " / "),
+        "persona": " ".join(state.persona_words.token(i) for i in example["target_words"]),
+        "reference": decode(example["response"]),
+        "reply": decode(reply),
+    }

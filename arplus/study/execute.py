@@ -191,7 +191,7 @@ class _Adapter(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Notes how a run ended; Tune ends its process after this."""
-        trial = self.live.pop(trial_id)
+        trial, leader = self.live.pop(trial_id), self.study.best
         self.study.tracked_run(trial)
         if error or result is None:
             trial.outcome, trial.problem = "failed", "its process ended again and again; the log says why"
@@ -209,6 +209,8 @@ class _Adapter(Searcher):
         if trial.outcome in ("diverged", "failed"):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
         self._note(trial, result or {})
+        if trial.ended:
+            self._reduce(trial, leader)
         self.source.tell(trial)
 
     def stop(self) -> None:
@@ -239,6 +241,20 @@ class _Adapter(Searcher):
         if trial.outcome != "diverged" and result.get("examples", 0) > known and "response_ppl" in result:
             trial.results.append({key: result[key] for key in ("examples", "response_ppl", OBJECTIVE)})
         self._save(trial)
+
+    def _reduce(self, trial: Trial, leader: Trial | None) -> None:
+        """Leaves one that has ended, and is not the best so far, its best weights: ASHA lets none of them go on.
+
+        Its own process does so to one that ends now, as it saves once more after this; one that was the best so far
+        has no process by now, or if ASHA has stopped it, may have; that one waits for the study's end.
+        """
+        other = leader if self.study.best is trial else trial
+        if other is None or self.study.config.run.keep_checkpoints == "all":
+            return
+        other.kept = "best"
+        self.study.save(other)
+        if other is not trial and other.outcome == "finished":
+            self.study.folder.run(other.name).checkpoints.keep_best_weights()
 
     def _save(self, trial: Trial) -> None:
         self.study.save(trial)

@@ -24,8 +24,8 @@ from arplus.config import LrFindConfig, flat
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UsageError
+from arplus.evaluation.sheets import as_csv
 from arplus.runs import attempt
-from arplus.study.publish import as_csv
 from arplus.study.record import StudyFolder
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError

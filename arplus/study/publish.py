@@ -1,7 +1,5 @@
 """What a study leaves: its files on storage and in MLflow, and its best model in the model registry."""
 
-import csv
-import io
 import logging
 import shutil
 import tempfile
@@ -31,15 +29,6 @@ def conclude(
     study.folder.write("result.json", files["result.json"])
     for name, text in files.items():
         tracker.log_text(name, text)
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """Rows as comma-separated values; a column that a row lacks is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def publish_best(study: Study, dataset: Dataset) -> str | None:

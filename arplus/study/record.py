@@ -77,6 +77,8 @@ class Trial:
     evaluation: Evaluation | None = None
     """Of a run that was evaluated too, as an ablation's are."""
     mlflow_run_id: str | None = None
+    kept: Literal["all", "best", "none"] = "all"
+    """Which checkpoints the study leaves it; best is the best one without its optimizer state."""
 
     @property
     def ended(self) -> bool:
@@ -221,6 +223,14 @@ class Study:
         """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
         if self.folder.facts.read().owner != self.facts.owner:
             raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
+
+    def drop_checkpoints(self) -> None:
+        """Leaves those that have ended no checkpoint, but the best run all of its own; unless every one is to stay."""
+        for trial in self.trials.values():
+            if trial.ended and trial is not self.best and self.config.run.keep_checkpoints != "all":
+                self.folder.run(trial.name).checkpoints.delete_all()
+                trial.kept = "none"
+                self.save(trial)
 
     def tracked_run(self, trial: Trial) -> tracking.RunRef | None:
         """A run's MLflow run; None where it has not got as far."""

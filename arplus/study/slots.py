@@ -4,8 +4,9 @@ from typing import Literal, NamedTuple
 
 from arplus.cluster import connection
 from arplus.cluster.preflight import FEED_CPUS, cpu_nodes, driver_cpus, fair_share
-from arplus.config import MIN_WORKER_CPUS, StudyConfig
+from arplus.config import MIN_WORKER_CPUS, StudyConfig, VocabularySizes
 from arplus.errors import ResourceError
+from arplus.training.footprint import checkpoint_bytes
 
 
 class Slots(NamedTuple):
@@ -49,6 +50,18 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float
             wanted += 1
     # Ray keeps resources to four decimals.
     return Slots(wanted, int(share(wanted) * 1e4) / 1e4, "gpu" if gpus else "cpu")
+
+
+def stored_bytes(config: StudyConfig, runs: int, slots: Slots, sizes: VocabularySizes) -> int:
+    """Bytes that the newest checkpoint of each run takes at most, where the weights alone stay of one that has ended.
+
+    ``--keep-checkpoints`` and the best one come on top, as for a single run.
+    """
+    one = checkpoint_bytes(config.run.model, sizes)
+    if config.run.keep_checkpoints == "all":
+        return runs * one
+    whole = min(runs, slots.side_by_side + 1)  # those that train, and the best
+    return whole * one + (runs - whole) * one // 3
 
 
 def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:

@@ -17,11 +17,11 @@ import ray.train
 from ray import tune
 from ray.util.queue import Empty, Queue
 
-from arplus import tracking
+from arplus import storage, tracking
 from arplus.documents import Document
 from arplus.errors import ArplusError
 from arplus.runs.attempt import StoppedError
-from arplus.runs.folder import FinalMetrics
+from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
@@ -92,6 +92,8 @@ class TrialProcess(tune.Trainable):
             log.warning("%s: did not end within %.0f s", self.run.run_name, STOP_S)
         self.queue.shutdown(force=True)
         trial = self.record.read()
+        if trial.kept == "best" and not self.thread.is_alive():
+            RunFolder(storage.join(self.run.storage, self.run.run_name)).checkpoints.keep_best_weights()
         if trial.outcome == "stopped" and trial.mlflow_run_id is not None:
             # The study has decided so; for the run itself it was the end of a process.
             assert self.run.mlflow is not None

@@ -18,12 +18,12 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
+from arplus.evaluation.sheets import as_csv
 from arplus.study import execute, lr_find
-from arplus.study.publish import as_csv, conclude
+from arplus.study.publish import conclude
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import Search
-from arplus.study.slots import find_slots
-from arplus.training.footprint import checkpoint_bytes
+from arplus.study.slots import find_slots, stored_bytes
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config.run, precision="bf16") if varied else config.run
-    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.run.model, dataset.sizes))
+    preflight.check_nodes(asked, dataset, stored_bytes(config, config.trials, slots, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         search = Search(config, dimensions, dict(enumerate(study.trials.values(), 1)))
@@ -61,6 +61,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
         scheduler = asha if config.scheduler == "asha" else None
         execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
+        study.drop_checkpoints()
         return _conclude(config, study, tracker, dataset)
 
 

@@ -1,5 +1,7 @@
 """Evaluation sees every example of a split once, and says what it measured by its right name."""
 
+import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +168,23 @@ def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monk
     assert half.standard.loss_sum == pytest.approx(plain.standard.loss_sum, rel=5e-3)
 
 
+def test_every_reply_is_written_with_its_loss(dataset: Dataset, tmp_path: Path) -> None:
+    one = evaluator(dataset, tmp_path, replies="replies.csv", seed=5)
+    tally = one.tally(0)
+    examples = one.sampler.read(0, 0, ["context", "response", "target_words", "example_id"]).to_pylist()
+    assert len(tally.replies) == EXAMPLES
+    for row, example in zip(tally.replies, examples, strict=True):
+        assert (row["split"], row["example"]) == ("test", example["example_id"])
+        assert row["reference"] == one.state.characters.decode(example["response"])
+        assert row["context"].count(" / ") == example["context"].count(one.special.sep) - 1
+        assert row["persona"].startswith("性别 ")
+    targets = [len(example["response"]) + 1 for example in examples]
+    loss = sum(row["loss"] * n for row, n in zip(tally.replies, targets, strict=True)) / sum(targets)
+    assert math.exp(loss) == pytest.approx(tally.standard.result()["response_ppl"], rel=1e-6)
+    replies = [one.state.characters.encode(row["reply"]).tolist() for row in tally.replies]
+    assert sum(map(len, replies)) == tally.standard.matches.reply_tokens
+
+
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
 def test_losses_by_row_add_up_to_the_batchs(dataset: Dataset, preset_name: str) -> None:
     model = checkpoint.build_model(random_state(preset_name))
@@ -190,9 +209,10 @@ def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) 
 def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None:
     """A model with words as personas and one with characters see the same examples in the same order."""
     arplus, ar = (checkpoint.write(str(tmp_path / name), random_state(name)) for name in ("arplus", "ar"))
-    config = EvaluateConfig(checkpoint=arplus, against=ar, data=dataset.uri, split=("test", "valid"))
-    result = evaluate(config)
-    other = evaluate(replace(config, checkpoint=ar, against=None))
+    file = tmp_path / "replies.csv"
+    config = EvaluateConfig(checkpoint=arplus, against=ar, data=dataset.uri, split=("test", "valid"), seed=3)
+    result = evaluate(replace(config, replies=str(file)))
+    other = evaluate(replace(config, checkpoint=ar, against=None, replies=str(tmp_path / "other.jsonl")))
     assert result["against"]["splits"] == other["splits"]
     assert set(result["comparison"]) == {"test", "valid"}
     for split, comparison in result["comparison"].items():
@@ -201,6 +221,15 @@ def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None
             assert found["other"] == pytest.approx(other["splits"][split]["standard"][name], rel=1e-5)
             assert found["low"] <= found["difference"] <= found["high"]
     assert "within noise" in table(result)
+    rows = {(row["split"], int(row["example"])): row for row in csv.DictReader(file.open(encoding="utf-8-sig"))}
+    assert len(rows) == EXAMPLES + 20
+    for row in map(json.loads, (tmp_path / "other.jsonl").read_text().splitlines()):
+        mine = rows[row["split"], row["example"]]
+        assert (mine["against_reply"], float(mine["against_loss"])) == (row["reply"], row["loss"])
+        assert (mine["context"], mine["persona"], mine["reference"]) == tuple(
+            row[name] for name in ("context", "persona", "reference")
+        )
+        assert mine["seed"] == "3"
 
 
 def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from arplus.config import TuneConfig, with_values
+from arplus.config import TuneConfig, VocabularySizes, with_values
 from arplus.errors import ResourceError
-from arplus.study.slots import fit
+from arplus.study.slots import Slots, fit, stored_bytes
 
 CONFIG = TuneConfig()
 
@@ -77,3 +77,11 @@ def test_the_jobs_own_driver_takes_its_share() -> None:
     assert fit(CONFIG, 8, 4, 0, driver=1.0) == (2, 1.0, "cpu")
     with pytest.raises(ResourceError, match=r"\+ 1 CPU for the data feed \+ 1 CPUs for the job's driver .* = 2.2 CPUs"):
         fit(CONFIG, 8, 2, 0, driver=1.0)
+
+
+def test_room_is_asked_for_what_is_kept() -> None:
+    one, slots = 12 * 31_142_449, Slots(2, 1.0, "cpu")
+    assert stored_bytes(CONFIG, 63, slots, VocabularySizes()) == 3 * one + 60 * one // 3
+    assert stored_bytes(CONFIG, 2, slots, VocabularySizes()) == 2 * one
+    everything = with_values(CONFIG, {"keep_checkpoints": "all"}, source="test")
+    assert stored_bytes(everything, 63, slots, VocabularySizes()) == 63 * one

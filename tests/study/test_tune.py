@@ -17,6 +17,7 @@ from arplus.cluster import node
 from arplus.config import TuneConfig, preset, tiny, to_dict, with_values
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
+from arplus.runs import checkpoint
 from arplus.runs.attempt import SupersededError
 from arplus.study import execute, tune
 from arplus.study.record import Study, resolve_study
@@ -48,7 +49,23 @@ def settings(data: str, storage: Path, **changes: Any) -> TuneConfig:
 @pytest.fixture(scope="module")
 def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneConfig, dict[str, Any]]:
     config = settings(data, tmp_path_factory.mktemp("storage"))
-    return config, tune.sweep(config)
+    drop = Study.drop_checkpoints
+
+    def look_first(study: Study) -> None:
+        BYTES.update({name: stored(Path(study.uri, "runs", name, "checkpoints")) for name in study.trials})
+        drop(study)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "drop_checkpoints", look_first)
+        return config, tune.sweep(config)
+
+
+BYTES: dict[str, int] = {}
+"""What the trials' checkpoints took just before the sweep's end."""
+
+
+def stored(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def folder(config: TuneConfig) -> Path:
@@ -67,6 +84,21 @@ def test_the_better_trial_wins_and_the_other_is_stopped_early(finished: tuple) -
     assert (
         result["response_ppl"] == good["final"]["best_response_ppl"] == min(r["response_ppl"] for r in good["results"])
     )
+
+
+def test_the_best_trial_alone_keeps_its_checkpoints(finished: tuple) -> None:
+    config, _ = finished
+    good, bad = (folder(config) / "runs" / name for name in ("trial-0001", "trial-0002"))
+    whole = stored(checkpoint_of(good))
+    assert stored(good / "checkpoints") == BYTES["trial-0001"] >= 2 * whole
+    assert 0 < BYTES["trial-0002"] < 0.45 * whole, "the best one, without optimizer state"
+    assert stored(bad / "checkpoints") == 0
+    assert {"config.json", "attempt.json", "tracking.jsonl"} <= {file.name for file in bad.iterdir()}
+    assert checkpoint.load(str(good), moments=True).moments
+
+
+def checkpoint_of(run: Path) -> Path:
+    return Path(checkpoint.find(str(run)))
 
 
 def test_resources_are_given_back_after_a_trial_was_stopped(finished: tuple) -> None:
