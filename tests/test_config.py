@@ -423,6 +423,7 @@ def test_what_makes_a_training_run_the_run_it_is() -> None:
         "batch_size",
         "seed",
         "init_from",
+        "init.character_vectors",
         "feed.shuffle_window_batches",
         "feed.max_examples",
     ]
