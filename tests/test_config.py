@@ -434,6 +434,10 @@ def test_what_makes_a_training_run_the_run_it_is() -> None:
         "batch_size",
         "seed",
         "init_from",
+        "init.pretrained",
+        "init.parts",
+        "init.layers",
+        "init.digest",
         "feed.shuffle_window_batches",
         "feed.max_examples",
     ]

@@ -45,6 +45,7 @@ from arplus.config.training import (
     Device,
     EstimateConfig,
     FeedConfig,
+    InitConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,

@@ -49,6 +49,35 @@ class OptimizerConfig:
     """Floor of the schedule."""
 
 
+INIT_PARTS = ("embeddings", "projections", "encoder", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a new run's weights start from, where not at random; a run that goes on has its own."""
+
+    pretrained: str | None = None
+    """A BERT, ELECTRA or ALBERT whose weights to start from, where they have a place here: a folder as transformers
+    writes it (its URI), or a name on the model hub. Its sizes must be the network's; where not, the error says which
+    settings make them so."""
+    parts: str = ",".join(INIT_PARTS)
+    """What is taken of it, joined by commas; encoder and decoder apart only where they share no layers."""
+    layers: Literal["last", "spread"] = "last"
+    """Which of its layers become the unique ones: the last, or some spread evenly up to the last."""
+    digest: str | None = None
+    """SHA-256 of its weights, filled in when the run starts."""
+
+    @property
+    def parts_set(self) -> frozenset[str]:
+        """The parts by name."""
+        return frozenset(self.parts.split(","))
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.parts_set <= set(INIT_PARTS):
+            yield "parts", f"must be some of {', '.join(INIT_PARTS)}, joined by commas (got {self.parts!r})"
+
+
 MOST_OF_WINDOW = 1 << 18
 """Examples: about a second's work of a core, and 0.1 GB."""
 
@@ -154,6 +183,8 @@ class TrainConfig:
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: Annotated[str, Role.LABEL] = ""
     """MLflow experiment; where empty arplus, or a study's own name."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """The initial weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -213,6 +244,13 @@ class TrainConfig:
                 "profile_steps",
                 f"must be A:B, the first and the last step, counted from 1, and at most {MOST_PROFILED_STEPS} in all, "
                 f"since a trace holds every operation (got {self.profile_steps!r})",
+            )
+        if self.init.pretrained is not None and self.init_from is not None:
+            yield "init_from", "contradicts --init.pretrained: both bring the weights; leave one out"
+        if self.model.shared_stacks and len(self.init.parts_set & {"encoder", "decoder"}) == 1:
+            yield (
+                "init.parts",
+                "must name encoder and decoder or neither, which share their layers (model.shared_stacks)",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"

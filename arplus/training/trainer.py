@@ -29,6 +29,7 @@ from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import weights
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
 from arplus.runs.checkpoint import TrainProgress, TrainState
@@ -64,6 +65,12 @@ def train(
     dataset, scaling = _check(config, part)
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
+    if config.init.pretrained is not None and start.checkpoint is None:
+        with torch.device("meta"):  # to hear at once what does not fit
+            log.info(
+                "%s",
+                weights.initialise(PersonaTransformer(config.model, dataset.sizes), dataset.characters, config.init),
+            )
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -193,7 +200,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
     for field, problem in config.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
-    return replace(
+    config = replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
@@ -201,6 +208,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
     )
+    if config.init.pretrained is None:
+        return config
+    before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
+    return replace(config, init=weights.resolved(config.init, before and before.init))
 
 
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
@@ -314,6 +325,8 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
         model.load_weights(state.weights)
     elif config.init_from is not None:
         _initialise(model, config.init_from, dataset.sizes)
+    elif config.init.pretrained is not None:
+        weights.initialise(model, dataset.characters, config.init)
     return dataset, model, state
 
 
