@@ -39,6 +39,8 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
         ff_bottleneck=bottleneck if theirs.get("factor_ff") else None,
         rezero=theirs.get("use_rezero", False),
         memory_hops=theirs["mem_n2n_hops"] if theirs.get("use_mem_n2n") else 0,
+        memory_tying="layer-wise" if theirs.get("mem_n2n_layer_share") == "layer_wise" else "adjacent",
+        shared_stacks=theirs.get("share_encoder_decoder", True),
         auxiliary="infilling" if theirs.get("auxiliary_task") == "MLM" else "lm",
         tied_head=not plus,
         decoder_norm=plus,

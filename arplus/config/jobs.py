@@ -271,6 +271,8 @@ class ExportConfig:
     """With --from-reference: layers applied, where they are shared and not the preset's number."""
     heads: Annotated[int, Gt(0)] | None = None
     """With --from-reference: attention heads, where not the preset's number."""
+    memory_hops: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: hops of a layer-wise memory, where not the preset's number."""
     character_vocabulary: str | None = None
     """With --from-reference: URI of the characters (one token and its count a line) that the weights were made for."""
     persona_vocabulary: str | None = None

@@ -57,12 +57,21 @@ class ModelConfig:
     """Width of the feed-forward layer."""
     ff_bottleneck: Annotated[int | None, Gt(0)] = 100
     """Inner width of the factored feed-forward layer; None for the plain layer of two matrices."""
+    activation: Literal["relu", "gelu", "gelu-tanh"] = "relu"
+    """What the plain feed-forward layer has between its matrices; BERT's is gelu, ALBERT's gelu-tanh."""
     rezero: bool = True
-    """Gate each residual branch with one learnt scalar that starts at zero (Eq. 5) instead of post-normalising."""
+    """Gate each residual branch with one learnt scalar r (Eq. 5) instead of post-normalising."""
+    gate_start: float = 0.0
+    """What r is at first. At zero, as Bachlechner et al. have it, the branches are shut, pretrained ones too."""
+    shared_stacks: bool = True
+    """Encoder and decoder have the same layers; without, each has its own."""
     fixed_attention: Annotated[float, Ge(0)] = 0.1
     """b of Eq. 5: the share of O_T and O_C that bypasses the ReZero gate."""
     memory_hops: Annotated[int, Ge(0)] = 3
     """Hops of the MemN2N persona memory; 0 encodes the persona with the encoder instead (O_T then exists)."""
+    memory_tying: Literal["adjacent", "layer-wise"] = "adjacent"
+    """What the memory's hops share (Sukhbaatar et al. 2015): adjacent ones a table, or all of them two tables and a
+    linear map of the query."""
     auxiliary: Literal["infilling", "lm"] = "infilling"
     """The task behind L_LM: BART-style infilling of the response, or next-character language modelling."""
     tied_head: bool = False
@@ -85,3 +94,9 @@ class ModelConfig:
             yield "heads", f"must divide d_model = {self.d_model} (got {self.heads})"
         if self.tied_head and self.embedding_size != self.d_model:
             yield "embedding_size", f"must equal d_model = {self.d_model} when tied_head is on"
+        if self.activation != "relu" and self.ff_bottleneck is not None:
+            yield "activation", "is the plain feed-forward layer's: set ff_bottleneck to None, or leave it out"
+        if self.gate_start and not self.rezero:
+            yield "gate_start", "is the gate's of ReZero, which is off: leave it out or set rezero to True"
+        if self.memory_tying != "adjacent" and not self.memory_hops:
+            yield "memory_tying", "is the MemN2N memory's, which is off: leave it out or set memory_hops"

@@ -49,13 +49,36 @@ class OptimizerConfig:
     """Floor of the schedule."""
 
 
+INIT_PARTS = ("embeddings", "projections", "encoder", "decoder")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """What a new run's weights start from, where not at random; a run that goes on has its own."""
 
+    pretrained: str | None = None
+    """A BERT, ELECTRA or ALBERT whose weights to start from, where they have a place here: a folder as transformers
+    writes it (its URI), or a name on the model hub. Its sizes must be the network's; where not, the error says which
+    settings make them so."""
+    parts: str = ",".join(INIT_PARTS)
+    """What is taken of it, joined by commas; encoder and decoder apart only where they share no layers."""
+    layers: Literal["last", "spread"] = "last"
+    """Which of its layers become the unique ones: the last, or some spread evenly up to the last."""
+    digest: str | None = None
+    """SHA-256 of its weights, filled in when the run starts."""
     character_vectors: str | None = None
     """URI of vectors for the character table, in word2vec's text form, such as jobs/vectors.py writes: of the width
     --model.embedding-size, and brought to the scale at which the table starts. They are trained on."""
+
+    @property
+    def parts_set(self) -> frozenset[str]:
+        """The parts by name."""
+        return frozenset(self.parts.split(","))
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.parts_set <= set(INIT_PARTS):
+            yield "parts", f"must be some of {', '.join(INIT_PARTS)}, joined by commas (got {self.parts!r})"
 
 
 MOST_OF_WINDOW = 1 << 18
@@ -228,6 +251,13 @@ class TrainConfig:
             )
         if self.init.character_vectors is not None and self.init_from is not None:
             yield "init.character_vectors", "contradicts --init-from, which brings all weights; leave one out"
+        if self.init.pretrained is not None and self.init_from is not None:
+            yield "init_from", "contradicts --init.pretrained: both bring the weights; leave one out"
+        if self.model.shared_stacks and len(self.init.parts_set & {"encoder", "decoder"}) == 1:
+            yield (
+                "init.parts",
+                "must name encoder and decoder or neither, which share their layers (model.shared_stacks)",
+            )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"
         if self.compile == "on" and self.zero_stage == 3:

@@ -3,7 +3,7 @@
 The parts, each in a file of its own:
     embedding   √E · character + speaker's persona + position → d
     memory      MemN2N: the persona's words answer the context; o is added to every context position
-    layers      Eq. 5 with ReZero, or norms; shared by encoder and decoder, applied again and again (ALBERT)
+    layers      Eq. 5 with ReZero, or norms; shared by encoder and decoder (or not), applied again and again (ALBERT)
     attention   the routes O_T, O_C and O_prev of Eq. 2
     objective   L_D and L_LM of Eq. 4 as sums
 
@@ -24,8 +24,8 @@ from arplus.errors import UsageError
 from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.embedding import SequenceInput
-from arplus.model.layers import Layer, PostNormLayer, ReZeroLayer
-from arplus.model.memory import PersonaMemory
+from arplus.model.layers import Layer, PostNormLayer, ReZeroLayer, Stack
+from arplus.model.memory import LayerWiseMemory, PersonaMemory
 from arplus.model.objective import Losses, OutputHead
 
 Encoded = list[Blocks]
@@ -46,14 +46,18 @@ class PersonaTransformer(nn.Module):
         self.context_input = SequenceInput(config)
         if config.memory_hops:
             self.persona_words = nn.Embedding(sizes.persona_words, config.embedding_size)
-            self.memory = PersonaMemory(config, sizes)
+            memory = PersonaMemory if config.memory_tying == "adjacent" else LayerWiseMemory
+            self.memory = memory(config, sizes)
         else:
             self.persona_input = SequenceInput(config, positions=False)
         if config.memory_hops or config.auxiliary == "infilling":
             self.auxiliary_input = SequenceInput(config)
         self.response_input = SequenceInput(config)
         layer = ReZeroLayer if config.rezero else PostNormLayer
-        self.layers = nn.ModuleList(layer(config) for _ in range(config.unique_layers))
+        of: Stack = "both" if config.shared_stacks else "decoder"
+        self.layers = nn.ModuleList(layer(config, of) for _ in range(config.unique_layers))
+        if not config.shared_stacks:
+            self.encoder_layers = nn.ModuleList(layer(config, "encoder") for _ in range(config.unique_layers))
         self.head = OutputHead(config.d_model, sizes.characters, bias=False)
 
         self._initialise()
@@ -88,10 +92,10 @@ class PersonaTransformer(nn.Module):
         return self._encode(self.auxiliary_input(self.characters(infilled.ids), infilled.sequences), infilled.sequences)
 
     def _encode(self, x_ND: Tensor, of: Sequences) -> Encoded:
-        for layer in self._applications():
+        for layer in self._applications(self.layers if self.config.shared_stacks else self.encoder_layers):
             x_ND = layer.encode(x_ND, of)
         # Once per unique layer, not per application: shared layers see the same memory with the same weights.
-        return [layer.attention.key_value(x_ND, of) for layer in self._unique()]
+        return [layer.attention.key_value(x_ND, of) for layer in self._unique(self.layers)]
 
     # ------------------------------------------------------------------------------------------------------ decoding
 
@@ -104,7 +108,7 @@ class PersonaTransformer(nn.Module):
         """
         of = response.sequences
         x_ND = self.response_input(self.characters(response.ids), of, start=start)
-        for i, layer in enumerate(self._applications()):
+        for i, layer in enumerate(self._applications(self.layers)):
             unique = i % self.config.unique_layers
             x_ND, own = layer.decode(x_ND, of, [memory[unique] for memory in memories], cache[i] if cache else None)
             if cache:
@@ -135,15 +139,15 @@ class PersonaTransformer(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.copy_(weights[name])
 
-    def _unique(self) -> Iterator[Layer]:
-        for layer in self.layers:
+    def _unique(self, layers: nn.ModuleList) -> Iterator[Layer]:
+        for layer in layers:
             assert isinstance(layer, Layer)
             yield layer
 
-    def _applications(self) -> Iterator[Layer]:
+    def _applications(self, layers: nn.ModuleList) -> Iterator[Layer]:
         """The unique layers in order, and again, ``repeats`` times: one layer in six repeats is applied six times."""
         for _ in range(self.config.repeats):
-            yield from self._unique()
+            yield from self._unique(layers)
 
     def _initialise(self) -> None:
         """Xavier uniform for every matrix, tables too; biases and norms as torch leaves them, attention as torch's."""

@@ -38,7 +38,8 @@ def export(config: ExportConfig) -> str:
 def from_reference(config: ExportConfig) -> TrainState:
     """The paper code's weights with our names."""
     run = preset(config.preset)
-    base = replace(run.model, heads=config.heads or run.model.heads, layers=config.layers or run.model.layers)
+    given = {name: getattr(config, name) or getattr(run.model, name) for name in ("heads", "layers", "memory_hops")}
+    base = replace(run.model, **given)
     if base.repeats > 1:
         base = replace(base, repeats=base.layers)
     uri = str(config.from_reference)

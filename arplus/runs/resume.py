@@ -52,7 +52,12 @@ def find_resume_point(config: TrainConfig, run: RunFolder, dataset: Dataset) -> 
             f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "
             "auto to go on with it"
         )
-    for name, given in (("init-from", config.init_from), ("init.character-vectors", config.init.character_vectors)):
+    brought = {
+        "init-from": config.init_from,
+        "init.character-vectors": config.init.character_vectors,
+        "init.pretrained": config.init.pretrained,
+    }
+    for name, given in brought.items():
         if given is not None:
             raise UsageError(f"--{name}: contradicts --resume {config.resume}, which brings the weights; leave one out")
     return _from_checkpoint(config, dataset, own)

@@ -29,7 +29,7 @@ from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.network import PersonaTransformer
-from arplus.pretrained import vectors
+from arplus.pretrained import start as pretrained
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
 from arplus.runs.checkpoint import TrainProgress, TrainState
@@ -65,10 +65,11 @@ def train(
     dataset, scaling = _check(config, part)
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
-    if config.init.character_vectors is not None and start.checkpoint is None:
+    if start.checkpoint is None:
         with torch.device("meta"):  # to hear at once what does not fit
             model = PersonaTransformer(config.model, dataset.sizes)
-        log.info("%s", vectors.initialise(model, dataset.characters, config.init.character_vectors))
+        for line in pretrained.initialise(model, dataset.characters, config.init):
+            log.info("%s", line)
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -198,16 +199,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
     for field, problem in config.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
-    found = config.init.character_vectors
-    return replace(
+    config = replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
         experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
-        init=replace(config.init, character_vectors=found and storage.absolute(found)),
     )
+    before = RunFolder(storage.join(config.storage, config.run_name)).config.find() if config.init.pretrained else None
+    return replace(config, init=pretrained.resolve(config.init, before and before.init))
 
 
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
@@ -321,8 +322,8 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
         model.load_weights(state.weights)
     elif config.init_from is not None:
         _initialise(model, config.init_from, dataset.sizes)
-    if state is None and config.init.character_vectors is not None:
-        vectors.initialise(model, dataset.characters, config.init.character_vectors)
+    if state is None:
+        pretrained.initialise(model, dataset.characters, config.init)
     return dataset, model, state
 
 

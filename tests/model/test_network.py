@@ -48,12 +48,23 @@ def gradients(model: PersonaTransformer, losses: Losses) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("preset", LIVE)
-def test_live_parameters(preset):
+@pytest.mark.parametrize(
+    ("preset", "changes", "live"),
+    [
+        *((preset, {}, live) for preset, live in LIVE.items()),
+        ("arplus", {"shared_stacks": False}, 32_708_858),
+        ("arplus", {"shared_stacks": False, "repeats": 1}, 48_372_948),
+        ("arplus", {"shared_stacks": False, "repeats": 1, "ff_bottleneck": None}, 67_392_372),
+        ("no-rezero", {"shared_stacks": False}, 32_710_904),
+        ("ar", {"shared_stacks": False}, 42_691_584),
+        ("arplus", {"memory_tying": "layer-wise"}, 21_153_329),
+    ],
+)
+def test_live_parameters(preset, changes, live):
     with torch.device("meta"):
-        model = PersonaTransformer(PRESETS[preset].model, VocabularySizes())
+        model = PersonaTransformer(dataclasses.replace(PRESETS[preset].model, **changes), VocabularySizes())
     split = live_parameters(model)
-    assert sum(split.values()) == LIVE[preset] == sum(p.numel() for p in model.parameters())
+    assert sum(split.values()) == live == sum(p.numel() for p in model.parameters())
 
 
 def test_live_parameters_by_component():
@@ -244,6 +255,16 @@ def test_an_example_whose_targets_are_ignored_enters_no_sum_and_no_gradient(conf
     torch.testing.assert_close(gradients(model, part), gradients(model, alone))
 
 
+@torch.no_grad()
+def test_stacks_of_the_same_weights_are_a_shared_one():
+    shared = make_model(small("arplus"))
+    unshared = PersonaTransformer(dataclasses.replace(shared.config, shared_stacks=False), SIZES).eval()
+    state = shared.state_dict()
+    unshared.load_state_dict(state | {f"encoder_{name}": v for name, v in state.items() if name.startswith("layers.")})
+    batch = make_batch(shared.config)
+    assert unshared(batch) == shared(batch)
+
+
 @pytest.mark.parametrize("preset", ["arplus", "no-memn2n", "no-rezero"])
 @torch.no_grad()
 def test_shared_layers_are_applied_in_order_and_then_again(preset):
@@ -352,7 +373,22 @@ def test_initial_weights():
     assert not attention.query_key_value.bias.any()
     assert not attention.output.bias.any()
     assert layer.r.item() == 0
+    assert PersonaTransformer(dataclasses.replace(config, gate_start=0.5), SIZES).layers[0].r.item() == 0.5
     assert layer.feed_forward.narrow.bias.any()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu-tanh"])
+@torch.no_grad()
+def test_the_activation_is_the_one_that_is_named(activation):
+    expected = {
+        "relu": lambda x: x.clamp(min=0),
+        "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+        "gelu-tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    }[activation]
+    model = make_model(dataclasses.replace(small("no-factor-ff"), activation=activation))
+    feed_forward, x_ND = model.layers[0].feed_forward, torch.randn(7, 32)
+    wanted = feed_forward.contract(expected(feed_forward.expand(x_ND)))
+    torch.testing.assert_close(feed_forward(x_ND), wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_dropout_is_on_in_training_alone(config):
