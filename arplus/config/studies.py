@@ -166,6 +166,10 @@ class AblateConfig(StudyConfig):
         """The preset that a row is, or is a variant of; a small one where all are shrunk."""
         return tiny(PRESETS[row.preset]) if self.tiny else PRESETS[row.preset]
 
+    def config_of(self, row: Row) -> TrainConfig:
+        """That preset with what a variant changes; the study's own settings are not in it."""
+        return with_values(self.preset_of(row), row.values, source=row.name)
+
     def lr_of(self, row: Row) -> float | None:
         """The learning rate of a row; None where it is to be tuned."""
         if (own := row.values.get("optimizer.lr")) is not None:
@@ -211,6 +215,6 @@ class AblateConfig(StudyConfig):
     def _check_variants(self) -> Iterator[tuple[str, str]]:
         try:
             for row in self.variants:
-                with_values(self.preset_of(row), row.values, source=row.name)
+                self.config_of(row)
         except ValueError as error:
             yield "variant", str(error)
