@@ -78,7 +78,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
     slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
-    preflight.check_nodes(config.run, dataset, config.runs * checkpoint_bytes(config.run.model, dataset.sizes))
+    needed = checkpoint_bytes(config.run.model, dataset.sizes, config.run.optimizer.only)
+    preflight.check_nodes(config.run, dataset, config.runs * needed)
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":

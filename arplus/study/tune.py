@@ -42,7 +42,8 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config.run, precision="bf16") if varied else config.run
-    preflight.check_nodes(asked, dataset, config.trials * checkpoint_bytes(config.run.model, dataset.sizes))
+    needed = checkpoint_bytes(config.run.model, dataset.sizes, config.run.optimizer.only)
+    preflight.check_nodes(asked, dataset, config.trials * needed)
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         search = Search(config, dimensions, dict(enumerate(study.trials.values(), 1)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -11,10 +12,17 @@ from arplus.model.network import PersonaTransformer
 
 SIZES = VocabularySizes(characters=60, persona_words=50)
 
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapters": ("arplus", {"adapter": 6}),
+    "adapters-no-rezero": ("no-rezero", {"adapter": 6}),
+}
+"""Members of the family without a name of their own: a preset, and what differs."""
+
 
 def smallest_run(preset_name: str = "arplus") -> TrainConfig:
     """A preset's run with a network as small as tests can have it that still has all of the preset's parts."""
-    run = tiny(preset(preset_name))
+    base, changes = FORMS.get(preset_name, (preset_name, {}))
+    run = tiny(preset(base))
     return dataclasses.replace(
         run,
         model=dataclasses.replace(
@@ -23,14 +31,15 @@ def smallest_run(preset_name: str = "arplus") -> TrainConfig:
             embedding_size=32 if run.model.embedding_size == run.model.d_model else 16,
             heads=2,
             ff_size=48,
-            ff_bottleneck=None if run.model.ff_bottleneck is None else 16,
+            **{"ff_bottleneck": None if run.model.ff_bottleneck is None else 16} | changes,
         ),
     )
 
 
 def small(preset: str) -> ModelConfig:
-    """One of the paper's rows, small and without dropout: four layers, two of them unique where they are shared."""
-    row = PRESETS[preset].model
+    """A preset or a form, small and without dropout: four layers, two of them unique where they are shared."""
+    base, changes = FORMS.get(preset, (preset, {}))
+    row = PRESETS[base].model
     return dataclasses.replace(
         row,
         layers=4,
@@ -39,8 +48,8 @@ def small(preset: str) -> ModelConfig:
         embedding_size=32 if row.embedding_size == row.d_model else 24,
         heads=4,
         ff_size=48,
-        ff_bottleneck=None if row.ff_bottleneck is None else 10,
         dropout=0.0,
+        **{"ff_bottleneck": None if row.ff_bottleneck is None else 10} | changes,
     )
 
 
@@ -56,6 +65,8 @@ def make_model(config: ModelConfig, seed: int = 0) -> PersonaTransformer:
                 parameter.mul_(2)
             if name.endswith(".r"):
                 parameter.fill_(0.4)
+            if name.endswith("adapter.up.weight"):
+                parameter.normal_(std=0.5)
     return model
 
 
