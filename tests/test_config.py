@@ -113,6 +113,7 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "auxiliary": "infilling",
         "tied_head": False,
         "decoder_norm": True,
+        "adapter": None,
         "dropout": 0.1,
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
@@ -132,11 +133,15 @@ def test_every_row_trains_as_the_papers_code_did(name: str) -> None:
         "eps": 1e-8 if name == "ar" else 1e-6,
         "weight_decay": 0.05,
         "max_grad_norm": 1.0,
+        "schedule": "plateau",
+        "warmup": 0,
         "plateau_factor": 0.5,
         "plateau_patience": 60,
         "min_lr": 1.5e-4,
+        "only": (),
     }
-    assert (row.batch_size, row.epochs, row.objective.lambda1) == (64, 3, 0.5)
+    assert (row.batch_size, row.epochs) == (64, 3)
+    assert (row.objective.lambda0, row.objective.lambda1) == (1, 0.5)
 
 
 def test_sampling_is_the_papers() -> None:
@@ -211,7 +216,12 @@ train_configs = st.builds(
     ),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 64), st.sampled_from([1, 2, 4, 8])),
     shares=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 99)),
-    optimizer=st.builds(OptimizerConfig, lr=positive, plateau_patience=st.integers(0)),
+    optimizer=st.builds(
+        OptimizerConfig,
+        lr=positive,
+        plateau_patience=st.integers(0),
+        only=st.sampled_from([(), ("adapters", "memory")]),
+    ),
     texts=st.fixed_dictionaries(
         {name: st.text(st.characters(codec="utf-8")) for name in ("data", "storage", "run_name", "experiment")}
     ),
@@ -282,6 +292,7 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
         ({"optimizer": {"lr": "fast"}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.nan}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.inf}}, "--optimizer.lr: must be finite"),
+        ({"optimizer": {"warmup": 9}}, "--optimizer.warmup: is the linear schedule's: add --optimizer.schedule linear"),
         ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: must be less than 1"),
         ({"precision": "fp16"}, "--precision: "),
         ({"zero_stage": 4}, "--zero-stage: must be 'auto', 0, 1, 2 or 3"),
@@ -310,6 +321,11 @@ def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any]
 def test_a_section_in_a_settings_place_is_a_bad_value() -> None:
     problem = "--seed: must be a valid integer (got {'x': 1})"
     assert message_of(TrainConfig, {"seed": {"x": 1}}) == f"settings.json: {problem}"
+
+
+def test_a_run_without_a_loss_is_refused() -> None:
+    message = message_of(TrainConfig, {"objective": {"lambda0": 0, "lambda1": 0}})
+    assert message.startswith("settings.json: --objective.lambda0: and lambda1 must not both be 0")
 
 
 def test_all_bad_values_are_named_at_once() -> None:

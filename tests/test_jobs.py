@@ -46,6 +46,7 @@ MISTAKES = {
     "jobs/train.py arplus --dry-run --objective.lambda1 -1": "--objective.lambda1: .*greater than or equal to 0",
     "jobs/train.py arplus --dry-run --workers 0": "--workers: must be a number N or a range MIN:MAX, at least 1",
     "jobs/train.py arplus --dry-run --learning-rate 1": "unknown flag '--learning-rate' .--help lists all flags",
+    "jobs/train.py arplus --dry-run --optimizer.only gates": "--optimizer.only: .*'gates'; it has character table, ",
     "jobs/train.py arplus --dry-run --data nowhere": "nowhere: not a prepared data set",
     "jobs/train.py arplus --dry-run --batch-size 3 --workers 2:4": "--batch-size: must be at least .* = 4",
     "jobs/chat.py --checkpoint nowhere --say 你好": "nowhere: no complete checkpoint there",

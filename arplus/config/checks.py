@@ -24,8 +24,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values, section by section, ready for JSON."""
     plain = dataclasses.asdict(config)
     return _nested(
-        (setting.name.split("."), functools.reduce(operator.getitem, setting.path, plain))
+        (setting.name.split("."), list(value) if isinstance(value, tuple) else value)
         for setting in settings_of(type(config))
+        for value in [functools.reduce(operator.getitem, setting.path, plain)]
     )
 
 

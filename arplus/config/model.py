@@ -78,6 +78,8 @@ class ModelConfig:
     """Use the character table as output matrix too (AR); needs embedding_size = d_model."""
     decoder_norm: bool = True
     """Without ReZero: the decoder's first norm has weights of its own; AR shares the encoder's."""
+    adapter: Annotated[int | None, Gt(0)] = None
+    """Inner width of two adapters in every unique layer (Houlsby et al. 2019), such as 64; None for none."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Dropout on embeddings, attention weights and residual branches."""
 

@@ -79,7 +79,6 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return onednn_linear(x, weight, bias)
 
     @staticmethod
@@ -88,4 +87,4 @@ class _OneDnnLinear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         d_x = onednn_linear(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
         d_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, flat.sum(0) if ctx.has_bias else None
+        return d_x, d_weight, flat.sum(0) if ctx.needs_input_grad[2] else None

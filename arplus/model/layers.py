@@ -59,8 +59,26 @@ class FactoredFeedForward(Module):
         return self.widen(self.dropout(x_NR.relu()))
 
 
+class Adapter(nn.Module):
+    """What is trained where all else is frozen: x + up(ReLU(down(x))), at first x itself (Houlsby et al. 2019)."""
+
+    def __init__(self, d_model: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = Linear(d_model, inner), Linear(inner, d_model)
+
+    def reset_parameters(self) -> None:
+        """Initialises as section 3.6 of the paper has it, but with an ``up`` of exactly zero."""
+        nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        return x_ND + self.up(self.down(x_ND).relu())
+
+
 class Layer(nn.Module, ABC):
-    """What both kinds of layer have: the routes and the feed-forward."""
+    """What both kinds of layer have: the routes and the feed-forward, each with an adapter where there are any."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +89,18 @@ class Layer(nn.Module, ABC):
             if r is None
             else FactoredFeedForward(d, r, config.ff_size, p)
         )
+        self.attention_adapter, self.feed_forward_adapter = (
+            nn.Identity() if config.adapter is None else Adapter(d, config.adapter) for _ in range(2)
+        )
         self.dropout = Dropout(p)
+
+    def feed(self, x_ND: Tensor) -> Tensor:
+        """The feed-forward's branch."""
+        return self.dropout(self.feed_forward_adapter(self.feed_forward(x_ND)))
+
+    def merge(self, o_ND: Tensor) -> Tensor:
+        """The attention's branch, from what its routes found together."""
+        return self.dropout(self.attention_adapter(o_ND))
 
     @abstractmethod
     def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
@@ -96,8 +125,8 @@ class ReZeroLayer(Layer):
     def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: x + r·Att(x), then x + r·FF(x)."""
         x_ND = self.pre_norm(x_ND)
-        x_ND = x_ND + self.r * self.dropout(self.attention(x_ND, of))
-        return x_ND + self.r * self.dropout(self.feed_forward(x_ND))
+        x_ND = x_ND + self.r * self.merge(self.attention(x_ND, of))
+        return x_ND + self.r * self.feed(x_ND)
 
     def decode(
         self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None
@@ -106,8 +135,8 @@ class ReZeroLayer(Layer):
         x_ND = self.pre_norm(x_ND)
         o_prev_ND, o_memories, own = self.attention.routes(x_ND, of, memories, past)
         o_fixed_ND = torch.stack(o_memories).sum(0) if o_memories else torch.zeros_like(x_ND)  # O_T + O_C
-        y_ND = x_ND + self.b * o_fixed_ND + self.r * self.dropout(o_fixed_ND + o_prev_ND)
-        return y_ND + self.r * self.dropout(self.feed_forward(y_ND)), own
+        y_ND = x_ND + self.b * o_fixed_ND + self.r * self.merge(o_fixed_ND + o_prev_ND)
+        return y_ND + self.r * self.feed(y_ND), own
 
 
 class PostNormLayer(Layer):
@@ -123,8 +152,8 @@ class PostNormLayer(Layer):
     def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: norm2, then norm1(x + Att(x)), then x + FF(x)."""
         x_ND = self.norm2(x_ND)
-        x_ND = self.norm1(x_ND + self.dropout(self.attention(x_ND, of)))
-        return x_ND + self.dropout(self.feed_forward(x_ND))
+        x_ND = self.norm1(x_ND + self.merge(self.attention(x_ND, of)))
+        return x_ND + self.feed(x_ND)
 
     def decode(
         self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None
@@ -132,5 +161,5 @@ class PostNormLayer(Layer):
         """Decoder: pre_norm (AR: the encoder's norm2), then norm1(x + O_merge), Eq. 2, then y + FF(y)."""
         x_ND = self.norm2(x_ND) if self.pre_norm is None else self.pre_norm(x_ND)
         o_prev_ND, o_memories, own = self.attention.routes(x_ND, of, memories, past)
-        y_ND = self.norm1(x_ND + self.dropout(o_prev_ND + sum(o_memories)))
-        return y_ND + self.dropout(self.feed_forward(y_ND)), own
+        y_ND = self.norm1(x_ND + self.merge(o_prev_ND + sum(o_memories)))
+        return y_ND + self.feed(y_ND), own

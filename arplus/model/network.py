@@ -24,7 +24,7 @@ from arplus.errors import UsageError
 from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.embedding import SequenceInput
-from arplus.model.layers import Layer, PostNormLayer, ReZeroLayer, Stack
+from arplus.model.layers import Adapter, Layer, PostNormLayer, ReZeroLayer, Stack
 from arplus.model.memory import LayerWiseMemory, PersonaMemory
 from arplus.model.objective import Losses, OutputHead
 
@@ -150,10 +150,13 @@ class PersonaTransformer(nn.Module):
             yield from self._unique(layers)
 
     def _initialise(self) -> None:
-        """Xavier uniform for every matrix, tables too; biases and norms as torch leaves them, attention as torch's."""
+        """Xavier uniform for every matrix, tables too; biases and norms as torch leaves them.
+
+        Attention and adapters have an initialisation of their own.
+        """
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | Adapter):
                 module.reset_parameters()

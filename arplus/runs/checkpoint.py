@@ -64,7 +64,7 @@ class TrainProgress:
     train_seconds: float = 0.0
     """Time of these steps, waits for data included, without validations, checkpoints and starts."""
     best_response_ppl: float | None = None
-    """Lowest response perplexity on validation so far."""
+    """Lowest perplexity on validation so far, of what :func:`compared` gives."""
     validation: dict[str, int | float] = field(default_factory=dict)
     """Metrics of the newest validation."""
     validations_since_best: int = 0
@@ -78,14 +78,20 @@ class TrainProgress:
         self.unvalidated = False
         self.validations_since_best += 1
         lowest = math.inf if self.best_response_ppl is None else self.best_response_ppl
-        if metrics["response_ppl"] < lowest:  # one that is not a number is never the best
-            self.set_best(metrics["response_ppl"])
+        ppl = compared(metrics)
+        if ppl is not None and ppl < lowest:  # one that is not a number is never the best
+            self.set_best(ppl)
 
     def set_best(self, response_ppl: float | None) -> None:
         """Sets the lowest perplexity; another one than before is the newest validation's, or none yet."""
         if response_ppl != self.best_response_ppl:
             self.validations_since_best = 0
         self.best_response_ppl = response_ppl
+
+
+def compared(validation: Mapping[str, float]) -> float | None:
+    """The perplexity that the best checkpoint has the lowest of: the response's, or with λ0 = 0 that of L_LM."""
+    return validation.get("auxiliary_ppl", validation.get("response_ppl"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ class TrainState:
     config: TrainConfig
     progress: TrainProgress
     schedule: dict[str, float]
-    """Learning rate and the plateau schedule's counters."""
+    """Learning rate and the schedule's counters."""
     rules: ExampleRules
     """Those of the data set: how long utterances and contexts are that the model knows."""
     characters: Vocabulary
@@ -296,7 +302,7 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> 
     it has none, the next validation is the best.
     """
     lowest = progress.best_response_ppl
-    own = None if progress.unvalidated else progress.validation.get("response_ppl")
+    own = None if progress.unvalidated else compared(progress.validation)
     best, problem = marked_best(run_uri)
     if best is not None and best.checkpoint != checkpoint_uri:
         try:

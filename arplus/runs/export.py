@@ -68,6 +68,7 @@ def model_card(state: TrainState) -> str:
     config, progress = state.config, state.progress
     model = PersonaTransformer(config.model, state.sizes)
     rows = "\n".join(f"| {part} | {count:,} |" for part, count in live_parameters(model).items())
+    what = "Response perplexity" if config.objective.lambda0 else "Perplexity of the auxiliary task"
     best = f"{progress.best_response_ppl:.3f}" if progress.best_response_ppl else "not measured"
     return f"""---
 language: zh
@@ -78,7 +79,7 @@ tags: [dialogue, persona]
 # {config.run_name or config.preset}: a persona-aware Chinese dialogue model
 
 Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
-`{progress.fingerprint}`). Response perplexity on validation: {best}. It knows contexts of at most
+`{progress.fingerprint}`). {what} on validation: {best}. It knows contexts of at most
 {state.rules.max_context_utterances} utterances, each cut to {state.rules.max_utterance_characters} characters.
 
 | component | parameters |

@@ -180,7 +180,7 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
         error: UsageError = ended.args[0]
         return error
     loader, _ = loaders(run, dataset, device)
-    return curve(Engine(model, run, device), loader.batches, loader.steps, config)
+    return curve(Engine(model, run, device, config.steps), loader.batches, loader.steps, config)
 
 
 def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:

@@ -57,7 +57,7 @@ def stored_bytes(config: StudyConfig, runs: int, slots: Slots, sizes: Vocabulary
 
     ``--keep-checkpoints`` and the best one come on top, as for a single run.
     """
-    one = checkpoint_bytes(config.run.model, sizes)
+    one = checkpoint_bytes(config.run.model, sizes, config.run.optimizer.only)
     if config.run.keep_checkpoints == "all":
         return runs * one
     whole = min(runs, slots.side_by_side + 1)  # those that train, and the best

@@ -21,6 +21,7 @@ from arplus import storage, tracking
 from arplus.documents import Document
 from arplus.errors import ArplusError
 from arplus.runs.attempt import StoppedError
+from arplus.runs.checkpoint import compared
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.training.engine import NonFiniteLossError
@@ -110,10 +111,12 @@ class TrialProcess(tune.Trainable):
             self.error = error
 
     def _validation(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        ppl = metrics["response_ppl"]
+        ppl = compared(metrics)
+        assert ppl is not None
         self.best = ppl if self.best is None else min(self.best, ppl)
         self.examples = metrics["examples"]
-        return {"examples": self.examples, "response_ppl": ppl, OBJECTIVE: self.best, "outcome": "running"}
+        told = {name: metrics[name] for name in ("examples", "response_ppl")}
+        return told | {OBJECTIVE: self.best, "outcome": "running"}
 
     def _end(self) -> dict[str, Any]:
         end: dict[str, Any] = {"examples": self.examples, OBJECTIVE: self.best or DIVERGED, "done": True}

@@ -1,8 +1,8 @@
-"""The optimizer step: a DeepSpeed engine at ZeRO stage 0 to 3, AdamW, clipping and the paper's plateau schedule.
+"""The optimizer step: a DeepSpeed engine at ZeRO stage 0 to 3, AdamW, clipping and the learning rate's schedule.
 
 Every loss is (sum, count), and the count is that of the *global* batch. So one worker with one batch, one worker with
 two micro-batches and two workers compute the same gradient (huggingface/transformers#34242, pytorch/torchtitan#2206).
-There is one backward for L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
+There is one backward for λ0·L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
 (deepspeedai/DeepSpeed#2103).
 
 A step of ours does not wait for the GPU: what it computed stays there until :meth:`Engine.read`. (DeepSpeed's stages 1
@@ -31,7 +31,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arplus import kernels
 from arplus.config import TrainConfig
@@ -39,22 +38,23 @@ from arplus.data.loader import Step
 from arplus.errors import RunError
 from arplus.kernels.gpu import has_bf16
 from arplus.model.batch import Batch
+from arplus.model.cost import train_only
 from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.torch_private import leave_update_out, set_timeout
 from arplus.training import deepspeed_private
 from arplus.training.footprint import BUCKET
+from arplus.training.schedule import Linear, Plateau
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCHEDULE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 class StepResult(NamedTuple):
     """What one optimizer step computed, over the global batch and before the update."""
 
     loss: float
-    """L = L_D + λ1 · L_LM."""
+    """L = λ0 · L_D + λ1 · L_LM."""
     dialogue: float
     """L_D, nats per target."""
     auxiliary: float
@@ -90,10 +90,13 @@ class Engine:
 
     Training state goes in and out as full fp32 tensors by parameter name, so that a checkpoint knows nothing of the
     ZeRO stage or of the number of workers (deepspeedai/DeepSpeed#2921). The model's weights are those it has when it
-    is handed in; they must be equal on all workers.
+    is handed in; they must be equal on all workers. Of them ``--optimizer.only`` says which are trained. The linear
+    schedule wants to know the ``steps`` of the whole run.
     """
 
-    def __init__(self, model: PersonaTransformer, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: PersonaTransformer, config: TrainConfig, device: torch.device, steps: int | None = None
+    ) -> None:
         assert dist.is_initialized(), "Ray Train (or the test) sets the process group up first"
         self.config = config
         self.device = device
@@ -108,7 +111,8 @@ class Engine:
             )
         if self.stage == 3:
             _tell_what_is_read(model)
-        parameters = list(model.parameters())
+        train_only(model, config.optimizer.only)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Weight decay on everything, as in the paper's code. `fused` is one kernel for all tensors, on CPU too.
         self.optimizer = torch.optim.AdamW(
             parameters,
@@ -143,12 +147,12 @@ class Engine:
         timeout = timedelta(minutes=config.collective_timeout_minutes)
         set_timeout(timeout, deepspeed_private.data_parallel_group(self.engine))
         self.module: nn.Module = self.engine.module
-        self.schedule = ReduceLROnPlateau(
-            self.optimizer,
-            factor=config.optimizer.plateau_factor,
-            patience=config.optimizer.plateau_patience,
-            min_lr=config.optimizer.min_lr,
-        )
+        self.schedule: Plateau | Linear
+        if config.optimizer.schedule == "plateau":
+            self.schedule = Plateau(self.optimizer, config.optimizer)
+        else:
+            assert steps is not None
+            self.schedule = Linear(self.optimizer, config.optimizer, steps)
 
     def train_step(self, step: Step) -> None:
         """One optimizer step over this worker's micro-batches of a global batch; all workers call it together.
@@ -161,7 +165,7 @@ class Engine:
         nats = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(step.micro_batches):
             losses = self._forward(batch)
-            loss = (losses.sum_dialogue + self.config.objective.lambda1 * losses.sum_auxiliary) * scale
+            loss = self.config.objective.total(losses.sum_dialogue, losses.sum_auxiliary) * scale
             # An infinite loss may have a finite gradient. Times 1, or NaN, it has none, on any worker.
             self.engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
             nats += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
@@ -169,6 +173,7 @@ class Engine:
                 self.engine.step()
         lr = self.lr
         self.engine.step()
+        self.schedule.after_step()
         if self.stage > 0:
             self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
         self.unread.append(Unread(nats, self.grad_norm, step.targets, lr))
@@ -176,15 +181,14 @@ class Engine:
     @property
     def wants_reading(self) -> bool:
         """Whether :meth:`read` is due: where the device is waited for anyway, or the rate might fall."""
-        bad_steps_left = self.schedule.patience - int(self.schedule.num_bad_epochs)
-        return self.reads_each_step or len(self.unread) > bad_steps_left
+        return self.reads_each_step or len(self.unread) > self.schedule.losses_to_spare
 
     def read(self, number: int = 0) -> tuple[list[StepResult], int]:
         """What the steps since the last reading computed; a collective call.
 
         A ``number`` of the caller's goes along in the same collective, and its sum over the workers comes back.
 
-        Sets the learning rate by the plateau schedule, which is exact if all is read when :attr:`wants_reading`.
+        Tells the schedule of the losses, which is exact if all is read when :attr:`wants_reading`.
         Raises :class:`NonFiniteLossError`, on every worker, for the first step that was not applied.
         """
         unread, self.unread = self.unread, []
@@ -197,13 +201,13 @@ class Engine:
         for i, step in enumerate(unread):
             dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
             norm = values[2 * n + i]
-            total = dialogue + self.config.objective.lambda1 * auxiliary
+            total = self.config.objective.total(dialogue, auxiliary)
             if not math.isfinite(total):
                 said = f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {step.lr}"
                 raise NonFiniteLossError(said, i)
             if not math.isfinite(norm):
                 raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
-            self.schedule.step(total)
+            self.schedule.after_loss(total)
             results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
         return results, int(number_sum)
 
@@ -225,7 +229,7 @@ class Engine:
     def moments(self) -> dict[str, Tensor]:
         """AdamW's full moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, as :meth:`weights`; a collective call.
 
-        Empty before the first step.
+        Those of what is trained; empty before the first step.
         """
         if not self.optimizer.state:
             return {}
@@ -242,7 +246,7 @@ class Engine:
                 **{key: torch.zeros_like(owner, memory_format=torch.preserve_format) for key in MOMENTS},
             }
         deepspeed_private.link_moments(self.engine.optimizer, self.stage)
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             for key in MOMENTS:
                 value = moments[f"{key}.{name}"].to(self.device)
                 if self.stage == 0:
@@ -253,15 +257,12 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def schedule_state(self) -> dict[str, float]:
-        """Learning rate and counters of the plateau schedule."""
-        return {"lr": self.lr} | {key: getattr(self.schedule, key) for key in SCHEDULE}
+        """Learning rate and counters of the schedule."""
+        return self.schedule.state()
 
     def load_schedule(self, state: dict[str, float]) -> None:
         """Sets what :meth:`schedule_state` gave."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = state["lr"]
-        for key in SCHEDULE:
-            setattr(self.schedule, key, state[key])
+        self.schedule.load(state)
 
     def _forward(self, batch: Batch) -> Losses:
         losses: Losses = self.engine(batch.to(self.device))
@@ -274,7 +275,7 @@ class Engine:
     def _gathered(self, key: str | None, prefix: str) -> dict[str, Tensor]:
         # Of arplus-large eight workers of a node would copy 28 GB, of which seven eighths are thrown away.
         found = {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.module.named_parameters() if key is None else self._trained():
             full = self._full(parameter, key)
             if dist.get_rank() == 0:
                 found[prefix + name] = full.to("cpu", copy=True)
@@ -283,13 +284,19 @@ class Engine:
     def _full(self, parameter: nn.Parameter, key: str | None = None) -> Tensor:
         if self.stage == 0:
             return (parameter if key is None else self.optimizer.state[parameter][key]).detach()
+        if not parameter.requires_grad:  # DeepSpeed keeps no master of it
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                return parameter.detach().clone()
         full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         return full.view(deepspeed_private.full_shape(parameter))
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _state_owners(self) -> list[Tensor]:
         """The tensors under which AdamW keeps its state: parameters, or ZeRO's flat fp32 partitions of them."""
         if self.stage == 0:
-            return list(self.module.parameters())
+            return [parameter for _, parameter in self._trained()]
         return deepspeed_private.fp32_partitions(self.engine.optimizer, self.stage)
 
 

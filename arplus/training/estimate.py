@@ -6,7 +6,7 @@ import torch
 
 from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySizes, to_dict
 from arplus.data.dataset import Dataset
-from arplus.model.cost import forward_backward_flops, live_parameters
+from arplus.model.cost import forward_backward_flops, live_parameters, train_only
 from arplus.model.network import PersonaTransformer
 from arplus.training.footprint import activation_bytes, worker_bytes
 
@@ -21,10 +21,15 @@ def report(config: TrainConfig) -> str:
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()
     with torch.device("meta"):
-        parts = live_parameters(PersonaTransformer(config.model, sizes))
+        model = PersonaTransformer(config.model, sizes)
+    train_only(model, config.optimizer.only)
+    parts = live_parameters(model)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
-    flops = forward_backward_flops(config.model, sizes)
+    if config.optimizer.only:
+        trained, of = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(parts.values())
+        lines += [f"trained: {trained:,} of {of:,} ({trained / of:.2%})"]
+    flops = forward_backward_flops(config.model, sizes, only=config.optimizer.only)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
@@ -47,7 +52,10 @@ def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) ->
         mark = " (this run's)" if stage in {config.zero_stage_of(w) for w in workers} else ""
         figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
         lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
-    micro_batches = {w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w)) for w in shown}
+    micro_batches = {
+        w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w), config.optimizer.only)
+        for w in shown
+    }
     lines += [f"  {'activations':24}" + "".join(f"{micro_batches[w] / 2**30:8.2f}" for w in shown)]
     return [
         *lines,

@@ -4,10 +4,13 @@ The train state follows what DeepSpeed 0.19 was seen to hold; ``tests/training/t
 All of it is fp32: bf16 is autocast's, and its copies of weights are counted with the activations.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 
 from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.batch import Batch, Packed, Sequences
+from arplus.model.cost import train_only
 from arplus.model.network import PersonaTransformer
 
 BYTES = 4
@@ -19,35 +22,41 @@ _PERSISTENT = 100_000
 """DeepSpeed's ``stage3_param_persistence_threshold``: smaller parameters stay whole on every worker."""
 
 
-def state_bytes(stage: int, workers: int, sizes: list[int]) -> int:
+def state_bytes(stage: int, workers: int, sizes: list[int], frozen: Sequence[int] = ()) -> int:
     """Bytes of weights, gradients, AdamW's moments and DeepSpeed's buffers on one worker at a step's fullest moment.
 
-    ``sizes`` are the numbers of elements of the parameters, a shared one once. A gradient of a shared layer is complete
+    ``sizes`` are the numbers of elements of the trained parameters, a shared one once, and ``frozen`` those of the
+    others, which have weights alone. A gradient of a shared layer is complete
     at the end of the backward pass only, so that stage 2 saves next to nothing over stage 1 here. For stage 3 it is
     too low, by up to a third, where a bucket has no room for two of the largest parameters.
     """
-    n = sum(sizes)
+    n, weights = sum(sizes), sum(sizes) + sum(frozen)
     part = -(-n // workers)
     bucket = min(BUCKET, n)
     if stage == 0:
-        elements = 2 * n + 2 * n + n  # weights, gradients, moments; one flat copy of the gradients to add them up
+        elements = weights + n + 2 * n + n  # gradients, moments; one flat copy of the gradients to add them up
     elif stage < 3:
-        elements = n + 3 * part + max(n + bucket, 2 * part)  # masters and moments in parts; gradients
+        elements = weights + 3 * part + max(n + bucket, 2 * part)  # masters and moments in parts; gradients
     else:
-        whole = sum(size for size in sizes if size < _PERSISTENT)
+        whole = sum(size for size in (*sizes, *frozen) if size < _PERSISTENT)
         # Weights, gradients and moments in parts; gradients not yet added up; what is gathered; a bucket, two copies.
-        elements = 4 * part + n + whole + min(2 * bucket, n) + 3 * bucket
+        elements = -(-weights // workers) + 3 * part + n + whole + min(2 * bucket, weights) + 3 * bucket
     return BYTES * elements
 
 
-def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleRules, examples: int) -> int:
+def activation_bytes(
+    model: ModelConfig, sizes: VocabularySizes, rules: ExampleRules, examples: int, only: Collection[str] = ()
+) -> int:
     """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
+
+    ``only`` as in :func:`train_only`: of a frozen matrix the pass keeps no input.
 
     Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
     on a GPU: the same functions on a CPU keep less of what they drop.
     """
     with torch.device("meta"):
         network = PersonaTransformer(model, sizes)
+    train_only(network, only)
     weights = {p.untyped_storage() for p in network.parameters()}
     kept = set()
 
@@ -60,17 +69,25 @@ def activation_bytes(model: ModelConfig, sizes: VocabularySizes, rules: ExampleR
     return sum(storage.nbytes() for storage in kept - weights)
 
 
-def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes) -> int:
-    """Bytes of a checkpoint, its few small files left out: weights and two moments."""
-    with torch.device("meta"):
-        return 3 * BYTES * sum(p.numel() for p in PersonaTransformer(model, sizes).parameters())
+def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes, only: Collection[str] = ()) -> int:
+    """Bytes of a checkpoint, its few small files left out: weights, and two moments of what is trained."""
+    trained, frozen = _elements(model, sizes, only)
+    return BYTES * (3 * sum(trained) + sum(frozen))
 
 
 def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int, int], int]:
     """(stage, workers) → bytes of one worker's train state, for every stage and every number of workers of the run."""
+    trained, frozen = _elements(config.model, sizes, config.optimizer.only)
+    return {(s, w): state_bytes(s, w, trained, frozen) for s in range(4) for w in config.world_sizes}
+
+
+def _elements(model: ModelConfig, sizes: VocabularySizes, only: Collection[str]) -> tuple[list[int], list[int]]:
+    """Elements of each trained and of each frozen parameter."""
     with torch.device("meta"):
-        elements = [p.numel() for p in PersonaTransformer(config.model, sizes).parameters()]
-    return {(s, w): state_bytes(s, w, elements) for s in range(4) for w in config.world_sizes}
+        network = PersonaTransformer(model, sizes)
+    train_only(network, only)
+    trained, frozen = ([p.numel() for p in network.parameters() if p.requires_grad is kind] for kind in (True, False))
+    return trained, frozen
 
 
 def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:

@@ -238,8 +238,9 @@ def validate(
     return {
         "dialogue_loss": dialogue / targets,
         "auxiliary_loss": auxiliary / targets,
-        "loss": (dialogue + config.objective.lambda1 * auxiliary) / targets,
+        "loss": config.objective.total(dialogue, auxiliary) / targets,
         "response_ppl": math.exp(min(dialogue / targets, 700.0)),
+        **({} if config.objective.lambda0 else {"auxiliary_ppl": math.exp(min(auxiliary / targets, 700.0))}),
         "examples": examples,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from arplus.config import ModelConfig, TrainConfig, VocabularySizes
+from arplus.config import TrainConfig, VocabularySizes
 from arplus.config.gpus import peak_flops
 from arplus.data.loader import Step
 from arplus.model.batch import Packed
@@ -81,11 +81,11 @@ class Tokens:
             self.persona += _tokens(batch.persona, n)
             self.targets += _tokens(batch.response, n)  # [BOS] stands for [EOS]
 
-    def flops(self, model: ModelConfig, sizes: VocabularySizes) -> float:
+    def flops(self, config: TrainConfig, sizes: VocabularySizes) -> float:
         """Float operations of the training steps on them, as if all examples were of mean length."""
         n = max(self.examples, 1)
         mean = {"context": self.context / n, "persona": self.persona / n, "targets": self.targets / n}
-        return self.examples * forward_backward_flops(model, sizes, **mean)
+        return self.examples * forward_backward_flops(config.model, sizes, only=config.optimizer.only, **mean)
 
 
 def _tokens(packed: Packed, examples: int) -> int:
@@ -163,7 +163,7 @@ class Meter:
         """Model FLOPs utilisation: this worker's real arithmetic over what its device could have done."""
         if self.peak_flops is None:
             return {}
-        return {"perf/mfu": self.tokens.flops(self.config.model, self.sizes) / elapsed / self.peak_flops}
+        return {"perf/mfu": self.tokens.flops(self.config, self.sizes) / elapsed / self.peak_flops}
 
     def _ranks(self) -> dict[str, float]:
         """Whether one worker holds up the others; a collective call."""

@@ -28,6 +28,7 @@ from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
+from arplus.model.cost import ADDED_LATER, component_of, train_only
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained import start as pretrained
 from arplus.runs import attempt, checkpoint
@@ -120,12 +121,17 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
     dataset = storage.with_retries(config.data, Dataset.open, config.data) if part else Dataset.open(config.data)
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
-        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes))
+        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))
     if not dataset.split("valid").examples:
         log.warning(
             "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
             "run; to have some, prepare the data with a larger --valid",
             config.data,
+        )
+    if config.optimizer.only and config.init_from is None and config.resume in ("auto", "never"):
+        log.warning(
+            "--optimizer.only without --init-from: the other components stay as random as they start, and behind "
+            "ReZero's gates, which start closed, next to nothing is learnt"
         )
     return dataset, scaling
 
@@ -199,6 +205,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
     for field, problem in config.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
+    if config.optimizer.only:
+        with torch.device("meta"):
+            model = PersonaTransformer(config.model, VocabularySizes())
+        train_only(model, config.optimizer.only)  # an error is told before anything starts
     config = replace(
         config,
         data=storage.absolute(config.data),
@@ -287,11 +297,11 @@ def _run(job: RunContext) -> FinalMetrics:
     else:
         progress.validations_since_best = 0  # this run's patience, not another's
     train_loader, valid_loader = loaders(config, dataset, device)
-    engine = Engine(model, config, device)
+    steps = total_steps(config, train_loader)
+    engine = Engine(model, config, device, steps)
     if state is not None:
         engine.load_moments(state.moments, progress.step)
         engine.load_schedule(state.schedule)
-    steps = total_steps(config, train_loader)
     hooks = make_hooks(job, mine, engine, dataset, steps, start)
     try:
         fit(engine, train_loader, valid_loader, progress, config, hooks)
@@ -347,7 +357,14 @@ def _initialise(model: PersonaTransformer, uri: str, sizes: VocabularySizes) -> 
     state = checkpoint.load(uri)
     if state.sizes != sizes:
         raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
+    added = {
+        name: value
+        for name, value in model.weights().items()
+        if name not in state.weights and component_of(name) in ADDED_LATER
+    }
     try:
-        model.load_weights(state.weights)
+        model.load_weights(added | state.weights)
     except UsageError as error:
         raise UsageError(f"--init-from {uri}: {error}") from None
+    if added and not (dist.is_initialized() and dist.get_rank()):
+        log.info("--init-from %s: has no %s, which start afresh", uri, ", ".join(added))

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arplus.config import ModelConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.loader import Step
 from arplus.model.batch import Batch, Packed
+from arplus.model.cost import train_only
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.training.group import process_group
@@ -29,6 +30,14 @@ def config(preset_name: str = "arplus", **changes: Any) -> TrainConfig:
     """A tiny run without dropout, so that every partition computes the same numbers."""
     run = smallest_run(preset_name)
     return replace(run, model=replace(run.model, dropout=0.0), batch_size=8, **changes)
+
+
+def second_stage(first: TrainConfig) -> TrainConfig:
+    """What trains adapters, gates and norms, and the character table, by the linear schedule over twelve steps."""
+    only = ("adapters", "norms and gates", "character table")
+    optimizer = replace(first.optimizer, only=only, lr=1e-2, schedule="linear", warmup=3)
+    model, objective = replace(first.model, adapter=4), replace(first.objective, lambda0=0.7)
+    return replace(first, model=model, optimizer=optimizer, objective=objective, max_steps=12)
 
 
 def global_batch(model: ModelConfig, seed: int, index: int = 0, of: int = 1) -> Batch:
@@ -78,19 +87,25 @@ def initial_model(config: TrainConfig) -> PersonaTransformer:
 def plain_run(config: TrainConfig, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """One process, plain torch: the loss curve and the weights after it, which are the reference."""
     model = initial_model(config)
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, eps=o.eps, weight_decay=o.weight_decay)
-    schedule = ReduceLROnPlateau(optimizer, factor=o.plateau_factor, patience=o.plateau_patience, min_lr=o.min_lr)
+    o, lambda0, lambda1 = config.optimizer, config.objective.lambda0, config.objective.lambda1
+    train_only(model, o.only)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=o.lr, eps=o.eps, weight_decay=o.weight_decay)
+    schedule: Any = ReduceLROnPlateau(optimizer, factor=o.plateau_factor, patience=o.plateau_patience, min_lr=o.min_lr)
+    if o.schedule == "linear":
+        assert config.max_steps
+        rising, falling = 1 / max(o.warmup, 1), 1 / (config.max_steps - o.warmup)
+        schedule = LambdaLR(optimizer, lambda i: i * rising if i < o.warmup else (config.max_steps - i) * falling)
     curve = []
     for i in range(steps):
         batch = global_batch(config.model, i)
         losses = model(batch)
-        loss = (losses.sum_dialogue + config.objective.lambda1 * losses.sum_auxiliary) / len(batch.target_N)
+        loss = (lambda0 * losses.sum_dialogue + lambda1 * losses.sum_auxiliary) / len(batch.target_N)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, o.max_grad_norm)
         optimizer.step()
-        schedule.step(loss.item())
+        schedule.step(*([loss.item()] if o.schedule == "plateau" else []))
         curve.append(loss.item())
     return curve, {name: p.detach() for name, p in model.named_parameters()}
 
@@ -124,7 +139,7 @@ def curves(configs: list[TrainConfig], steps: int) -> list[list[float]]:
 
     found = []
     for c in configs:
-        engine = Engine(initial_model(c), c, torch.device("cpu"))
+        engine = Engine(initial_model(c), c, torch.device("cpu"), c.max_steps)
         found.append([result.loss for result in results(engine, engine_steps(c, 0, steps))])
     return found
 
@@ -216,7 +231,7 @@ def rates(c: TrainConfig, steps: int, often: bool) -> tuple[list[tuple[float, fl
     """Losses and learning rates of a run that reads each step, or when it must alone; and how often it read."""
     from arplus.training.engine import Engine
 
-    engine = Engine(initial_model(c), c, torch.device("cpu"))
+    engine = Engine(initial_model(c), c, torch.device("cpu"), c.max_steps)
     engine.reads_each_step = often
     found, readings = [], 0
     for step in engine_steps(c, 0, steps):
@@ -235,7 +250,7 @@ def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -
     model = initial_model(config)
     if state is not None:
         model.load_weights(state["weights"])
-    engine = Engine(model, config, torch.device("cpu"))
+    engine = Engine(model, config, torch.device("cpu"), config.max_steps)
     if state is not None:
         engine.load_moments(state["moments"], first)
         engine.load_schedule(state["schedule"])

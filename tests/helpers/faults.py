@@ -45,6 +45,13 @@ def settings(data: str, storage: Path, **changes: Any) -> TrainConfig:
     return replace(config, **changes)
 
 
+def second_stage(config: TrainConfig, first: TrainConfig) -> TrainConfig:
+    """``config`` as a run that starts from the best of ``first``, and trains adapters by the linear schedule."""
+    optimizer = replace(config.optimizer, only=("adapters", "norms and gates"), schedule="linear", warmup=4)
+    model = replace(config.model, adapter=4)
+    return replace(config, init_from=str(folder(first)), model=model, optimizer=optimizer)
+
+
 def folder(config: TrainConfig) -> Path:
     """The folder of a run on local storage."""
     return Path(config.storage) / config.run_name

@@ -16,6 +16,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "unshared": ("arplus", {"shared_stacks": False, "memory_tying": "layer-wise", "memory_hops": 3}),
     "unshared-gelu": ("no-rezero", {"shared_stacks": False, "ff_bottleneck": None, "activation": "gelu"}),
     "unshared-ar": ("ar", {"shared_stacks": False, "activation": "gelu-tanh"}),
+    "adapters": ("arplus", {"adapter": 6}),
+    "adapters-no-rezero": ("no-rezero", {"adapter": 6}),
 }
 """Members of the family without a name of their own: a preset, and what differs."""
 
@@ -66,6 +68,8 @@ def make_model(config: ModelConfig, seed: int = 0) -> PersonaTransformer:
                 parameter.mul_(2)
             if name.endswith(".r"):
                 parameter.fill_(0.4)
+            if name.endswith("adapter.up.weight"):
+                parameter.normal_(std=0.5)
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from arplus.kernels import BACKENDS, cpu, gpu
 from arplus.model.batch import IGNORED
@@ -244,6 +245,29 @@ def test_nats_are_summed_in_fp32(ops: Operations) -> None:
         nats_G = ops.cross_entropies(hidden_GND, weight_VD, target_N)
     assert nats_G.dtype == torch.float32
     assert nats_G.item() == pytest.approx(3000 * math.log(30), rel=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)], ids=["hidden", "weight", "both"])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(ops: Operations, frozen: tuple[int, ...]) -> None:
+    target_N = torch.tensor(TARGETS["some"])
+    inputs = [torch.randn(2, 7, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)]
+    ops.cross_entropies(*inputs, target_N).sum().backward()
+    half = [x.detach().clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+    with FlopCounterMode(display=False) as counter:
+        nats = ops.cross_entropies(*half, target_N).sum()
+        if nats.requires_grad:
+            nats.backward()
+    for i, (found, expected) in enumerate(zip(half, inputs, strict=True)):
+        assert found.grad is None if i in frozen else found.grad.equal(expected.grad)
+    if not isinstance(ops, cpu.CpuOperations):  # oneDNN's products are not counted
+        assert counter.get_total_flops() == (3 - len(frozen)) * 2 * 2 * 7 * 8 * 30
+
+
+def test_a_frozen_layer_costs_no_product(ops: Operations) -> None:
+    x, weight, bias = torch.randn(7, 12, requires_grad=True), torch.randn(9, 12), torch.randn(9)
+    expected = torch.autograd.grad(PLAIN.linear(x, weight, bias).square().sum(), x)
+    found = torch.autograd.grad(ops.linear(x, weight, bias).square().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,6 +27,8 @@ def reference_state(model, aliases: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("aliases", [False, True])
 def test_round_trip(config, aliases):
+    if config.adapter is not None:
+        pytest.skip("adapters of the paper's code have another form and another place")
     model = make_model(config)
     state = reference_state(model, aliases)
     assert infer(state, dataclasses.replace(config, ff_size=7)) == (

@@ -236,3 +236,35 @@ def test_every_model_starts_from_what_it_left(config, data, name):
     assert state.progress.step == 3
     for key, value in model.weights().items():
         torch.testing.assert_close(value, left[key] + 1)
+
+
+def test_a_run_starts_from_weights_without_its_adapters_and_says_so(config, data, caplog):
+    caplog.set_level(logging.INFO)
+    left = {key: value + 1 for key, value in PersonaTransformer(config.model, data.sizes).weights().items()}
+    second = replace(config, model=replace(config.model, adapter=4), init_from=save(config, 3, weights=left))
+    _, model, state = load(second, None)
+    assert state is None
+    found = model.weights()
+    assert all(found.pop(key).equal(value) for key, value in left.items())
+    assert found["layers.0.attention_adapter.down.weight"].any()
+    assert f"has no {', '.join(found)}, which start afresh" in caplog.messages[-1]
+    _, again, _ = load(second, None)
+    assert all(again.weights()[key].equal(value) for key, value in found.items()), "the same on every worker"
+
+
+@pytest.mark.parametrize(
+    ("dropped", "kept", "named"),
+    [("layers.0.r", None, "layers.0.r"), (None, "more", "more"), (None, "layers.0.attention_adapter.more", "more")],
+)
+def test_weights_that_lack_or_have_anything_else_are_refused(config, data, dropped, kept, named):
+    left = PersonaTransformer(config.model, data.sizes).weights()
+    left = {key: value for key, value in left.items() if key != dropped} | ({kept: torch.ones(1)} if kept else {})
+    uri = save(config, 3, weights=left)
+    with pytest.raises(UsageError, match=f"--init-from .*weights of another model.*{named}"):
+        load(replace(config, model=replace(config.model, adapter=4), init_from=uri), None)
+
+
+def test_weights_with_adapters_are_another_model_than_one_without(config, data):
+    left = PersonaTransformer(replace(config.model, adapter=4), data.sizes).weights()
+    with pytest.raises(UsageError, match=r"--init-from .*adapter"):
+        load(replace(config, init_from=save(config, 3, weights=left)), None)

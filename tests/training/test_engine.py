@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,32 +13,32 @@ from helpers.engine_worker import (
     curves,
     cut_and_whole,
     dtypes_of_products,
+    initial_model,
     large_curves,
     plain_run,
     rates,
+    second_stage,
     train_parts,
 )
 
+from arplus.config import TrainConfig
+from arplus.model.cost import component_of
 from arplus.training.engine import bf16_is_used, is_compiled
 
 STEPS = 12
 
 
-@pytest.mark.parametrize("name", ["arplus", "ar", "unshared"])
+@pytest.mark.parametrize("name", ["arplus", "ar", "unshared", "second stage"])
 def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable, name: str) -> None:
-    reference = torch.tensor(plain_run(config(name), STEPS)[0])
+    def made(**changes: Any) -> TrainConfig:
+        return second_stage(config(**changes)) if name == "second stage" else config(name, **changes)
+
+    reference = torch.tensor(plain_run(made(), STEPS)[0])
     assert reference[-1] < reference[0] - 0.1, "the reference must learn, or equal curves would mean nothing"
-    two = [config(name, workers=2, zero_stage=stage) for stage in range(4)]
-    found = spawn(2, curves, [*two, config(name, workers=2, gradient_accumulation_steps=2, zero_stage=2)], STEPS)
-    found += spawn(
-        1,
-        curves,
-        [
-            config(name, gradient_accumulation_steps=2, zero_stage=0),
-            config(name, gradient_accumulation_steps=2, zero_stage=3),
-        ],
-        STEPS,
-    )
+    two = [made(workers=2, zero_stage=stage) for stage in range(4)]
+    found = spawn(2, curves, [*two, made(workers=2, gradient_accumulation_steps=2, zero_stage=2)], STEPS)
+    twice = [made(gradient_accumulation_steps=2, zero_stage=stage) for stage in (0, 3)]
+    found += spawn(1, curves, twice, STEPS)
     for curve in found:
         assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
 
@@ -107,6 +108,15 @@ def test_the_plateau_schedule_is_exact_however_seldom_losses_are_read(spawn: Cal
     assert fewer < readings == 40
 
 
+def test_the_linear_schedule_waits_for_no_losses(spawn: Callable) -> None:
+    c = second_stage(config(zero_stage=0))
+    (each, _), (seldom, readings) = spawn(1, rates, c, 12, True), spawn(1, rates, c, 12, False)
+    assert each == seldom
+    assert readings == 0
+    line = [0, 1 / 3, 2 / 3, *(i / 9 for i in range(9, 0, -1))]
+    assert [rate for _, rate in each] == pytest.approx([1e-2 * share for share in line])
+
+
 def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
     curve, weights = plain_run(config(), 12)
     one, two, four = ([config(workers=n, zero_stage=stage) for stage in range(4)] for n in (1, 2, 4))
@@ -120,8 +130,15 @@ def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
 
 
 def test_same_workers_resume_to_the_bit(spawn: Callable) -> None:
-    for (before, after), whole in spawn(2, cut_and_whole, [config(workers=2, zero_stage=stage) for stage in range(4)]):
+    stages = [config(workers=2, zero_stage=stage) for stage in range(4)]
+    configs = [*stages, *map(second_stage, stages)]
+    for c, ((before, after), whole) in zip(configs, spawn(2, cut_and_whole, configs), strict=True):
         assert before["curve"] + after["curve"] == whole["curve"]
         assert all(norm > 0 for norm in after["norms"])
-        for kind in ("weights", "moments"):
-            assert all(torch.equal(after[kind][name], value) for name, value in whole[kind].items())
+        for kind in ("weights", "moments", "schedule"):
+            assert after[kind].keys() == whole[kind].keys()
+            assert all(torch.equal(torch.as_tensor(after[kind][n]), torch.as_tensor(v)) for n, v in whole[kind].items())
+        start, only = initial_model(c).weights(), c.optimizer.only
+        same = {name for name, value in whole["weights"].items() if torch.equal(value, start[name])}
+        assert same == {name for name in start if only and component_of(name) not in only}
+        assert len(whole["moments"]) == 2 * len(start.keys() - same)

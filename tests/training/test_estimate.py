@@ -50,6 +50,22 @@ def test_memory_is_told_for_every_stage(config: TrainConfig) -> None:
     assert "20 / 7 / 5 examples of 112 context characters" in said
 
 
+def test_what_is_frozen_is_counted_and_costs_less() -> None:
+    run = preset("arplus")
+    run = replace(run, model=replace(run.model, adapter=64))
+    optimizer = replace(run.optimizer, only=("adapters", "norms and gates"))
+    whole, part = report(run), report(replace(run, optimizer=optimizer))
+    assert "\ntrained: " not in whole
+    assert "\ntrained: 133,249 of 31,274,673 (0.43%)\n" in part
+    for figure in (
+        r"an example: ([\d.]+) G",
+        *(rf"ZeRO {stage} +([\d.]+)" for stage in range(4)),
+        r"activations +([\d.]+)",
+    ):
+        more, less = (float(re.search(figure, said)[1]) for said in (whole, part))  # type: ignore[index]
+        assert less < more, figure
+
+
 def test_without_data_steps_are_unknown(tmp_path: Path) -> None:
     assert report(tiny(preset("ar"))).endswith("steps, hours and cost: unknown without --data")
 

@@ -76,6 +76,22 @@ def test_kills_change_nothing(
 
 
 @pytest.mark.soak
+def test_a_kill_in_a_second_stage_changes_nothing(
+    data: str, storage: Path, finished: tuple[TrainConfig, FinalMetrics]
+) -> None:
+    """Adapters alone are trained, by a schedule that knows the run's end."""
+    found = []
+    for name, steps in (("whole", []), ("cut", [9, 20])):
+        config = faults.second_stage(faults.settings(data, storage, run_name=f"second-{name}"), finished[0])
+        with ExitStack() as kills:
+            faults.kill_in_turn(config, kills, steps, random.Random(0))
+            assert train(config).steps == STEPS
+        assert faults.attempts(config) == 1 + len(steps)
+        found.append(faults.newest_weights(config))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: Path, number: int) -> None:
     """`ray job stop` is a SIGTERM to the job's process, Ctrl-C a SIGINT; then two workers become one, and four."""

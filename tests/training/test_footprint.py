@@ -10,6 +10,7 @@ import torch
 from helpers.engine_worker import SIZES, config, global_batch, initial_model, memory
 
 from arplus.config import ExampleRules, TrainConfig, VocabularySizes, preset
+from arplus.model.cost import train_only
 from arplus.training import footprint as estimate
 from arplus.training.footprint import activation_bytes, checkpoint_bytes, state_bytes, worker_bytes
 
@@ -21,21 +22,25 @@ def larger(**changes: object) -> TrainConfig:
     return replace(c, model=replace(model, ff_bottleneck=200))
 
 
+@pytest.mark.parametrize("only", [(), ("attention", "feed-forward", "norms and gates")], ids=["all", "layers"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_train_state_is_what_an_engine_holds(
-    spawn: Callable, workers: int, monkeypatch: pytest.MonkeyPatch
+    spawn: Callable, workers: int, only: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [larger(workers=workers, zero_stage=stage) for stage in range(4)]
-    sizes = [p.numel() for p in initial_model(configs[0]).parameters()]
-    n, bucket = sum(sizes), 420_000  # room for two of the largest, as the formula of stage 3 has it
-    monkeypatch.setattr(estimate, "BUCKET", bucket)
+    configs = [replace(c, optimizer=replace(c.optimizer, only=only)) for c in configs]
+    model = initial_model(configs[0])
+    train_only(model, only)
+    sizes, frozen = ([p.numel() for p in model.parameters() if p.requires_grad is kind] for kind in (True, False))
+    n, weights, bucket = sum(sizes), sum(sizes) + sum(frozen), 420_000
+    monkeypatch.setattr(estimate, "BUCKET", bucket)  # room for two of the largest, as the formula of stage 3 has it
     counted = spawn(workers, memory, configs, bucket)
     # Between steps: weights, moments and, with ZeRO, fp32 masters.
-    for (between, _), elements in zip(counted[:3], [3 * n, *2 * [n + 3 * n / workers]], strict=True):
+    for (between, _), elements in zip(counted[:3], [weights + 2 * n, *2 * [weights + 3 * n / workers]], strict=True):
         assert between == pytest.approx(4 * elements, rel=0.02)
     activations = _activations(configs[0]) / 8
     for stage, (_, peak) in enumerate(counted):
-        estimated = state_bytes(stage, workers, sizes) + activations
+        estimated = state_bytes(stage, workers, sizes, frozen) + activations
         assert 0.75 * estimated <= peak <= 1.05 * estimated, f"stage {stage}: {peak / estimated:.2f}"
 
 
@@ -84,3 +89,5 @@ def test_every_stage_and_every_number_of_workers_is_estimated() -> None:
 
 def test_a_checkpoint_is_weights_and_two_moments() -> None:
     assert checkpoint_bytes(preset("arplus").model, VocabularySizes()) == 12 * 31_142_449
+    one = checkpoint_bytes(preset("arplus").model, VocabularySizes(), ("norms and gates",))
+    assert one == 4 * 31_142_449 + 8 * 1_025, "frozen parameters have no moments"

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from arplus.config import TrainConfig, VocabularySizes
+from arplus.config import ObjectiveConfig, TrainConfig, VocabularySizes
 from arplus.data.loader import RankLoader, Step
 from arplus.model.objective import Losses
 from arplus.runs.checkpoint import TrainProgress
@@ -36,6 +36,7 @@ class Recorder(Hook):
         self.end_in = end_in
         self.save_in = save_in
         self.validated = 0
+        self.losses = lambda: Losses(torch.ones(()), torch.ones(()))
         self.saved: list[TrainProgress] = []
 
     def request(self) -> Request:
@@ -56,7 +57,7 @@ class Recorder(Hook):
         self.events.append(f"saved {progress.step} epoch {progress.epoch} step {progress.epoch_step}")
 
 
-def run(progress: TrainProgress, hooks: Recorder, *more: Hook) -> None:
+def run(progress: TrainProgress, hooks: Recorder, *more: Hook, **changes: Any) -> None:
     def loader(steps: int) -> RankLoader:
         batch = SimpleNamespace(example_id_B=torch.zeros(2), target_N=torch.zeros(2))
 
@@ -80,9 +81,9 @@ def run(progress: TrainProgress, hooks: Recorder, *more: Hook) -> None:
 
         def evaluate(self, batch: Any) -> Losses:
             hooks.validated += 1
-            return Losses(torch.ones(()), torch.ones(()))
+            return hooks.losses()
 
-    config = TrainConfig(batch_size=2, epochs=2, validate_every=2)
+    config = TrainConfig(batch_size=2, epochs=2, validate_every=2, **changes)
     fit(cast(Engine, Steps()), loader(STEPS), loader(VALID), progress, config, [hooks, *more])
 
 
@@ -130,6 +131,18 @@ def test_a_validation_does_not_put_off_a_checkpoint(undisturbed: list[str], vali
     again: list[str] = events[:at]
     run(early, Recorder(again))
     assert again == undisturbed
+
+
+def test_without_a_weight_for_the_reply_the_auxiliary_task_finds_the_best() -> None:
+    """Which gets better here, while the reply's perplexity grows."""
+    events: list[str] = []
+    progress = TrainProgress(fingerprint="")
+    hooks = Recorder(events)
+    hooks.losses = lambda: Losses(torch.tensor(1.0 + hooks.validated), torch.tensor(9.0 - hooks.validated / VALID))
+    run(progress, hooks, objective=ObjectiveConfig(lambda0=0.0))
+    assert progress.validations_since_best == 0
+    assert progress.best_response_ppl == progress.validation["auxiliary_ppl"]
+    assert progress.validation["loss"] == 0.5 * progress.validation["auxiliary_loss"]
 
 
 def test_who_is_told_to_end_again_leaves_it_due() -> None:

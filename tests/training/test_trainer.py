@@ -19,6 +19,7 @@ from arplus.cluster import node, preflight
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
+from arplus.model.cost import component_of
 from arplus.runs import checkpoint
 from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
@@ -91,6 +92,22 @@ def test_a_stopped_run_goes_on_in_mid_epoch_as_if_nothing_had_happened(
     assert resumed.mlflow_run_id != final.mlflow_run_id
     for name in ("steps", "examples", "valid/response_ppl", "best_response_ppl"):
         assert resumed.flat()[name] == final.flat()[name], "the same number of workers resumes to the bit"
+
+
+def test_a_second_stage_trains_adapters_alone(finished: tuple, data: str, tmp_path: Path) -> None:
+    first, _ = finished
+    config = faults.second_stage(settings(data, tmp_path, run_name="second", epochs=1, zero_stage=3), first)
+    train(config)
+    before = checkpoint.load(str(faults.folder(first))).weights
+    after = checkpoint.load(str(tmp_path / "second"), moments=True)
+    moved = {name for name, value in after.weights.items() if name not in before or not value.equal(before[name])}
+    assert {component_of(name) for name in moved} == set(config.optimizer.only)
+    assert {name.split(".", 1)[1] for name in after.moments} == moved
+    assert after.schedule == {"lr": 0.0, "step": STEPS // 2}
+    client = MlflowClient(tracking.default_uri(config.storage))
+    (run,) = client.search_runs([client.get_experiment_by_name("arplus").experiment_id])
+    rates = [m.value for m in client.get_metric_history(run.info.run_id, "train/lr")]
+    assert rates == pytest.approx([2e-3 * min(i / 4, (17 - i) / 13) for i in range(17)])
 
 
 def test_a_best_that_a_kill_left_unmarked_is_marked_at_the_next_start(finished: tuple, tmp_path: Path) -> None:
