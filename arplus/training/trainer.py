@@ -218,7 +218,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         init_from=config.init_from and storage.absolute(config.init_from),
     )
     before = RunFolder(storage.join(config.storage, config.run_name)).config.find() if config.init.pretrained else None
-    return replace(config, init=pretrained.resolve(config.init, before and before.init))
+    return replace(config, init=pretrained.resolve(config.init, before.init if before else None))
 
 
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
