@@ -24,7 +24,7 @@ from arplus.text import Vocabulary
 T = TypeVar("T")
 
 LEAST_COVERAGE = 0.9
-"""Of the text's characters, which a model's vocabulary must know."""
+"""Of the text's characters, which a model's vocabulary must know, or a file of vectors."""
 _HUB_SECONDS = 12.0
 """Longest wait for the hub's first answer."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from arplus import storage
 from arplus.errors import UsageError
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import models
 from arplus.text import Vocabulary
 
 FLAG = "init.character-vectors"
-LEAST_COVERAGE = 0.9
-"""Of the text's characters, for which there must be a vector."""
 
 
 class CharacterVectors(NamedTuple):
@@ -56,12 +55,11 @@ def read(uri: str, characters: Vocabulary) -> CharacterVectors:
             raise UsageError(f"{what}: line {number}: {token!r} is there twice")
         found[token] = vector
     ids = [i for i, token in enumerate(characters.tokens) if token in found]
-    counts = characters.counts if any(characters.counts) else [1] * len(characters.tokens)
-    coverage = sum(counts[i] for i in ids) / max(sum(counts), 1)
-    if coverage < LEAST_COVERAGE:
+    coverage = models.coverage(characters, [i if token in found else None for i, token in enumerate(characters.tokens)])
+    if coverage < models.LEAST_COVERAGE:
         raise UsageError(
-            f"{what}: has vectors for {coverage:.0%} of the text's characters, less than {LEAST_COVERAGE:.0%}; make "
-            "some of this data with jobs/vectors.py"
+            f"{what}: has vectors for {coverage:.0%} of the text's characters, less than {models.LEAST_COVERAGE:.0%}; "
+            "make some of this data with jobs/vectors.py"
         )
     return CharacterVectors(np.array(ids), np.stack([found[characters.tokens[i]] for i in ids]), coverage)
 

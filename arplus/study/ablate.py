@@ -24,17 +24,18 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset, Split
-from arplus.errors import ArplusError
+from arplus.errors import ArplusError, UsageError
 from arplus.evaluation.delivery import destination, track
 from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import live_parameters
 from arplus.model.network import PersonaTransformer
+from arplus.runs import checkpoint
 from arplus.study import execute, report, results
 from arplus.study.publish import conclude
 from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
-from arplus.training.trainer import resolve
+from arplus.training.trainer import check_start, resolve
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     config = resolve_study(config, "ablate")
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
+    _check_variants(config, dataset, sizes[0])
     slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
     preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
@@ -122,6 +124,19 @@ def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
         first = None if sessions is None else max(round(sessions * whole.examples / max(whole.sessions, 1)), 1)
         found.append(dataset.split("train", first))
     return sorted(found, key=lambda split: split.examples)
+
+
+def _check_variants(config: AblateConfig, dataset: Dataset, size: Split) -> None:
+    """Raises :class:`UsageError` now for files that every run of a variant would miss, or find that they do not fit."""
+    for row in config.variants:
+        spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.lr_of(row) or LOWEST_RATE)
+        try:
+            run = resolve(settings(config, spec))
+            check_start(run, dataset)
+            if run.init_from is not None:
+                checkpoint.find(run.init_from)
+        except UsageError as error:
+            raise UsageError(f"--variant {row.name}: {error}") from None
 
 
 def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:

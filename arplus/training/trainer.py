@@ -67,10 +67,7 @@ def train(
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
     if start.checkpoint is None:
-        with torch.device("meta"):  # to hear at once what does not fit
-            model = PersonaTransformer(config.model, dataset.sizes)
-        for line in pretrained.initialise(model, dataset.characters, config.init):
-            log.info("%s", line)
+        check_start(config, dataset)
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -197,6 +194,14 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     if isinstance(outcome, Exception):
         raise outcome
     return cast(FinalMetrics, outcome)
+
+
+def check_start(config: TrainConfig, dataset: Dataset) -> None:
+    """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
+    with torch.device("meta"):
+        model = PersonaTransformer(config.model, dataset.sizes)
+    for line in pretrained.initialise(model, dataset.characters, config.init):
+        log.info("%s", line)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

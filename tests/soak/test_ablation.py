@@ -87,7 +87,7 @@ def test_a_killed_study_goes_on_and_no_finished_row_is_repeated(data: str, tmp_p
 def test_what_the_paper_found_ineffective_by_one_command(data: str, tmp_path: Path) -> None:
     """And one variant of one's own, each beside its own preset, in the report, the tables and MLflow."""
     own = "undropped=arplus,model.dropout=0"
-    study = start(data, tmp_path, "--preset-study", "ineffective", "--variant", own)
+    study = start(data, tmp_path, "--preset-study", "ineffective", "--variant", own, "--sessions", "600")
     said = study.communicate()[0]
     assert study.returncode == 0, said
     names = {row.name for row in variants_of("ineffective", [own])}

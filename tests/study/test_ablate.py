@@ -126,6 +126,30 @@ def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
     assert run.model == replace(tiny(preset("no-albert")).model, dropout=0.3)
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ("init.character-vectors=no.txt", "--variant x: .*no.txt: no such file"),
+        ("init-from=nowhere", "--variant x: .*nowhere: no complete checkpoint there"),
+        ("optimizer.only=hands", "--variant x: --optimizer.only.*hands"),
+    ],
+)
+def test_files_that_a_variant_lacks_are_told_before_anything_runs(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = replace(tiny(preset("arplus")), data=dataset.uri, run_name="s")
+    with pytest.raises(UsageError, match=problem):
+        ablate.ablate(AblateConfig(run=run, variant=(f"x=arplus,{values}",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_of_several_values_is_named_once_for_each() -> None:
+    item = "frozen=arplus,model.adapter=8,optimizer.only=adapters,optimizer.only=norms and gates"
+    (row,) = with_values(AblateConfig(), {"variant": (item,)}, source="test").variants
+    assert row.values == {"model.adapter": 8, "optimizer.only": ("adapters", "norms and gates")}
+
+
 def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:
     config = AblateConfig(run=replace(tiny(preset("arplus")), batch_size=8, epochs=3))
     for name, row in PAPER_ROWS.items():
