@@ -114,6 +114,14 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "tied_head": False,
         "decoder_norm": True,
         "dropout": 0.1,
+        "features": {
+            "path": None,
+            "use": "replace",
+            "layers": "-2",
+            "combine": "mean",
+            "width": None,
+            "digest": None,
+        },
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
 

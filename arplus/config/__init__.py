@@ -29,6 +29,7 @@ from arplus.config.jobs import (
 )
 from arplus.config.model import (
     SPECIAL_TOKENS,
+    FeaturesConfig,
     ModelConfig,
     SpecialIds,
     VocabularySizes,

@@ -29,7 +29,7 @@ from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.network import PersonaTransformer
-from arplus.pretrained import weights
+from arplus.pretrained import features, weights
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
 from arplus.runs.checkpoint import TrainProgress, TrainState
@@ -65,12 +65,8 @@ def train(
     dataset, scaling = _check(config, part)
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
-    if config.init.pretrained is not None and start.checkpoint is None:
-        with torch.device("meta"):  # to hear at once what does not fit
-            log.info(
-                "%s",
-                weights.initialise(PersonaTransformer(config.model, dataset.sizes), dataset.characters, config.init),
-            )
+    if config.init.pretrained is not None or config.model.features.path is not None:
+        _check_pretrained(config, dataset, start)
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -129,6 +125,15 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
             config.data,
         )
     return dataset, scaling
+
+
+def _check_pretrained(config: TrainConfig, dataset: Dataset, start: ResumePoint) -> None:
+    """To hear at once what does not fit, and to say what is taken."""
+    with torch.device("meta"):
+        model = PersonaTransformer(config.model, dataset.sizes)
+    features.attach(model, dataset.characters, dataset.rules)
+    if config.init.pretrained is not None and start.checkpoint is None:
+        log.info("%s", weights.initialise(model, dataset.characters, config.init))
 
 
 def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: StudyContext | None) -> tracking.RunRef:
@@ -208,10 +213,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
     )
-    if config.init.pretrained is None:
+    if config.init.pretrained is None and config.model.features.path is None:
         return config
     before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
-    return replace(config, init=weights.resolved(config.init, before and before.init))
+    return replace(
+        config,
+        init=weights.resolved(config.init, before.init if before else None),
+        model=features.resolved(config.model, before.model if before else None),
+    )
 
 
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
@@ -319,7 +328,7 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
     dataset = Dataset.open(config.data)
     torch.manual_seed(config.seed)
-    model = PersonaTransformer(config.model, dataset.sizes)
+    model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
     state = checkpoint.load(start, moments=True) if start else None
     if state is not None:
         model.load_weights(state.weights)
