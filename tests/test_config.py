@@ -115,6 +115,14 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "decoder_norm": True,
         "adapter": None,
         "dropout": 0.1,
+        "features": {
+            "path": None,
+            "use": "replace",
+            "layers": "-2",
+            "combine": "mean",
+            "width": None,
+            "digest": None,
+        },
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
 

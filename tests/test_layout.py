@@ -28,7 +28,7 @@ ALLOWED = {
     "cluster": _rooms("cluster", "data"),
     "prepare": _rooms("prepare", "data", "cluster"),
     "synthetic": _rooms("synthetic", "data"),
-    "runs": _rooms("runs", "data", "model"),
+    "runs": _rooms("runs", "data", "model", "pretrained"),
     "pretrained": _rooms("pretrained", "data", "model"),
     "tracking": _rooms("tracking"),
     "evaluation": _rooms("evaluation", "cluster", "runs", "data", "kernels", "model", "tracking"),

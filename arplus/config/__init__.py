@@ -30,6 +30,7 @@ from arplus.config.jobs import (
 )
 from arplus.config.model import (
     SPECIAL_TOKENS,
+    FeaturesConfig,
     ModelConfig,
     SpecialIds,
     VocabularySizes,

@@ -1,6 +1,7 @@
 """``--dry-run``: what a training job would do, computed without starting anything."""
 
 import json
+from dataclasses import replace
 
 import torch
 
@@ -8,6 +9,7 @@ from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySize
 from arplus.data.dataset import Dataset
 from arplus.model.cost import forward_backward_flops, live_parameters, train_only
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
 from arplus.training.footprint import activation_bytes, worker_bytes
 
 
@@ -17,6 +19,7 @@ def report(config: TrainConfig) -> str:
     Without a data set it takes the paper's vocabulary sizes and rules. Raises :class:`UsageError` where ``--data`` is
     not a prepared data set.
     """
+    config = replace(config, model=features.resolved(config.model))
     dataset = Dataset.open(config.data) if config.data else None
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()

@@ -30,6 +30,7 @@ from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation.replies import sample_replies
 from arplus.model.cost import ADDED_LATER, component_of, train_only
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
 from arplus.pretrained import start as pretrained
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
@@ -66,8 +67,7 @@ def train(
     dataset, scaling = _check(config, part)
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
-    if start.checkpoint is None:
-        check_start(config, dataset)
+    check_start(config, dataset, new=start.checkpoint is None)
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -196,11 +196,12 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     return cast(FinalMetrics, outcome)
 
 
-def check_start(config: TrainConfig, dataset: Dataset) -> None:
+def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> None:
     """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
     with torch.device("meta"):
         model = PersonaTransformer(config.model, dataset.sizes)
-    for line in pretrained.initialise(model, dataset.characters, config.init):
+    features.attach(model, dataset.characters, dataset.rules)
+    for line in pretrained.initialise(model, dataset.characters, config.init) if new else ():
         log.info("%s", line)
 
 
@@ -222,8 +223,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         experiment=config.experiment or "arplus",
         init_from=config.init_from and storage.absolute(config.init_from),
     )
-    before = RunFolder(storage.join(config.storage, config.run_name)).config.find() if config.init.pretrained else None
-    return replace(config, init=pretrained.resolve(config.init, before.init if before else None))
+    if config.init.pretrained is None and config.model.features.path is None:
+        return replace(config, init=pretrained.resolve(config.init))
+    before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
+    return replace(
+        config,
+        init=pretrained.resolve(config.init, before.init if before else None),
+        model=features.resolved(config.model, before.model if before else None),
+    )
 
 
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
@@ -331,7 +338,7 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
     dataset = Dataset.open(config.data)
     torch.manual_seed(config.seed)
-    model = PersonaTransformer(config.model, dataset.sizes)
+    model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
     state = checkpoint.load(start, moments=True) if start else None
     if state is not None:
         model.load_weights(state.weights)
