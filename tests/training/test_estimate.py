@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from helpers.prepared import write_dataset
 
-from arplus.config import EstimateConfig, TrainConfig, preset, tiny
+from arplus.config import EstimateConfig, PlacementConfig, TrainConfig, preset, tiny
 from arplus.training.estimate import report
+
+ROWS = ("ZeRO 0", "activations")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,18 @@ def test_memory_is_told_for_every_stage(config: TrainConfig) -> None:
     assert [line.split()[:2] for line in said.splitlines() if "ZeRO" in line] == [["ZeRO", str(s)] for s in range(4)]
     assert re.search(r"ZeRO 2 +[\d. ]+ \(this run's\)\n", said)
     assert "20 / 7 / 5 examples of 112 context characters" in said
+
+
+def test_a_gpu_that_runs_share_holds_them_all(config: TrainConfig) -> None:
+    one = replace(config, workers=1)
+    shared = replace(one, placement=PlacementConfig(gpus_per_worker=0.25))
+    (line,) = set(report(shared).splitlines()) - set(report(one).splitlines()) - {'  "gpus_per_worker": 0.25,'}
+    found = re.fullmatch(r"memory of a GPU that 4 runs share \(--gpus-per-worker 0.25\): ([\d.]+) GiB, and .*", line)
+    assert found
+    state, activations = (float(re.search(rf"^  {row} +([\d.]+)", report(one), re.M)[1]) for row in ROWS)  # type: ignore[index]
+    assert float(found[1]) == pytest.approx(4 * (state + activations), abs=0.05)
+    two = report(replace(shared, workers=2))
+    assert "on GPUs this would be refused: --gpus-per-worker lets Ray put several workers of one run on one GPU" in two
 
 
 def test_without_data_steps_are_unknown(tmp_path: Path) -> None:
