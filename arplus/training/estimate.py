@@ -45,15 +45,17 @@ def study_report(
     flops = {model: forward_backward_flops(model, dataset.sizes) for model in {run.model for run, _ in runs}}
     hours, assumed = zip(*(_worker_hours(run, flops[run.model], examples) for run, examples in runs), strict=True)
     total = sum(hours)
-    workers, shared = first.world_sizes[-1], first.placement.runs_per_gpu
+    workers, shared = first.world_sizes[-1], first.placement.runs_per_gpu if first.world_sizes[-1] == 1 else 1
     price = first.estimate.price
     cost = "" if price is None else f", cost: {total * price:,.2f} at {price:g} each"
     lines = [f"worker-hours of {len(runs)} runs: {total:,.1f}{cost}"]
     if concurrency is not None:
-        lines += [f"hours with {concurrency} runs side by side: {total / workers / concurrency:,.1f}"]
-    if shared > 1 and workers == 1:
-        least = f"{total / shared:,.1f} if they leave each other alone"
-        lines += [f"GPU-hours with {shared} runs per GPU: {least}, at most {total:,.1f} if each slows the others"]
+        least = total / workers / concurrency
+        lines += [f"hours with {concurrency} runs side by side: {_span(least, least * shared)}"]
+    if shared > 1:
+        lines += [
+            f"GPU-hours with {shared} runs per GPU: {_span(total / shared, total)}, as they slow each other or not"
+        ]
     lines += _sharing(first, dataset.sizes, dataset.rules)
     early = ", no run that ends early" if ends_early else ""
     return [
@@ -102,13 +104,16 @@ def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
     """The hours of a run over so many examples, their cost where there is a price, and what both assume."""
     worker_hours, assumed = _worker_hours(config, flops, examples)
     most, least = worker_hours / config.world_sizes[0], worker_hours / config.world_sizes[-1]
-    span = f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
     price = config.estimate.price
     cost = "" if price is None else f", cost: {worker_hours * price:,.2f} at {price:g} each"
     return [
-        f"hours: {span}, worker-hours: {worker_hours:,.1f}{cost}",
+        f"hours: {_span(least, most)}, worker-hours: {worker_hours:,.1f}{cost}",
         f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
     ]
+
+
+def _span(least: float, most: float) -> str:
+    return f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
 
 
 def _worker_hours(config: TrainConfig, flops: float, examples: int) -> tuple[float, str]:

@@ -204,7 +204,7 @@ def test_a_plan_says_the_hours_of_all_trials(data: str, tmp_path: Path) -> None:
     assert "GPU" not in plan.partition("what trials differ in")[2]
     shared = replace(config.run, estimate=estimate, placement=PlacementConfig(gpus_per_worker=0.5))
     plan = tune.plan(replace(config, run=shared))
-    assert "GPU-hours with 2 runs per GPU: 6.2 if they leave each other alone, at most 12.3 if each slows" in plan
+    assert "hours with 2 runs side by side: 6.2 to 12.3\nGPU-hours with 2 runs per GPU: 6.2 to 12.3, as they" in plan
     assert "memory of a GPU that 2 runs share (--gpus-per-worker 0.5): " in plan
 
 
