@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Talks with a checkpoint under a chosen persona: see ``--help`` for every setting."""
 
 import sys

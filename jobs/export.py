@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """A checkpoint for others, or the paper code's weights in our form: ``python jobs/export.py --checkpoint URI …``."""
 
 import sys
@@ -12,6 +13,7 @@ def main() -> None:
     from arplus.runs.export import export
 
     print(export(config))
+    cli.conclude({"model": config.output, "next": f"python jobs/chat.py --checkpoint {config.output}"})
 
 
 if __name__ == "__main__":

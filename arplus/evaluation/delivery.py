@@ -55,16 +55,20 @@ def destination(config: EvaluateConfig) -> Destination:
     )
 
 
-def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> None:
-    """Writes the metrics to the JSON file and to MLflow; where one of them fails, the other has them all the same."""
+def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> str | None:
+    """Writes the metrics to the JSON file and to MLflow; where one of them fails, the other has them all the same.
+
+    Gives the address of their page, if MLflow says which it is.
+    """
     try:
         if config.json is not None:
             storage.write_json(config.json, result)
     finally:
-        track(result, to)
+        run = track(result, to)
+    return tracking.run_url(run) if run.experiment_id else None
 
 
-def track(result: dict[str, Any], to: Destination) -> None:
+def track(result: dict[str, Any], to: Destination) -> tracking.RunRef:
     """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/standard/bleu`` and so on.
 
     Where its server has gone away meanwhile, they stay in a record, and a warning says how to send them.
@@ -81,6 +85,7 @@ def track(result: dict[str, Any], to: Destination) -> None:
     # The training's own run keeps its status: it may have failed, or go on.
     if tracker.close(None if run.run_id == to.run_id else "FINISHED") == 0:
         shutil.rmtree(record.parent)
+    return run
 
 
 def _run(to: Destination) -> tracking.RunRef:

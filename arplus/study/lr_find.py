@@ -173,7 +173,7 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
     config: LrFindConfig = arguments["config"]
     run = config.run
-    device = workers.set_up()
+    device = workers.set_up(run.placement.gpus_per_worker)
     try:
         dataset, model, _ = on_all_ranks(lambda: storage.with_retries(run.data, load, run, None))
     except RunEndedError as ended:

@@ -24,6 +24,7 @@ from arplus.study.publish import conclude
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import Search
 from arplus.study.slots import find_slots, stored_bytes
+from arplus.training.estimate import study_report
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,11 @@ def plan(config: TuneConfig) -> str:
     budget = config.examples or config.run.epochs * examples
     run = with_budget(config.run, budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
-    return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
+    lines += [f"a validation every {run.validate_every:,} steps", ""]
+    early = config.scheduler == "asha"
+    return "\n".join(
+        [*lines, *study_report([(run, budget)] * config.trials, dataset, config.concurrency, ends_early=early)]
+    )
 
 
 def with_budget(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
@@ -198,6 +203,7 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
         "values": best.values,
         "response_ppl": best.score,
         "config": storage.join(study.uri, "best_config.json"),
+        "checkpoint": study.folder.run(best.name).uri,
         "model": None,
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),

@@ -112,6 +112,21 @@ def train(
     return final
 
 
+def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]:
+    """Where a finished run's best checkpoint and its MLflow page are, and the command that evaluates it."""
+    config = resolve(config)
+    uri, mlflow = storage.join(config.storage, config.run_name), config.mlflow or tracking.default_uri(config.storage)
+    page = None
+    with contextlib.suppress(ArplusError):  # a server that has gone away has been warned of
+        page = tracking.find_run(mlflow, final.mlflow_run_id)
+    return {
+        "checkpoint": checkpoint.find(uri),
+        "MLflow": page and tracking.run_url(page),
+        "served by": tracking.open_command(mlflow),
+        "next": f"python jobs/evaluate.py --checkpoint {uri} --data {config.data}",
+    }
+
+
 def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, ScalingConfig]:
     """The data set, and the workers that the cluster has room for."""
     # A study has read the data before; anyone else is to hear at once where it cannot be.
@@ -298,7 +313,7 @@ def _worker(arguments: dict[str, Any]) -> FinalMetrics | Exception:
 
 def _run(job: RunContext) -> FinalMetrics:
     config, run = job.config, RunFolder(job.run_uri)
-    device = workers.set_up(job.part.side_by_side if job.part else 1)
+    device = workers.set_up(config.placement.gpus_per_worker, job.part.side_by_side if job.part else 1)
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     mine, start = on_all_ranks(lambda: _begin(job, run), only_rank_0=True)
     dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
