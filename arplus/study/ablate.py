@@ -108,9 +108,9 @@ def plan(config: AblateConfig) -> str:
         for size in _sizes(config, dataset):
             budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
-            for preset in config.rows:
-                row = RunSpec(preset, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
-                runs += [(settings(config, row), budget)] * (config.runs // len(config.rows) // len(config.sizes))
+            for row in config.rows:
+                spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
+                runs += [(settings(config, spec), budget)] * (config.runs // len(config.rows) // len(config.sizes))
         lines += ["", *study_report(runs, dataset, config.concurrency, ends_early=False)]
     return "\n".join(lines)
 
