@@ -363,7 +363,7 @@ def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
     assert ended.returncode == 0, ended.stderr
     assert "live parameters: 31,142,449\n" in ended.stdout
     resolved, _, _ = ended.stdout.partition("\n\n")
-    assert json.loads(resolved) == to_dict(train("arplus", "--seed", "5"))
+    assert json.loads(resolved) == json.loads(json.dumps(to_dict(train("arplus", "--seed", "5"))))
 
 
 def test_a_users_error_ends_the_job_with_2_and_one_line() -> None:

@@ -43,10 +43,11 @@ ALLOWED = {
 MODEL_NEEDS = {"numpy", "safetensors", "torch"}
 ONLY_IN = {
     "deepspeed": "arplus/training/",
-    "mlflow": "arplus/tracking/client.py",
+    # Two, since one would be over 400 lines. The flavor's loader is neither: MLflow calls it, it never calls MLflow.
+    "mlflow": ("arplus/tracking/client.py", "arplus/tracking/registry.py"),
     "optuna": "arplus/study/search.py",
 }
-"""Library → the one place that may import it."""
+"""Library → the places that may import it."""
 
 
 def imported(path, module):
