@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
-from arplus.config.names import experiment_name_problem, run_name_problem
+from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem
 from arplus.config.placement import PlacementConfig, accelerator_problem
 from arplus.config.settings import INLINE, Role
 from arplus.errors import UsageError
@@ -210,14 +210,19 @@ class TrainConfig:
     audit: Annotated[bool, Role.OPERATION] = False
     """Write which examples every step trained on, as Parquet under the run's audit folder."""
     init_from: str | None = None
-    """Checkpoint URI whose weights the run starts from; optimizer and schedule start afresh, and so do adapters and a
-    persona-weight predictor that the checkpoint does not have."""
+    """Checkpoint URI whose weights the run starts from, or models:/NAME/VERSION and the like of MLflow; optimizer and
+    schedule start afresh, and so do adapters and a persona-weight predictor that the checkpoint does not have."""
     mlflow: Annotated[str | None, Role.OPERATION] = None
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: Annotated[str, Role.LABEL] = ""
     """MLflow experiment; where empty arplus, or a study's own name."""
     init: InitConfig = field(default_factory=InitConfig)
     """The initial weights."""
+    register: Annotated[str | None, Role.OPERATION] = None
+    """Register the finished model in MLflow under this name; a study registers its best one, by default under its own
+    name."""
+    tag: Annotated[tuple[str, ...], Role.OPERATION] = ()
+    """KEY=VALUE of a tag of the MLflow run (repeatable)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -272,6 +277,10 @@ class TrainConfig:
             yield "experiment", problem
         if problem := accelerator_problem(self.placement.accelerator_type):
             yield "accelerator_type", problem
+        if self.register is not None and (problem := model_name_problem(self.register)):
+            yield "register", problem
+        if wrong := [item for item in self.tag if not all(map(str.strip, item.partition("=")))]:
+            yield "tag", f"must be KEY=VALUE (got {wrong[0]!r})"
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -30,8 +30,8 @@ class Destination:
     run_name: str
     examples: int
     """Examples that the checkpoint was trained on: the step of its metrics."""
-    records: str
-    """Folder for the record of what MLflow misses: beside the checkpoint, where training keeps its own."""
+    records: str | None
+    """Folder for the record of what MLflow misses: beside the checkpoint, where training keeps its own; else here."""
 
 
 def destination(config: EvaluateConfig) -> Destination:
@@ -40,8 +40,13 @@ def destination(config: EvaluateConfig) -> Destination:
     Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer, or --json or --replies cannot be
     written.
     """
-    state = checkpoint.load(config.checkpoint)
-    mlflow = config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage)
+    with tracking.fetched(config.checkpoint, config.mlflow) as folder:
+        state = checkpoint.load(folder)
+    mlflow = (
+        tracking.server_of(config.checkpoint, config.mlflow)
+        or state.config.mlflow
+        or tracking.default_uri(state.config.storage)
+    )
     tracking.check_reachable(mlflow)
     for file in filter(None, (config.json, config.replies)):
         storage.check_writable(file)
@@ -51,7 +56,9 @@ def destination(config: EvaluateConfig) -> Destination:
         experiment=state.config.experiment,
         run_name=state.config.run_name,
         examples=state.progress.examples,
-        records=storage.join(storage.absolute(config.checkpoint), "tracking"),
+        records=None
+        if tracking.is_model_uri(config.checkpoint)
+        else storage.join(storage.absolute(config.checkpoint), "tracking"),
     )
 
 

@@ -36,6 +36,7 @@ from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
 from arplus.training.estimate import study_report
+from arplus.training.publish import NOTE
 from arplus.training.trainer import check_start, resolve
 
 log = logging.getLogger(__name__)
@@ -267,6 +268,13 @@ def _conclude(
     conclude(study, tracker, dataset, result, {"report.html": page})
     text = report.text(config, rows)
     tracker.log_text("tables.txt", text)
+    said = (
+        f"The paper's rows on `{config.run.data}`: {len(rows)} rows of {config.seeds} seeds. A difference to AR+ "
+        f"is noise where {report.NOISE} stands.\n\n```\n{text}\n```\n\n"
+        f"[The report]({tracking.run_url(study.tracked)}/artifacts/report.html), also in `{study.uri}`; "
+        f"[the runs compared]({compare_url})."
+    )
+    tracker.set_tags({NOTE: said})
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:

@@ -138,6 +138,18 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     assert parent.data.metrics["best/response_ppl"] == pytest.approx(result["response_ppl"])
     assert parent.data.tags["best"] == "trial-0001"
     assert parent.data.tags["best.optimizer.lr"] == "0.01"
+    judged = result["verdict"]
+    assert (judged["winner"], judged["runner_up"], judged["noise"]) == ("trial-0001", "trial-0002", False)
+    assert judged["low"] <= judged["difference"] <= judged["high"] < 0
+    said = parent.data.tags["mlflow.note.content"]
+    assert said.startswith(
+        f"**trial-0001 won with a response perplexity of {result['response_ppl']:.3f}** (optimizer.lr"
+    )
+    assert "below trial-0002: the difference to trial-0002 is more than noise" in said
+    assert "place 2 of 2" in runs["trial-0002"].data.tags["result"]
+    assert runs["trial-0001"].data.metrics["result/percent_above_best"] == 0
+    assert runs["trial-0002"].data.params["optimizer.lr"] == "1e-06"
+    assert runs["trial-0002"].data.tags["command"] == parent.data.tags["command"]
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert {"best_config.json", "trials.csv", "result.json", "study.json"} <= artifacts
     version = client.get_model_version_by_alias("sweep", "best")
