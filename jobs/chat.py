@@ -13,7 +13,8 @@ def main() -> None:
     from arplus.runs import checkpoint
 
     profile = raw_profile(config.gender, config.location, config.tags)
-    responder = Responder(checkpoint.load(config.checkpoint), profile, config.sampling, config.seed)
+    weight = None if config.persona_weight == "auto" else config.persona_weight
+    responder = Responder(checkpoint.load(config.checkpoint), profile, config.sampling, config.seed, weight)
     if config.say is not None:
         print(responder.reply([config.say]))
         return

@@ -23,10 +23,16 @@ MIN_WORKER_CPUS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """L = L_D + λ1 · L_LM (Eq. 4)."""
+    """L = L_D + λ1 · L_LM (Eq. 4), and λ2 · L_W where a persona weight is predicted (Eq. 3)."""
 
     lambda1: Annotated[float, Ge(0)] = 0.5
     """λ1, the weight of the auxiliary loss."""
+    lambda2: Annotated[float, Ge(0)] = 0.5
+    """λ2, the weight of the loss of --model.persona-weight predicted."""
+
+    def total(self, dialogue: float, auxiliary: float, weight: float = 0.0) -> float:
+        """L from its parts."""
+        return dialogue + self.lambda1 * auxiliary + self.lambda2 * weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +281,17 @@ Adam (6.7e-4; Yang et al. 2021), rounded down for four times the depth. It was n
 on a first part of the data before a long run.
 """
 
-PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {LARGE.preset: LARGE}
-"""Every configuration that has a name: the paper's rows, and a larger one of ours."""
+
+def _weighted(preset: str) -> TrainConfig:
+    """A row with the weight predictor, which the paper describes and leaves out."""
+    row = PAPER_ROWS[preset]
+    return replace(row, preset=f"{preset}-weighted", model=replace(row.model, persona_weight="predicted"))
+
+
+PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {
+    config.preset: config for config in (LARGE, _weighted("ar"), _weighted("arplus"))
+}
+"""Every configuration that has a name: the paper's rows, a larger one of ours, and two rows with the predictor."""
 
 
 def preset(name: str) -> TrainConfig:

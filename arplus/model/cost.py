@@ -6,6 +6,7 @@ from arplus.config import ModelConfig, VocabularySizes
 from arplus.model.network import PersonaTransformer
 
 _COMPONENTS = (
+    ("predictor.", "predictor"),
     ("characters.", "character table"),
     ("persona_words.", "persona table"),
     ("_input.projection.", "projections"),

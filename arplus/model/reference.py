@@ -91,6 +91,8 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     if config.rezero:
         for i in range(config.unique_layers):
             found[f"layers.{i}.r"] = _layer_names(i, "resweight")
+    if config.persona_weight == "predicted":  # that code's own predictor cannot run, so no file has one
+        found |= {name: (name,) for name in ("predictor.w", "predictor.c")}
     return found
 
 

@@ -106,6 +106,7 @@ def plan(config: AblateConfig) -> str:
 def _dataset(config: AblateConfig) -> Dataset:
     dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
+    dataset.check_labels(*(PRESETS[row].model for row in config.rows))
     return dataset
 
 

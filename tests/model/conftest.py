@@ -1,7 +1,7 @@
 """Fixtures of the model's tests."""
 
 import pytest
-from helpers.small_models import small
+from helpers.small_models import WEIGHTED, small
 
 from arplus.config import PAPER_ROWS, ModelConfig
 
@@ -11,7 +11,7 @@ def _one_thread(one_thread: None) -> None:
     """All of them."""
 
 
-@pytest.fixture(params=sorted(PAPER_ROWS))
+@pytest.fixture(params=sorted({*PAPER_ROWS, *WEIGHTED}))
 def config(request) -> ModelConfig:
-    """Each of the paper's rows, small."""
+    """Each of the paper's rows, small, and those with a weight predictor."""
     return small(request.param)

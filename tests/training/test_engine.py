@@ -23,7 +23,7 @@ from arplus.training.engine import bf16_is_used, is_compiled
 STEPS = 12
 
 
-@pytest.mark.parametrize("name", ["arplus", "ar"])
+@pytest.mark.parametrize("name", ["arplus", "ar", "arplus-weighted"])
 def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable, name: str) -> None:
     reference = torch.tensor(plain_run(config(name), STEPS)[0])
     assert reference[-1] < reference[0] - 0.1, "the reference must learn, or equal curves would mean nothing"
