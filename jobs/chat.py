@@ -15,8 +15,9 @@ def main() -> None:
     from arplus.runs import checkpoint
 
     profile = raw_profile(config.gender, config.location, config.tags)
+    weight = None if config.persona_weight == "auto" else config.persona_weight
     with tracking.fetched(config.checkpoint, config.mlflow) as folder:
-        responder = Responder(checkpoint.load(folder), profile, config.sampling, config.seed)
+        responder = Responder(checkpoint.load(folder), profile, config.sampling, config.seed, weight)
     if config.say is not None:
         print(responder.reply([config.say]))
         return

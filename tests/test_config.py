@@ -91,7 +91,7 @@ def message_of(cls: type, values: dict[str, Any]) -> str:
 
 def test_the_presets_are_the_papers_seven_rows() -> None:
     assert list(PAPER_ROWS) == ROWS
-    assert list(PRESETS) == [*ROWS, "arplus-large"]
+    assert list(PRESETS) == [*ROWS, "arplus-large", "ar-weighted", "arplus-weighted"]
     assert all(row.preset == name for name, row in PRESETS.items())
 
 
@@ -124,6 +124,7 @@ def test_ar_plus_has_the_papers_sizes() -> None:
             "width": None,
             "digest": None,
         },
+        "persona_weight": "one",
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
 
@@ -250,6 +251,7 @@ train_configs = st.builds(
             "rezero": st.booleans(),
             "auxiliary": st.sampled_from(["infilling", "lm"]),
             "dropout": st.floats(0, 1, exclude_max=True),
+            "persona_weight": st.sampled_from(["one", "predicted"]),
         }
     ),
 )

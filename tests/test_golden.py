@@ -70,6 +70,8 @@ class Golden:
     def model(self) -> PersonaTransformer:
         """The model with the file's weights; it computes with the plain operations or those of a backend."""
         model = load_reference(self.state, self.config, self.sizes).eval()
+        alpha = self.golden["config"].get("attn_alpha", 1)
+        model.persona_weight = None if alpha == 1 else alpha
         if self.backend is not None:
             kernels.use(model, torch.device(self.backend))
         return model

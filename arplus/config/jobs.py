@@ -13,6 +13,7 @@ from arplus.errors import UsageError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
+PersonaWeight = Literal["auto"] | Annotated[float, Ge(0), Le(1)]
 DuplicateKey = Literal["exact_record", "dialogue_and_profiles", "dialogue"]
 LARGEST_RULE = 1_000_000
 """Utterances, and characters of one: more is a slip of the hand, and at some point beyond what arrays can count."""
@@ -196,6 +197,9 @@ class EvaluateConfig:
     device: Device = "auto"
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
+    persona_weight: PersonaWeight = "auto"
+    """a of Eq. 1, from 0 (the persona that a reply is given has no effect) to 1, whatever the model was trained with;
+    auto is what the model predicts, or 1."""
     batch_size: Annotated[int, Gt(0)] | None = None
     """Examples that a worker takes at a time, which does not change the metrics; by default 512 on a GPU, 64 on a CPU.
     """
@@ -225,6 +229,8 @@ class ChatConfig:
     """Place of the model's persona, as in "四川 成都"; empty is unknown."""
     tags: Annotated[str, FREE_TEXT] = ""
     """Interests of the model's persona, joined by ";"."""
+    persona_weight: PersonaWeight = "auto"
+    """a of Eq. 1, from 0 (the persona has no effect) to 1; auto is what the model predicts, or 1."""
     say: Annotated[str | None, FREE_TEXT] = None
     """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
     mlflow: str | None = None

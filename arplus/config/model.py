@@ -112,6 +112,9 @@ class ModelConfig:
     """Inner width of two adapters in every unique layer (Houlsby et al. 2019), such as 64; None for none."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Dropout on embeddings, attention weights and residual branches."""
+    persona_weight: Literal["one", "predicted"] = "one"
+    """a of Eq. 1, the persona's share in a reply: one, or predicted for each reply from its context, which takes the
+    labels that jobs/prepare.py makes."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """Pretrained features."""
 
@@ -124,6 +127,10 @@ class ModelConfig:
     def unique_layers(self) -> int:
         """Layers with weights of their own."""
         return self.layers // self.repeats
+
+    def loss_counts(self, targets: int, examples: int) -> list[int]:
+        """What each of a batch's summed losses is divided by: L_D, L_LM and, where a is predicted, L_W and a."""
+        return [targets, targets, *[examples] * (2 * (self.persona_weight == "predicted"))]
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

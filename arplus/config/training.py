@@ -24,17 +24,19 @@ MIN_WORKER_CPUS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """L = λ0 · L_D + λ1 · L_LM (Eq. 4, where λ0 is 1)."""
+    """L = λ0 · L_D + λ1 · L_LM (Eq. 4, where λ0 is 1), and λ2 · L_W where a persona weight is predicted (Eq. 3)."""
 
     lambda0: Annotated[float, Ge(0)] = 1.0
     """λ0, the weight of the response's loss. With 0 the auxiliary task alone is trained, and the best checkpoint is the
     best at it; what it does not reach shrinks by weight decay unless optimizer.only leaves it out."""
     lambda1: Annotated[float, Ge(0)] = 0.5
     """λ1, the weight of the auxiliary loss."""
+    lambda2: Annotated[float, Ge(0)] = 0.5
+    """λ2, the weight of the loss of --model.persona-weight predicted."""
 
-    def total(self, dialogue: Any, auxiliary: Any) -> Any:
-        """L of L_D and L_LM, or of their sums over the same targets."""
-        return self.lambda0 * dialogue + self.lambda1 * auxiliary
+    def total(self, dialogue: Any, auxiliary: Any, weight: Any = 0.0) -> Any:
+        """L of L_D, L_LM and L_W, or of sums over the same number."""
+        return self.lambda0 * dialogue + self.lambda1 * auxiliary + self.lambda2 * weight
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -379,8 +381,17 @@ Adam (6.7e-4; Yang et al. 2021), rounded down for four times the depth. It was n
 on a first part of the data before a long run.
 """
 
-PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {LARGE.preset: LARGE}
-"""Every configuration that has a name: the paper's rows, and a larger one of ours."""
+
+def _weighted(preset: str) -> TrainConfig:
+    """A row with the weight predictor, which the paper describes and leaves out."""
+    row = PAPER_ROWS[preset]
+    return replace(row, preset=f"{preset}-weighted", model=replace(row.model, persona_weight="predicted"))
+
+
+PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {
+    config.preset: config for config in (LARGE, _weighted("ar"), _weighted("arplus"))
+}
+"""Every configuration that has a name: the paper's rows, a larger one of ours, and two rows with the predictor."""
 
 
 def preset(name: str) -> TrainConfig:

@@ -47,6 +47,8 @@ class Chunk(NamedTuple):
 
     targets: NDArray[np.integer]
     """Targets of each global batch."""
+    examples: NDArray[np.integer]
+    """Examples of each global batch."""
     micro_batches: MicroBatches
     """In order: ``accumulation`` of each step."""
 
@@ -68,7 +70,8 @@ class WindowMaker:
         sampler = self.sampler
         window = Window(sampler.read(epoch, index, self.spec.columns), self.spec)
         rows = sampler.order(epoch, index, window.context.lengths)
-        targets_S = np.add.reduceat(window.targets[rows], np.arange(0, len(rows), sampler.batch_size))
+        firsts_S = np.arange(0, len(rows), sampler.batch_size)
+        targets_S, examples_S = np.add.reduceat(window.targets[rows], firsts_S), np.diff(firsts_S, append=len(rows))
         dealt, sizes_WSA = deal(rows, sampler.batch_size, self.workers, self.accumulation)
         rng = ExampleRng(sampler.seed, epoch if sampler.shuffled else 0)
         steps = max(CHUNK_EXAMPLES * self.workers // sampler.batch_size, 1)
@@ -80,7 +83,8 @@ class WindowMaker:
                 examples = sizes_SA[s : s + steps].ravel()
                 end = begin + int(examples.sum())
                 micro_batches = window.micro_batches(dealt[begin:end], examples, rng)
-                parts[-1].append(Chunk(targets_S[s : s + steps], micro_batches.narrowed()))
+                counts = targets_S[s : s + steps], examples_S[s : s + steps]
+                parts[-1].append(Chunk(*counts, micro_batches.narrowed()))
                 begin = end
         return parts
 

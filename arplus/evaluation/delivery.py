@@ -85,7 +85,7 @@ def track(result: dict[str, Any], to: Destination) -> tracking.RunRef:
     # Of two evaluations MLflow shows the later one; their settings, such as the temperature, are in the artifact.
     tracker = tracking.Tracker(run, record=record, keep=to.records, repeats=True)
     for name, found in result["splits"].items():
-        metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
+        metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found.get(group, {}).items()}
         tracker.log(metrics, step=to.examples)
     names = "_".join(result["splits"])
     tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))

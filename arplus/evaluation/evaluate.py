@@ -30,13 +30,13 @@ from arplus.errors import ResourceError, UsageError
 from arplus.evaluation import compare, sheets
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
-from arplus.evaluation.metrics import StandardMetrics
+from arplus.evaluation.metrics import PredictorMetrics, StandardMetrics
 from arplus.evaluation.paper_metrics import PaperMetrics
 from arplus.evaluation.replies import readable
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
-from arplus.model.network import PersonaTransformer
+from arplus.model.network import Encoded, PersonaTransformer
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import build_model
 from arplus.sums import Sums
@@ -48,8 +48,8 @@ WINDOW_BATCHES = 64
 """Such batches that a task evaluates."""
 BATCH_SIZES = {"cpu": 64, "cuda": 512}
 """Examples taken at a time by default, by type of device. On a GPU most of the time of 64 is launching kernels."""
-GROUPS = ("standard", "paper_compatible", "persona")
-"""The groups of metrics of a split."""
+GROUPS = ("standard", "paper_compatible", "persona", "predictor")
+"""The groups of metrics of a split; the last one is of models that predict a persona weight."""
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Tally(Sums):
     standard: StandardMetrics
     paper: PaperMetrics
     persona: PersonaMetrics = field(default_factory=PersonaMetrics)
+    predictor: PredictorMetrics = field(default_factory=PredictorMetrics)
     examples: int = 0
     samples: list[Sample] = field(default_factory=list)
     """What is compared with another checkpoint, if it is."""
@@ -72,20 +73,18 @@ class Tally(Sums):
 
     def result(self) -> dict[str, Any]:
         """The metrics by group and name."""
-        return {
-            "examples": self.examples,
-            "standard": self.standard.result(),
-            "paper_compatible": self.paper.result(),
-            "persona": self.persona.result(),
-        }
+        parts = (self.standard, self.paper, self.persona, self.predictor)
+        found = {group: part.result() for group, part in zip(GROUPS, parts, strict=True)}
+        return {"examples": self.examples, **{group: result for group, result in found.items() if result}}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of a checkpoint on splits, each in three named groups; needs a connected Ray.
 
-    ``standard``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` also
-    those of the other checkpoint, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UsageError`
-    where the data set has other vocabularies than a checkpoint, or was prepared by other rules.
+    ``standard``, ``paper_compatible`` (never to be compared with each other) and ``persona``; and ``predictor`` of a
+    model that predicts a weight. With ``--against`` also those of the other checkpoint, and the comparison
+    (:mod:`arplus.evaluation.compare`). Raises :class:`UsageError` where the data set has other vocabularies than a
+    checkpoint, or was prepared by other rules.
     """
     config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
@@ -102,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         {"checkpoint": uri, "splits": {name: tally.result() for name, tally in found.items()}}
         for uri, found in zip(uris, tallies, strict=True)
     ]
-    result |= {"data": config.data, "fingerprint": dataset.fingerprint}
+    result |= {"data": config.data, "fingerprint": dataset.fingerprint, "persona_weight": config.persona_weight}
     for other, found in zip(others, tallies[1:], strict=True):
         result["against"] = other
         result["comparison"] = {
@@ -146,6 +145,7 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
             f"--data {config.data}: was prepared by other rules than the checkpoint {uri} was trained on "
             f"({'; '.join(different)}); prepare the data with the checkpoint's rules (flags of jobs/prepare.py)"
         )
+    dataset.check_labels(state.config.model, training=False)
     config.sampling.of(state.rules)
     return pinned if tracking.is_model_uri(pinned) else found
 
@@ -196,6 +196,7 @@ class Evaluator:
         self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
         self.model = build_model(self.state).to(self.device)
+        self.model.persona_weight = None if config.persona_weight == "auto" else config.persona_weight
         kernels.use(self.model, self.device)
         self.special = special_ids(self.state.sizes.characters)
 
@@ -215,16 +216,19 @@ class Evaluator:
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + 2 * index + i) for i in range(2)
         )
         nats_GR = np.zeros((2, len(window)))
+        tally = Tally.empty(self.special, self.state.rules)
         replies: list[list[int]] = [[]] * len(window)
         references = replies.copy()
         for rows, batch in self._batches(window, np.arange(len(window))):
             with autocast(self.device):
-                nats_GR[:, rows] = nll_per_example(self.model, batch).cpu()
+                memories, z_B = self.model.encode_and_weigh(batch)
+                nats_GR[:, rows] = nll_per_example(self.model, batch, memories).cpu()
                 drawn = generate(self.model, batch, self.sampling, random).tolist()
             ends = batch.response.sequences.offsets[1:-1].cpu()
             for row, reply, reference in zip(rows, drawn, batch.target_N.cpu().tensor_split(ends), strict=True):
                 replies[row], references[row] = reply, reference.tolist()
-        tally = Tally.empty(self.special, self.state.rules)
+            if z_B is not None and window.persona_related is not None:
+                tally.predictor.add(z_B.cpu().numpy(), window.persona_related[rows])
         tally.examples += len(window)
         tally.standard.add_loss(nats_GR[0].sum(), int(window.targets.sum()))
         tally.standard.add(replies, references)
@@ -292,13 +296,13 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
-def nll_per_example(model: PersonaTransformer, batch: Batch) -> Tensor:
+def nll_per_example(model: PersonaTransformer, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
     """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets."""
     target_N = batch.target_N.long()
     nats_NG = torch.stack(
         [
             cross_entropy(model.head(hidden_ND).float(), target_N, reduction="none")
-            for hidden_ND in model.hidden_at_targets(batch)
+            for hidden_ND in model.hidden_at_targets(batch, memories)
         ],
         dim=-1,
     )
@@ -315,7 +319,7 @@ def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, found in result["splits"].items():
         lines += ["", f"{name}: {found['examples']} examples"]
-        for group in GROUPS:
+        for group in filter(found.__contains__, GROUPS):
             lines += ["", group.replace("_", "-")]
             lines += [f"  {metric:36} {value:12.4f}" for metric, value in found[group].items()]
         if "comparison" in result:

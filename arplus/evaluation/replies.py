@@ -35,9 +35,17 @@ class Responder:
     Raises :class:`UsageError` for a shortest reply that is longer than the model's longest.
     """
 
-    def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        profile: dict[str, object],
+        sampling: Sampling,
+        seed: int,
+        persona_weight: float | None = None,
+    ) -> None:
         self.state = state
         self.model = build_model(state)
+        self.model.persona_weight = persona_weight
         kernels.use(self.model, torch.device("cpu"))
         self.profile = profile
         self.sampling = sampling.of(state.rules)

@@ -6,7 +6,8 @@ The parts, each in a file of its own:
     memory      MemN2N: the persona's words answer the context; o is added to every context position
     layers      Eq. 5 with ReZero, or norms; shared by encoder and decoder (or not), applied again and again (ALBERT)
     attention   the routes O_T, O_C and O_prev of Eq. 2
-    objective   L_D and L_LM of Eq. 4 as sums
+    predictor   a of Eq. 1, if wanted: O_T counts a times, O_C 2 - a times
+    objective   L_D, L_LM and L_W of Eq. 3 and 4 as sums
 
 DeepSpeed's ZeRO-3 gathers a module's parameters only while its forward runs, so nothing here reads a parameter from
 outside its module. No branch depends on what is in a batch: every parameter takes part in every step.
@@ -28,7 +29,8 @@ from arplus.model.embedding import SequenceInput
 from arplus.model.features import FeatureInput, FrozenModel
 from arplus.model.layers import Adapter, Layer, PostNormLayer, ReZeroLayer, Stack
 from arplus.model.memory import LayerWiseMemory, PersonaMemory
-from arplus.model.objective import Losses, OutputHead
+from arplus.model.objective import Losses, OutputHead, weight_sums
+from arplus.model.predictor import WeightPredictor
 
 Encoded = list[Blocks]
 """Encoded sequences as the decoder needs them: their keys and values, one entry per unique layer."""
@@ -67,6 +69,9 @@ class PersonaTransformer(nn.Module):
         if not config.shared_stacks:
             self.encoder_layers = nn.ModuleList(layer(config, "encoder") for _ in range(config.unique_layers))
         self.head = OutputHead(config.d_model, sizes.characters, bias=False)
+        self.predictor = WeightPredictor(config, sizes) if config.persona_weight == "predicted" else None
+        self.persona_weight: float | None = None
+        """a of every reply, where neither 1 nor what is predicted is wanted."""
 
         self._initialise()
         if config.tied_head:
@@ -75,18 +80,32 @@ class PersonaTransformer(nn.Module):
         """The pretrained model that the features are of, to be set by whoever has loaded it."""
 
     def forward(self, batch: Batch) -> Losses:
-        """L_D and L_LM of the batch as sums over its targets, of which there are ``len(batch.target_N)``."""
-        return Losses(*self.head(self.hidden_at_targets(batch), batch.target_N))
+        """L_D and L_LM of the batch as sums over its targets, ``len(batch.target_N)``; L_W over its examples."""
+        memories, z_B = self.encode_and_weigh(batch)
+        nats = self.head(self.hidden_at_targets(batch, memories), batch.target_N)
+        if z_B is None:
+            return Losses(*nats)
+        assert batch.persona_related_B is not None, "what predicts is told what to predict"
+        return Losses(*nats, *weight_sums(z_B, batch.persona_related_B))
 
-    def hidden_at_targets(self, batch: Batch) -> Tensor:
-        """What the head is given for L_D and for L_LM, (2, N, D)."""
+    def hidden_at_targets(self, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
+        """What the head is given for L_D and for L_LM, (2, N, D); ``memories`` are those of :meth:`encode`."""
+        memories = self.encode(batch) if memories is None else memories
         auxiliary = [self.encode_infilled(batch.infilled)] if batch.infilled is not None else []
-        return torch.stack([self.decode(batch.response, memories) for memories in (self.encode(batch), auxiliary)])
+        return torch.stack([self.decode(batch.response, each) for each in (memories, auxiliary)])
 
     # ------------------------------------------------------------------------------------------------------ encoding
 
     def encode(self, batch: Batch) -> list[Encoded]:
         """What a reply attends to: the encoded context (O_C) and, without a MemN2N memory, the persona (O_T)."""
+        return self.encode_and_weigh(batch)[0]
+
+    def encode_and_weigh(self, batch: Batch) -> tuple[list[Encoded], Tensor | None]:
+        """The same, and z (B,) of the predicted weights a = σ(z); None where none is predicted.
+
+        Eq. 1: a·O_T + (2 - a)·O_C + O_prev, with a predicted from E_C. With a MemN2N memory, whose answer E_C holds, o
+        counts a times instead of O_T, and a is predicted from what the encoder is given: ours, not the paper's.
+        """
         contexts, vectors_NE = batch.context.sequences, self._vectors(batch.context)
         words = self.persona_words if self.config.memory_hops else self.characters
         profiles_PE = batch.profiles.sequences.sum(words(batch.profiles.ids))
@@ -97,15 +116,23 @@ class PersonaTransformer(nn.Module):
             x_ND = self.context_input(vectors_NE, contexts, speaker_NE)
         if self.config.memory_hops:
             o_BD = self.memory(batch.persona, self.auxiliary_input(vectors_NE, contexts), contexts)
-            return [self._encode(x_ND + contexts.spread(o_BD).to(x_ND.dtype), contexts)]
-        persona_ND = self.persona_input(self.characters(batch.persona.ids), batch.persona.sequences)
-        return [self._encode(x_ND, contexts), self._encode(persona_ND, batch.persona.sequences)]
+            z_B, a_B = self._weigh(x_ND, batch.context)
+            o_BD = o_BD if a_B is None else a_B[:, None] * o_BD
+            encoded_ND = self._encode(x_ND + contexts.spread(o_BD).to(x_ND.dtype), contexts)
+            return [self._key_value(encoded_ND, contexts, None if a_B is None else 2 - a_B)], z_B
+        personas = batch.persona.sequences
+        encoded_ND = self._encode(x_ND, contexts)
+        persona_ND = self._encode(self.persona_input(self.characters(batch.persona.ids), personas), personas)
+        z_B, a_B = self._weigh(encoded_ND, batch.context)
+        o_c = self._key_value(encoded_ND, contexts, None if a_B is None else 2 - a_B)
+        return [o_c, self._key_value(persona_ND, personas, a_B)], z_B
 
     def encode_infilled(self, infilled: Packed) -> Encoded:
         """What the auxiliary decoder attends to: the response with a span replaced by [MASK] (Lewis et al. 2019)."""
         if self.config.features_for == "encoder":
-            return self._encode(self._features(infilled), infilled.sequences)
-        return self._encode(self.auxiliary_input(self._vectors(infilled), infilled.sequences), infilled.sequences)
+            return self._key_value(self._features(infilled), infilled.sequences)
+        of = infilled.sequences
+        return self._key_value(self._encode(self.auxiliary_input(self._vectors(infilled), of), of), of)
 
     def _vectors(self, packed: Packed) -> Tensor:
         """What stands for the characters of what is encoded, (N, E)."""
@@ -119,12 +146,22 @@ class PersonaTransformer(nn.Module):
         assert self.frozen is not None
         return self.feature_input(self.frozen.contextual(packed))
 
-    def _encode(self, x_ND: Tensor, of: Sequences) -> Encoded:
+    def _weigh(self, x_ND: Tensor, context: Packed) -> tuple[Tensor | None, Tensor | None]:
+        """What is predicted of each example, z, and what is weighed by, a; (B,), as far as there are any."""
+        z_B = None if self.predictor is None else self.predictor(x_ND, context)
+        if self.persona_weight is not None:
+            return z_B, torch.full((len(context.sequences),), self.persona_weight, device=x_ND.device)
+        return z_B, None if z_B is None else z_B.sigmoid()
+
+    def _encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         if self.config.features_for != "encoder":
             for layer in self._applications(self.layers if self.config.shared_stacks else self.encoder_layers):
                 x_ND = layer.encode(x_ND, of)
+        return x_ND
+
+    def _key_value(self, x_ND: Tensor, of: Sequences, weight_B: Tensor | None = None) -> Encoded:
         # Once per unique layer, not per application: shared layers see the same memory with the same weights.
-        return [layer.attention.key_value(x_ND, of) for layer in self._unique(self.layers)]
+        return [layer.attention.key_value(x_ND, of, weight_B) for layer in self._unique(self.layers)]
 
     # ------------------------------------------------------------------------------------------------------ decoding
 

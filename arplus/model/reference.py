@@ -88,6 +88,8 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
                     found[f"{ours_stack}.{i}.{ours}{kind}"] = _layer_names(i, f"{theirs}{kind}", stacks)
             if config.rezero:
                 found[f"{ours_stack}.{i}.r"] = _layer_names(i, "resweight", stacks)
+    if config.persona_weight == "predicted":  # that code's own predictor cannot run, so no file has one
+        found |= {name: (name,) for name in ("predictor.w", "predictor.c")}
     return found
 
 

@@ -119,6 +119,7 @@ def plan(config: AblateConfig) -> str:
 def _dataset(config: AblateConfig) -> Dataset:
     dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
+    dataset.check_labels(*(config.preset_of(row).model for row in config.rows))
     return dataset
 
 
@@ -139,6 +140,7 @@ def _check_variants(config: AblateConfig, dataset: Dataset, size: Split) -> None
         spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.lr_of(row) or LOWEST_RATE)
         try:
             run = resolve(settings(config, spec))
+            dataset.check_labels(run.model)
             check_start(run, dataset)
             if run.init_from is not None:
                 checkpoint.find(run.init_from)

@@ -54,6 +54,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     run = replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage))
     config = replace(config, run=run)
     dataset = Dataset.open(run.data)
+    dataset.check_labels(run.model)
     scaling = preflight.scaling(run)
     preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
     folder = StudyFolder(storage.join(run.storage, run.run_name))

@@ -87,6 +87,7 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
 def _dataset(config: TuneConfig) -> Dataset:
     dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
+    dataset.check_labels(config.run.model)
     return dataset
 
 

@@ -122,4 +122,5 @@ def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
         response=response,
         target_N=response.ids,
         infilled=packed(rules.max_response_ids) if model.auxiliary == "infilling" else None,
+        persona_related_B=torch.zeros(examples, dtype=torch.int32, device="meta"),
     )

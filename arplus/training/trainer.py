@@ -142,6 +142,7 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
     """The data set, and the workers that the cluster has room for."""
     # A study has read the data before; anyone else is to hear at once where it cannot be.
     dataset = storage.with_retries(config.data, Dataset.open, config.data) if part else Dataset.open(config.data)
+    dataset.check_labels(config.model)
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))

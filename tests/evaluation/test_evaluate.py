@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def whole_split(dataset: Dataset, model: PersonaTransformer) -> Batch:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("preset_name", ["arplus", "ar"])
+@pytest.mark.parametrize("preset_name", ["arplus", "ar-weighted"])
 def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
     state = random_state(preset_name)
     uri = checkpoint.write(str(tmp_path / "checkpoint"), state)
@@ -62,8 +63,8 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
     assert result["paper_compatible"]["paper_ppl"] > 2 * expected, "it adds half of another loss"
     standard = {"response_ppl", "unigram_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
     assert set(result["standard"]) == standard
-    for group in ("standard", "paper-compatible", "persona"):
-        assert group in table(found)
+    groups = ["standard", "paper-compatible", "persona", *["predictor"] * (preset_name == "ar-weighted")]
+    assert [line for line in table(found).splitlines() if line.replace("-", "").isalpha()] == groups
 
 
 def evaluator(dataset: Dataset, folder: Path, split: str = "test", **settings: object) -> Evaluator:
@@ -150,8 +151,41 @@ def test_questions_are_asked_again_under_another_examples_persona(
         assert sum(first[i] != again[i] for i in range(n)) >= 0.7 * n
 
 
+@pytest.mark.parametrize("preset_name", ["arplus", "ar", "arplus-weighted", "ar-weighted"])
+def test_the_personas_weight_is_what_is_asked_for(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
+    """Whatever the model was trained with; what it predicts is measured all the same."""
+    state = random_state(preset_name)
+    if weighted := preset_name.endswith("weighted"):
+        state.weights["predictor.w"].normal_(generator=torch.Generator().manual_seed(0))
+    found = {
+        weight: evaluator(dataset, tmp_path, state=state, persona_weight=weight).tally(0)
+        for weight in ("auto", 0.0, 0.5, 1.0)
+    }
+    losses = {weight: tally.standard.loss_sum for weight, tally in found.items()}
+    assert len(set(losses.values())) == (4 if weighted else 3)
+    assert weighted or losses["auto"] == losses[1.0]
+    for tally in found.values():
+        assert tally.predictor == found["auto"].predictor
+        assert ("predictor" in tally.result()) == weighted
+    if weighted:
+        measured = found["auto"].predictor.result()
+        assert measured["share"] == 47 / EXAMPLES
+        assert 0.3 < measured["auc"] < 0.7, "labels that have nothing to do with the examples"
+
+
+def test_data_of_before_has_no_labels(dataset: Dataset, tmp_path: Path) -> None:
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state("arplus-weighted"))
+    shutil.copytree(dataset.uri, tmp_path / "old")
+    manifest = tmp_path / "old" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    del facts["persona_related"]
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match=r"has no labels for --model.persona-weight predicted.*prepare it again"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=str(tmp_path / "old")))
+
+
 def test_models_compute_by_their_devices_kernels(dataset: Dataset, tmp_path: Path) -> None:
-    one = evaluator(dataset, tmp_path)
+    one = evaluator(dataset, tmp_path, persona_weight=0.5)
     responder = Responder(one.state, raw_profile("男", "四川 成都", ""), Sampling(), seed=0)
     for model in (one.model, responder.model):
         assert isinstance(model.head.ops, CpuOperations)

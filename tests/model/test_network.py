@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_models import SIZES, cast, make_batch, make_model, parts, persona_ids, small, take
+from helpers.small_models import SIZES, cast, gradients, make_batch, make_model, parts, persona_ids, small, take
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +18,6 @@ from arplus.model.batch import IGNORED, Batch, Packed
 from arplus.model.cost import forward_backward_flops, live_parameters, train_only
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
-from arplus.model.objective import Losses
 from arplus.model.ops import Module, Operations
 
 LIVE = {
@@ -29,6 +28,8 @@ LIVE = {
     "no-factor-ff": 32_727_401,
     "no-memn2n": 8_740_633,
     "no-bart-mlm": 31_142_449,
+    "ar-weighted": 23_777_793,
+    "arplus-weighted": 31_142_962,
 }
 
 
@@ -36,16 +37,6 @@ def all_logits(model: PersonaTransformer, batch: Batch) -> list[Tensor]:
     """Logits of both branches for each example, (length, 2, V)."""
     logits_NGV = model.head(model.hidden_at_targets(batch)).transpose(0, 1)
     return parts(logits_NGV, batch.response.sequences)
-
-
-def gradients(model: PersonaTransformer, losses: Losses) -> dict[str, Tensor]:
-    """The gradient of L_D + L_LM for every parameter."""
-    model.zero_grad()
-    (losses.sum_dialogue + losses.sum_auxiliary).backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    missing = [name for name, gradient in found.items() if gradient is None]
-    assert not missing
-    return found
 
 
 @pytest.mark.parametrize(
@@ -151,7 +142,7 @@ def test_the_loss_is_the_cross_entropy_of_each_target(config):
         [logits_TGV] = all_logits(model, one)
         for logits_GV, target in zip(logits_TGV, one.target_N.tolist(), strict=True):
             expected -= logits_GV.log_softmax(-1)[:, target]
-    torch.testing.assert_close(torch.stack(model(batch)), expected)
+    torch.testing.assert_close(model(batch).together()[:2], expected)
 
 
 @torch.no_grad()
@@ -262,8 +253,15 @@ def test_an_example_whose_targets_are_ignored_enters_no_sum_and_no_gradient(conf
     """So may a dummy fill a batch up to the size that a device wants."""
     model, batch = make_model(config).double(), make_batch(config)
     kept, lengths = [0, 2, 3], batch.response.sequences.lengths
-    ignored = ~torch.isin(torch.arange(5), torch.tensor(kept)).repeat_interleave(lengths)
-    part = model(dataclasses.replace(batch, target_N=batch.target_N.masked_fill(ignored, IGNORED)))
+    ignored_B = ~torch.isin(torch.arange(5), torch.tensor(kept))
+    without = dataclasses.replace(
+        batch, target_N=batch.target_N.masked_fill(ignored_B.repeat_interleave(lengths), IGNORED)
+    )
+    if batch.persona_related_B is not None:
+        without = dataclasses.replace(
+            without, persona_related_B=batch.persona_related_B.masked_fill(ignored_B, IGNORED)
+        )
+    part = model(without)
     alone = model(take(batch, kept))
     torch.testing.assert_close(part, alone)
     torch.testing.assert_close(gradients(model, part), gradients(model, alone))
@@ -327,8 +325,8 @@ def test_bf16_autocast(config):
     exact = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = model(batch)
-    assert all(value.dtype == torch.float32 for value in rough)
-    torch.testing.assert_close(rough, exact, rtol=0.03, atol=0)
+    assert all(value is None or value.dtype == torch.float32 for value in rough)
+    torch.testing.assert_close(rough, exact, rtol=0.03, atol=1e-3)
     assert all(gradient.isfinite().all() for gradient in gradients(model, rough).values())
 
 
