@@ -5,8 +5,9 @@ it is a bug).
 """
 
 import logging
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
 from unittest import mock
@@ -143,7 +144,9 @@ def preset_command(
         if name is not None:
             raise UsageError(f"{prog} takes no preset; leave {name!r} out")
         name = only
-    switches, _ = _tyro(Switches, args=rest, prog=prog, add_help=False)
+    completion = [word for word in rest if word.startswith("--tyro-")]  # tyro's own flags, for all settings below
+    words = [word for word in rest if word not in completion]
+    switches, _ = _tyro(Switches, args=words, prog=prog, add_help=False)
     file = switches.file
     values: Any = {} if file is None else storage.read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
@@ -152,7 +155,7 @@ def preset_command(
         advice = f"{prog} takes no other" if only else "leave PRESET out or make them agree"
         raise UsageError(f"{file}: is of preset {values['preset']!r}, not {name!r}; {advice}")
     name = name or values.get("preset")
-    if name is None and not {"-h", "--help"} & set(rest):
+    if name is None and not {"-h", "--help", *completion} & set(rest):
         raise UsageError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
     row = preset(name or "arplus")
     default = with_values(widen(tiny(row) if switches.tiny else row), values, source=str(file))
@@ -173,6 +176,26 @@ def preset_command(
     for field, problem in run.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
     return replace(command, config=validate(command.config))
+
+
+def submit_line(prog: str, arguments: Sequence[str]) -> str:
+    """The command that gives a cluster the job whose ``--dry-run`` this is."""
+    kept = list(arguments)
+    for i, word in reversed([*enumerate(kept)]):
+        if word.replace("_", "-").partition("=")[0] == "--dry-run":
+            del kept[i : i + 1 + (kept[i + 1 : i + 2] == ["True"])]
+    return f"on a cluster: ray job submit --working-dir . -- {shlex.join(['python', prog, *kept])}"
+
+
+def conclude(found: Mapping[str, str | None]) -> None:
+    """Ends a job's log with one block: by name, where its results are and what to do next; None is left out.
+
+    It goes to stderr, as all of the log does: what a job prints to stdout is for other programs.
+    """
+    sys.stdout.flush()  # in a submitted job's log both are one file
+    rows = {name: value for name, value in found.items() if value}
+    width = max(map(len, rows))
+    print("\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows.items())]), file=sys.stderr)
 
 
 def run(main: Callable[[], Any]) -> None:

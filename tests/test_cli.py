@@ -369,8 +369,48 @@ def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
     ended = job("arplus", "--dry-run", "--seed", "5")
     assert ended.returncode == 0, ended.stderr
     assert "live parameters: 31,142,449\n" in ended.stdout
+    assert ended.stdout.endswith("ray job submit --working-dir . -- python jobs/train.py arplus --seed 5\n")
     resolved, _, _ = ended.stdout.partition("\n\n")
-    assert json.loads(resolved) == to_dict(train("arplus", "--seed", "5"))
+    assert json.loads(resolved) == json.loads(json.dumps(to_dict(train("arplus", "--seed", "5"))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rest"),
+    [
+        (["arplus", "--dry-run", "--seed", "5"], "arplus --seed 5"),
+        (["arplus", "--dry-run", "True", "--run-name", "a b"], "arplus --run-name 'a b'"),
+        (["arplus", "--audit", "True", "--dry_run=True"], "arplus --audit True"),
+        (["arplus", "--seed", "5"], "arplus --seed 5"),
+    ],
+)
+def test_a_dry_run_says_how_to_submit_the_job(arguments: list[str], rest: str) -> None:
+    line = cli.submit_line("jobs/train.py", arguments)
+    assert line == f"on a cluster: ray job submit --working-dir . -- python jobs/train.py {rest}"
+
+
+def test_a_log_ends_with_one_block(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.conclude({"checkpoint": "runs/first", "MLflow": None, "next": "python jobs/chat.py"})
+    assert capsys.readouterr() == ("", "\ncheckpoint  runs/first\nnext        python jobs/chat.py\n")
+
+
+def test_a_kind_of_gpu_is_named_as_ray_does() -> None:
+    assert train("arplus", "--accelerator-type", "L4").placement.accelerator_type == "L4"
+    assert "--accelerator-type: is not one of Ray's names of accelerators (got 'a100'; did you mean 'A100'?)" in (
+        message_of("arplus", "--accelerator-type", "a100")
+    )
+    assert "did you mean 'H100'?" in message_of("arplus", "--accelerator-type", "NVIDIA H100")
+
+
+def test_a_shell_completes_the_flags_of_a_job_with_presets() -> None:
+    """As README.md has it: the words of a line are in COMP_WORDS, and bash calls what `complete` has named."""
+    script = f"""
+source <({sys.executable} jobs/train.py --tyro-print-completion bash)
+COMP_WORDS=(jobs/train.py arplus --optimizer.l) COMP_CWORD=2
+$(complete -p jobs/train.py | grep --only-matching '_tyro[^ ]*')
+echo "${{COMPREPLY[@]}}"
+"""
+    ended = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split() == ["--optimizer.lr"], ended.stderr
 
 
 def test_a_users_error_ends_the_job_with_2_and_one_line() -> None:

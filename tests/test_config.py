@@ -25,6 +25,7 @@ from arplus.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PlacementConfig,
     PrepareConfig,
     Role,
     Sampling,
@@ -115,6 +116,14 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "decoder_norm": True,
         "adapter": None,
         "dropout": 0.1,
+        "features": {
+            "path": None,
+            "use": "replace",
+            "layers": "-2",
+            "combine": "mean",
+            "width": None,
+            "digest": None,
+        },
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
 
@@ -302,6 +311,8 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
         ({"max_steps": "many"}, "--max-steps: "),
         ({"cpus_per_worker": math.inf}, "--cpus-per-worker: must be finite"),
         ({"cpus_per_worker": 0.1}, "--cpus-per-worker: must be greater than or equal to 0.2"),
+        ({"gpus_per_worker": 0}, "--gpus-per-worker: must be greater than or equal to 0.05"),
+        ({"gpus_per_worker": 2}, "--gpus-per-worker: must be less than or equal to 1"),
         ({"device": "cuda"}, "--device: must be 'auto', 'gpu' or 'cpu'"),
         ({"epochs": 1.5}, "--epochs: "),
         ({"epochs": None}, "--epochs: "),
@@ -385,6 +396,17 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         ),
         (TrainConfig, {"compile": "on", "zero_stage": 3}, "--compile: on needs --zero-stage 0, 1 or 2"),
         (TrainConfig, {"compile": "on", "device": "cpu"}, "--compile: on needs GPUs, and --device cpu takes none"),
+        (TrainConfig, {"accelerator_type": "L4", "device": "cpu"}, "--accelerator-type: needs GPUs, and --device cpu"),
+        (TrainConfig, {"label_selector": ["zone"]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone="]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone=in(a,!b)"]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone=a", "zone=b"]}, "--label-selector: names a key twice"),
+        (TrainConfig, {"label_selector": ["a=b"], "workers": "1:2"}, "--label-selector: cannot be had with --workers"),
+        (
+            TuneConfig,
+            {"gpus_per_worker": 0.25, "workers": 2, "device": "gpu"},
+            "--gpus-per-worker: lets Ray put several workers of one run on one GPU, and NCCL refuses two ranks on one",
+        ),
         (TuneConfig, {"patience": 2}, "--patience: cannot be set for a study: its runs have one budget"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
@@ -399,6 +421,14 @@ def test_other_workers_are_refused(workers: int | str) -> None:
 )
 def test_settings_that_are_wrong_together_name_the_flag(cls: type, values: dict[str, Any], problem: str) -> None:
     assert message_of(cls, values).startswith(f"settings.json: {problem}")
+
+
+@pytest.mark.parametrize(("share", "runs"), [(1, 1), (0.6, 1), (0.5, 2), (0.3, 3), (0.3333, 3), (0.2, 5), (0.05, 20)])
+def test_runs_that_share_a_gpu(share: float, runs: int) -> None:
+    assert PlacementConfig(gpus_per_worker=share).runs_per_gpu == runs
+    from_dict(TrainConfig, {"gpus_per_worker": share, "workers": 2}, source="test")  # on CPUs it changes nothing
+    if runs == 1:  # each worker has a GPU for itself
+        from_dict(TrainConfig, {"gpus_per_worker": share, "workers": 2, "device": "gpu"}, source="test")
 
 
 def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:

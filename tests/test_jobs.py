@@ -94,6 +94,12 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
         assert results[-1].returncode == 0, (command, results[-1].stderr[-3000:])
         assert alarming(results[-1].stdout + results[-1].stderr) == [], command
     assert "L_D" in results[2].stderr
+    nexts = [result.stderr.splitlines()[-1].removeprefix("next").strip() for result in results[:4]]
+    for said, job in zip(nexts, ("prepare", "train", "evaluate", "chat"), strict=True):
+        assert said.startswith(f"python jobs/{job}.py"), said
+    shown = dict(line.split(maxsplit=1) for line in results[2].stderr.splitlines()[-4:])
+    assert Path(shown["checkpoint"]).parent == tmp_path / "runs" / "first" / "checkpoints"
+    assert shown["MLflow"].startswith("http://127.0.0.1:5000/#/experiments/1/runs/")
     assert "standard" in results[3].stdout
     assert "paper-compatible" in results[3].stdout
     reply = results[4].stdout.strip()
@@ -128,7 +134,7 @@ def test_a_job_by_uv_run(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert "Next: python jobs/train.py" in done.stdout
+    assert "next       python jobs/train.py arplus --data data" in done.stderr
     assert alarming(done.stderr) == []
 
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "cluster": _rooms("cluster", "data"),
     "prepare": _rooms("prepare", "data", "cluster"),
     "synthetic": _rooms("synthetic", "data"),
-    "runs": _rooms("runs", "data", "model"),
+    "runs": _rooms("runs", "data", "model", "pretrained"),
     "pretrained": _rooms("pretrained", "data", "model"),
     "tracking": _rooms("tracking"),
     "evaluation": _rooms("evaluation", "cluster", "runs", "data", "kernels", "model", "tracking"),
@@ -49,10 +49,11 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "transformers": ("arplus/pretrained/", "arplus/benchmark/baselines/bart.py"),
     "deepspeed": "arplus/training/",
     "gensim": "arplus/pretrained/word2vec.py",
-    "mlflow": "arplus/tracking/client.py",
+    # Two, since one would be over 400 lines. The flavor's loader is neither: MLflow calls it, it never calls MLflow.
+    "mlflow": ("arplus/tracking/client.py", "arplus/tracking/registry.py"),
     "optuna": "arplus/study/search.py",
 }
-"""Library → the one place that may import it."""
+"""Library → the places that may import it."""
 
 
 def imported(path, module):

@@ -178,13 +178,14 @@ class EvaluateConfig:
     """Computes the metrics of a checkpoint on splits of a prepared data set, and compares it with another one's."""
 
     checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
     data: Annotated[str, Required("the URI of a prepared data set")] = ""
     """URI of a prepared data set with the checkpoint's vocabularies."""
     split: tuple[str, ...] = ()
     """Split of the data set (repeatable); by default test and all evaluation sets."""
     against: str | None = None
-    """URI of another checkpoint (or run), trained on the same vocabularies: both are evaluated, and a paired bootstrap
+    """URI of another checkpoint, run or model of the same vocabularies: both are evaluated, and a paired bootstrap
     tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
@@ -216,7 +217,8 @@ class ChatConfig:
     """A conversation with a checkpoint under a chosen persona; with --say one reply."""
 
     checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
     gender: Literal["男", "女", "male", "female", ""] = ""
     """Gender of the model's persona; empty is unknown."""
     location: Annotated[str, FREE_TEXT] = ""
@@ -225,6 +227,8 @@ class ChatConfig:
     """Interests of the model's persona, joined by ";"."""
     say: Annotated[str | None, FREE_TEXT] = None
     """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
+    mlflow: str | None = None
+    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -260,7 +264,10 @@ class ExportConfig:
     """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
 
     checkpoint: str | None = None
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
+    mlflow: str | None = None
+    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
     from_reference: str | None = None
     """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
     output: Annotated[str, Required("the URI of the folder to write")] = ""

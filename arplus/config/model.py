@@ -1,7 +1,8 @@
 """The network: its settings, its vocabularies' sizes and the special tokens."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
@@ -37,6 +38,35 @@ class VocabularySizes:
     """Characters of the dialogues."""
     persona_words: Annotated[int, Gt(len(SPECIAL_TOKENS))] = 10_011
     """Whole persona words: the keys 性别, 地址 and 兴趣, genders, places, tags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Hidden states of a pretrained model that stays as it is (extra ``pretrained``), for rows with a memory."""
+
+    path: str | None = None
+    """The model, such as a BERT, ELECTRA, ALBERT or XLNet: a folder as transformers writes it (its URI), or a name on
+    the model hub. Whoever evaluates or uses the trained network needs it too."""
+    use: Literal["replace", "add", "encoder"] = "replace"
+    """In place of the character vectors, beside those of what is encoded, or in place of the encoder."""
+    layers: str = "-2"
+    """Which of its hidden states, joined by commas: 0 is its embeddings, -1 its last layer."""
+    combine: Literal["mean", "concat", "weighted"] = "mean"
+    """What becomes of several layers; weighted is by a softmax of learnt weights."""
+    width: Annotated[int | None, Gt(0)] = None
+    """Its width, filled in when the run starts."""
+    digest: str | None = None
+    """SHA-256 of its weights, filled in when the run starts."""
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """The layers as numbers."""
+        return [int(i) for i in self.layers.split(",")]
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not re.fullmatch("-?[0-9]{1,3}(,-?[0-9]{1,3})*", self.layers):
+            yield "layers", f"must be numbers of layers, joined by commas (got {self.layers!r})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +112,13 @@ class ModelConfig:
     """Inner width of two adapters in every unique layer (Houlsby et al. 2019), such as 64; None for none."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Dropout on embeddings, attention weights and residual branches."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """Pretrained features."""
+
+    @property
+    def features_for(self) -> Literal["replace", "add", "encoder"] | None:
+        """What pretrained features are used for, if they are."""
+        return self.features.use if self.features.path is not None else None
 
     @property
     def unique_layers(self) -> int:
@@ -98,6 +135,12 @@ class ModelConfig:
             yield "embedding_size", f"must equal d_model = {self.d_model} when tied_head is on"
         if self.activation != "relu" and self.ff_bottleneck is not None:
             yield "activation", "is the plain feed-forward layer's: set ff_bottleneck to None, or leave it out"
+        if self.features_for and not self.memory_hops:
+            yield "features.path", "needs a row with a memory, whose personas have a table of their own"
+        if self.features_for == "replace" and self.tied_head:
+            yield "features.use", "replace leaves no character table, which tied_head needs"
+        if self.features_for == "encoder" and not self.shared_stacks:
+            yield "features.use", "encoder leaves nothing to the encoder's own layers: set shared_stacks to True"
         if self.gate_start and not self.rezero:
             yield "gate_start", "is the gate's of ReZero, which is off: leave it out or set rezero to True"
         if self.memory_tying != "adjacent" and not self.memory_hops:

@@ -30,7 +30,8 @@ class StudyConfig:
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
     concurrency: Annotated[int | None, Gt(0), Role.OPERATION] = None
-    """Runs side by side; by default as many as fit, at least one: a GPU per worker, or on CPUs a CPU per worker."""
+    """Runs side by side; by default as many as fit, at least one: a GPU, or --gpus-per-worker of one, per worker, or on
+    CPUs a CPU per worker."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

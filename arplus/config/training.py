@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
-from arplus.config.names import experiment_name_problem, run_name_problem
-from arplus.config.settings import Role
+from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem
+from arplus.config.placement import PlacementConfig, accelerator_problem
+from arplus.config.settings import INLINE, Role
 from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -162,6 +163,8 @@ class TrainConfig:
     cluster has started them; cpu takes none."""
     cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
     """CPUs per worker; by default an equal share, at most one each, of what data feed and driver leave."""
+    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
+    """The GPUs and nodes that workers may have."""
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
@@ -207,14 +210,19 @@ class TrainConfig:
     audit: Annotated[bool, Role.OPERATION] = False
     """Write which examples every step trained on, as Parquet under the run's audit folder."""
     init_from: str | None = None
-    """Checkpoint URI whose weights the run starts from; optimizer and schedule start afresh, and so do adapters and a
-    persona-weight predictor that the checkpoint does not have."""
+    """Checkpoint URI whose weights the run starts from, or models:/NAME/VERSION and the like of MLflow; optimizer and
+    schedule start afresh, and so do adapters and a persona-weight predictor that the checkpoint does not have."""
     mlflow: Annotated[str | None, Role.OPERATION] = None
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: Annotated[str, Role.LABEL] = ""
     """MLflow experiment; where empty arplus, or a study's own name."""
     init: InitConfig = field(default_factory=InitConfig)
     """The initial weights."""
+    register: Annotated[str | None, Role.OPERATION] = None
+    """Register the finished model in MLflow under this name; a study registers its best one, by default under its own
+    name."""
+    tag: Annotated[tuple[str, ...], Role.OPERATION] = ()
+    """KEY=VALUE of a tag of the MLflow run (repeatable)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -240,6 +248,16 @@ class TrainConfig:
         found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", self.profile_steps or "")
         return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
+    def gpu_sharing_problem(self) -> str | None:
+        """Why this run's workers cannot be on GPUs by ``gpus_per_worker``; None where they can."""
+        share = self.placement.gpus_per_worker
+        if self.world_sizes[-1] == 1 or self.placement.runs_per_gpu == 1:
+            return None
+        return (
+            "lets Ray put several workers of one run on one GPU, and NCCL refuses two ranks on one device; take "
+            f"--workers 1 or --gpus-per-worker 1 (got {share:g} with --workers {self.workers})"
+        )
+
     def micro_batch_size(self, workers: int) -> int:
         """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
@@ -249,7 +267,7 @@ class TrainConfig:
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
     def name_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for names that MLflow or a file system would refuse.
+        """Yields (field, problem) for names that MLflow, a file system or Ray would refuse.
 
         Apart from :meth:`check`, which a checkpoint of a run that began under such a name must pass, to be read.
         """
@@ -257,6 +275,12 @@ class TrainConfig:
             yield "run_name", problem
         if problem := experiment_name_problem(self.experiment):
             yield "experiment", problem
+        if problem := accelerator_problem(self.placement.accelerator_type):
+            yield "accelerator_type", problem
+        if self.register is not None and (problem := model_name_problem(self.register)):
+            yield "register", problem
+        if wrong := [item for item in self.tag if not all(map(str.strip, item.partition("=")))]:
+            yield "tag", f"must be KEY=VALUE (got {wrong[0]!r})"
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -283,6 +307,16 @@ class TrainConfig:
             yield (
                 "init.parts",
                 "must name encoder and decoder or neither, which share their layers (model.shared_stacks)",
+            )
+        if self.device == "gpu" and self.world_sizes and (problem := self.gpu_sharing_problem()):
+            yield "gpus_per_worker", problem
+        if self.placement.accelerator_type is not None and self.device == "cpu":
+            yield "accelerator_type", "needs GPUs, and --device cpu takes none; leave one out"
+        if self.placement.label_selector and len(self.world_sizes) > 1:
+            yield (
+                "label_selector",
+                "cannot be had with --workers MIN:MAX, for which Ray 2.60 counts the room of all nodes, whatever their "
+                "labels; take --workers N, or --accelerator-type",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import kernels, storage
+from arplus import kernels, storage, tracking
 from arplus.cluster import connection, nodes
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
@@ -90,7 +90,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
     splits = _splits(dataset, config)
-    uris = [_usable(uri, dataset, config) for uri in (config.checkpoint, config.against) if uri is not None]
+    asked = [uri for uri in (config.checkpoint, config.against) if uri is not None]
+    for uri in asked:  # workers do not have this job's variables
+        config = replace(config, mlflow=tracking.server_of(uri, config.mlflow))
+    uris = [_usable(uri, dataset, config) for uri in asked]
     nodes.check_workers()
     tallies = [
         {split.name: _evaluate(replace(config, checkpoint=uri), dataset, split) for split in splits} for uri in uris
@@ -125,7 +128,9 @@ def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
 
 def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
     """The checkpoint's URI as the actors, which may run elsewhere, understand it."""
-    found, state = checkpoint.load_found(storage.absolute(uri))
+    pinned = tracking.pin(uri, config.mlflow)
+    with tracking.fetched(pinned, config.mlflow) as folder:
+        found, state = checkpoint.load_found(folder)
     for kind, mine, theirs in (
         ("characters", state.characters, dataset.characters),
         ("persona words", state.persona_words, dataset.persona_words),
@@ -142,7 +147,7 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
             f"({'; '.join(different)}); prepare the data with the checkpoint's rules (flags of jobs/prepare.py)"
         )
     config.sampling.of(state.rules)
-    return found
+    return pinned if tracking.is_model_uri(pinned) else found
 
 
 def _evaluate(config: EvaluateConfig, dataset: Dataset, split: Split) -> Tally:
@@ -180,7 +185,8 @@ class Evaluator:
 
     def __init__(self, sampler: EpochSampler, config: EvaluateConfig) -> None:
         # Read here, not handed in: an actor that Ray starts again must not depend on an object that may be gone.
-        self.state = checkpoint.load(config.checkpoint)
+        with tracking.fetched(config.checkpoint, config.mlflow) as folder:
+            self.state = checkpoint.load(folder)
         self.sampler = sampler
         self.config = config
         self.sampling = config.sampling.of(self.state.rules)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import torch
 
 from arplus import kernels
@@ -17,7 +18,6 @@ from arplus.data.records import Reject, parse_line
 from arplus.data.sampler import EpochSampler
 from arplus.data.sessions import to_table
 from arplus.errors import UsageError
-from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.runs.checkpoint import TrainState, build_model
 from arplus.text import GENDERS
@@ -48,16 +48,22 @@ class Responder:
 
         Raises :class:`UsageError` where there is nothing to answer or the persona is malformed.
         """
-        batch = self._batch(utterances)
-        ids = generate(self.model, batch, self.sampling, self.rng)[0]
-        return self.state.characters.decode(ids.tolist())
+        return self.answer([self.example(utterances, self.profile)], self.sampling, self.rng)[0]
 
-    def _batch(self, utterances: Sequence[str]) -> Batch:
+    def answer(self, examples: Sequence[pa.Table], sampling: Sampling, random: torch.Generator) -> list[str]:
+        """The replies to what :meth:`example` made."""
+        window = Window(pa.concat_tables(examples), BatchSpec.of(self.state.config.model, self.state.sizes))
+        batch = window.batch(np.arange(len(window)), ExampleRng(0, 0))
+        replies = generate(self.model, batch, sampling, random).tolist()
+        return [self.state.characters.decode(ids) for ids in replies]
+
+    def example(self, utterances: Sequence[str], profile: dict[str, object]) -> pa.Table:
+        """A conversation and who is to reply, as one encoded example; raises as :meth:`reply` does."""
         # The reply to come is a stand-in of one character; generation does not read it.
         turns = [*utterances, "。"]
         record = {
             "dialog": [[text] for text in turns],
-            "profile": [raw_profile("", "", ""), self.profile],
+            "profile": [raw_profile("", "", ""), profile],
             "uid": [i % 2 for i in range(len(turns))],
         }
         try:
@@ -73,8 +79,7 @@ class Responder:
         examples = encode_sessions(sessions, self.state.characters, self.state.persona_words, rules).table
         if not len(examples):
             raise UsageError("--say: there is nothing to answer in it")
-        window = Window(examples, BatchSpec.of(self.state.config.model, self.state.sizes))
-        return window.batch(np.array([len(examples) - 1]), ExampleRng(0, 0))
+        return examples.slice(len(examples) - 1)
 
 
 def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:

@@ -9,6 +9,7 @@ from arplus.model.network import PersonaTransformer
 
 _COMPONENTS = (
     ("adapter.", "adapters"),
+    ("feature", "features"),
     ("characters.", "character table"),
     ("persona_words.", "persona table"),
     ("_input.projection.", "projections"),

@@ -2,6 +2,7 @@
 
 The parts, each in a file of its own:
     embedding   √E · character + speaker's persona + position → d
+    features    hidden states of a pretrained model instead of characters or encoder, or beside characters
     memory      MemN2N: the persona's words answer the context; o is added to every context position
     layers      Eq. 5 with ReZero, or norms; shared by encoder and decoder (or not), applied again and again (ALBERT)
     attention   the routes O_T, O_C and O_prev of Eq. 2
@@ -24,6 +25,7 @@ from arplus.errors import UsageError
 from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.embedding import SequenceInput
+from arplus.model.features import FeatureInput, FrozenModel
 from arplus.model.layers import Adapter, Layer, PostNormLayer, ReZeroLayer, Stack
 from arplus.model.memory import LayerWiseMemory, PersonaMemory
 from arplus.model.objective import Losses, OutputHead
@@ -42,7 +44,13 @@ class PersonaTransformer(nn.Module):
         super().__init__()
         self.config, self.sizes = config, sizes
 
-        self.characters = nn.Embedding(sizes.characters, config.embedding_size)
+        if config.features_for != "replace":
+            self.characters = nn.Embedding(sizes.characters, config.embedding_size)
+        if config.features_for:
+            width = config.d_model if config.features_for == "encoder" else config.embedding_size
+            self.feature_input = FeatureInput(config.features, len(config.features.layer_indices), width)
+        if config.features_for == "replace":
+            self.response_features = FeatureInput(config.features, 1, config.embedding_size)
         self.context_input = SequenceInput(config)
         if config.memory_hops:
             self.persona_words = nn.Embedding(sizes.persona_words, config.embedding_size)
@@ -63,6 +71,8 @@ class PersonaTransformer(nn.Module):
         self._initialise()
         if config.tied_head:
             self.head.weight = self.characters.weight
+        self.frozen: FrozenModel | None = None
+        """The pretrained model that the features are of, to be set by whoever has loaded it."""
 
     def forward(self, batch: Batch) -> Losses:
         """L_D and L_LM of the batch as sums over its targets, of which there are ``len(batch.target_N)``."""
@@ -77,10 +87,14 @@ class PersonaTransformer(nn.Module):
 
     def encode(self, batch: Batch) -> list[Encoded]:
         """What a reply attends to: the encoded context (O_C) and, without a MemN2N memory, the persona (O_T)."""
-        contexts, vectors_NE = batch.context.sequences, self.characters(batch.context.ids)
+        contexts, vectors_NE = batch.context.sequences, self._vectors(batch.context)
         words = self.persona_words if self.config.memory_hops else self.characters
         profiles_PE = batch.profiles.sequences.sum(words(batch.profiles.ids))
-        x_ND = self.context_input(vectors_NE, contexts, functional.embedding(batch.speaker_N, profiles_PE))
+        speaker_NE = functional.embedding(batch.speaker_N, profiles_PE)
+        if self.config.features_for == "encoder":
+            x_ND = self._features(batch.context) + self.context_input.projection(speaker_NE)
+        else:
+            x_ND = self.context_input(vectors_NE, contexts, speaker_NE)
         if self.config.memory_hops:
             o_BD = self.memory(batch.persona, self.auxiliary_input(vectors_NE, contexts), contexts)
             return [self._encode(x_ND + contexts.spread(o_BD).to(x_ND.dtype), contexts)]
@@ -89,11 +103,26 @@ class PersonaTransformer(nn.Module):
 
     def encode_infilled(self, infilled: Packed) -> Encoded:
         """What the auxiliary decoder attends to: the response with a span replaced by [MASK] (Lewis et al. 2019)."""
-        return self._encode(self.auxiliary_input(self.characters(infilled.ids), infilled.sequences), infilled.sequences)
+        if self.config.features_for == "encoder":
+            return self._encode(self._features(infilled), infilled.sequences)
+        return self._encode(self.auxiliary_input(self._vectors(infilled), infilled.sequences), infilled.sequences)
+
+    def _vectors(self, packed: Packed) -> Tensor:
+        """What stands for the characters of what is encoded, (N, E)."""
+        use = self.config.features_for
+        if use not in ("replace", "add"):
+            return self.characters(packed.ids)
+        features_NE = self._features(packed) / self.context_input.scale  # by which inputs multiply characters alone
+        return features_NE if use == "replace" else self.characters(packed.ids) + features_NE
+
+    def _features(self, packed: Packed) -> Tensor:
+        assert self.frozen is not None
+        return self.feature_input(self.frozen.contextual(packed))
 
     def _encode(self, x_ND: Tensor, of: Sequences) -> Encoded:
-        for layer in self._applications(self.layers if self.config.shared_stacks else self.encoder_layers):
-            x_ND = layer.encode(x_ND, of)
+        if self.config.features_for != "encoder":
+            for layer in self._applications(self.layers if self.config.shared_stacks else self.encoder_layers):
+                x_ND = layer.encode(x_ND, of)
         # Once per unique layer, not per application: shared layers see the same memory with the same weights.
         return [layer.attention.key_value(x_ND, of) for layer in self._unique(self.layers)]
 
@@ -107,7 +136,12 @@ class PersonaTransformer(nn.Module):
         With a cache, ``response`` is one id per sequence, at position ``start``, and the cache is extended.
         """
         of = response.sequences
-        x_ND = self.response_input(self.characters(response.ids), of, start=start)
+        if self.config.features_for == "replace":  # the pretrained model's own layers would see what is to come
+            assert self.frozen is not None
+            features_NE = self.response_features([self.frozen.pointwise(response, start)])
+            x_ND = self.response_input(features_NE / self.response_input.scale, of, start=start)
+        else:
+            x_ND = self.response_input(self.characters(response.ids), of, start=start)
         for i, layer in enumerate(self._applications(self.layers)):
             unique = i % self.config.unique_layers
             x_ND, own = layer.decode(x_ND, of, [memory[unique] for memory in memories], cache[i] if cache else None)

@@ -19,8 +19,8 @@ def resolve(init: InitConfig, before: InitConfig | None = None) -> InitConfig:
     if path is None:
         return init
     path = models.absolute(path)
-    same = before is not None and before.pretrained == path
-    return replace(init, pretrained=path, digest=before.digest if same else models.digest(path, weights.FLAG))
+    known = before.digest if before is not None and before.pretrained == path else None
+    return replace(init, pretrained=path, digest=known or models.digest(path, weights.FLAG))
 
 
 def initialise(model: PersonaTransformer, characters: Vocabulary, init: InitConfig) -> list[str]:

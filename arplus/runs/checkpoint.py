@@ -34,6 +34,7 @@ from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict,
 from arplus.documents import Document
 from arplus.errors import RefusedError, ResourceError, UsageError
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
 from arplus.text import Vocabulary, sizes
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def build_model(state: TrainState) -> PersonaTransformer:
     """The network of a checkpoint, in evaluation mode, on the CPU."""
     model = PersonaTransformer(state.config.model, state.sizes)
     model.load_weights(state.weights)
-    return model.eval()
+    return features.attach(model, state.characters, state.rules).eval()
 
 
 def find(uri: str) -> str:

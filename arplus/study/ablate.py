@@ -35,6 +35,8 @@ from arplus.study.publish import conclude
 from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
+from arplus.training.estimate import study_report
+from arplus.training.publish import NOTE
 from arplus.training.trainer import check_start, resolve
 
 log = logging.getLogger(__name__)
@@ -103,9 +105,14 @@ def plan(config: AblateConfig) -> str:
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
     lines += [f"  {row.name}: {report.settings_of(row)}" for row in config.variants]
     if config.run.data:
-        for size in _sizes(config, _dataset(config)):
+        dataset, runs = _dataset(config), []
+        for size in _sizes(config, dataset):
             budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
+            for row in config.rows:
+                spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
+                runs += [(settings(config, spec), budget)] * (config.runs // len(config.rows) // len(config.sizes))
+        lines += ["", *study_report(runs, dataset, config.concurrency, ends_early=False)]
     return "\n".join(lines)
 
 
@@ -251,6 +258,8 @@ def _conclude(
         "study": study.name,
         "rows": results.as_json(rows),
         "model": None,
+        "checkpoint": None if study.best is None else study.folder.run(study.best.name).uri,
+        "serve": tracking.open_command(study.tracked.uri),
         "runs_url": study_url,
         "compare_url": compare_url,
         "unfinished": unfinished,
@@ -259,6 +268,13 @@ def _conclude(
     conclude(study, tracker, dataset, result, {"report.html": page})
     text = report.text(config, rows)
     tracker.log_text("tables.txt", text)
+    said = (
+        f"The paper's rows on `{config.run.data}`: {len(rows)} rows of {config.seeds} seeds. A difference to AR+ "
+        f"is noise where {report.NOISE} stands.\n\n```\n{text}\n```\n\n"
+        f"[The report]({tracking.run_url(study.tracked)}/artifacts/report.html), also in `{study.uri}`; "
+        f"[the runs compared]({compare_url})."
+    )
+    tracker.set_tags({NOTE: said})
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:
@@ -271,8 +287,7 @@ def _conclude(
 
 
 def shown(result: Mapping[str, Any]) -> str:
-    """What the job prints at its end."""
-    lines = [result["text"], "", f"report: {result['report']}"]
-    if result["unfinished"]:
-        lines.append(f"without a result: {', '.join(result['unfinished'])}")
-    return "\n".join([*lines, f"runs: {result['runs_url']}", f"compare: {result['compare_url']}"])
+    """The tables, and what has no place in them, as the job prints them at its end."""
+    if not result["unfinished"]:
+        return str(result["text"])
+    return f"{result['text']}\n\nwithout a result: {', '.join(result['unfinished'])}"

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from arplus import storage, tracking
-from arplus.cluster import ray_private
+from arplus.cluster import job, ray_private
 from arplus.config import to_dict
 from arplus.errors import ArplusError, RunError
 from arplus.runs import attempt
@@ -152,6 +152,7 @@ class _Adapter(Searcher):
     ) -> None:
         super().__init__()
         self.study = study
+        self.tags = job.tags(study.config.run)
         self.source = source
         self.slots = slots
         self.scheduler = scheduler
@@ -182,6 +183,7 @@ class _Adapter(Searcher):
             "record": self.study.folder.trial(trial.name).uri,
             "study": self.study.name,
             "parent_run_id": self.study.tracked.run_id,
+            "tags": self.tags,
             **self.slots._asdict(),
         }
 
@@ -280,6 +282,9 @@ def study_session(study: Study) -> Iterator[tracking.Tracker]:
         raise
     except SupersededError:
         status = None  # all runs are the other job's now
+        raise
+    except Exception as error:
+        tracker.note_failure(error)
         raise
     finally:
         if status is not None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from arplus import storage, tracking
 from arplus.data.dataset import Dataset
-from arplus.errors import ArplusError, ResourceError
+from arplus.errors import ArplusError
 from arplus.study.record import Study
-from arplus.training.trainer import log_best
+from arplus.training.publish import log_best, register
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def conclude(
 
 
 def publish_best(study: Study, dataset: Dataset) -> str | None:
-    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI.
+    """Logs the best run's model as its artifact and registers it, by default under the study's name; the model's URI.
 
     None, with a warning, where that fails: it is the last that a study does, and can be done again.
     """
@@ -46,10 +46,7 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=tracking.keep_of(study.uri))
     try:
         storage.with_retries(uri, log_best, kept, uri, dataset)
-        if kept.close():
-            raise ResourceError("its files did not reach MLflow")
-        shutil.rmtree(folder)
-        tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
+        return register(run, study.config.run.register or study.name, ALIAS, tags, missing=kept.close())
     except ArplusError as error:
         kept.close()
         log.warning(
@@ -58,4 +55,6 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
             error,
         )
         return None
-    return f"models:/{study.name}@{ALIAS}"
+    finally:
+        if not kept.dropped:
+            shutil.rmtree(folder, ignore_errors=True)

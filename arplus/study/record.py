@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
 from arplus import storage, tracking
-from arplus.cluster import node
+from arplus.cluster import job
 from arplus.config import (
     Role,
     StudyConfig,
@@ -35,6 +35,7 @@ from arplus.errors import UsageError
 from arplus.runs import resume
 from arplus.runs.attempt import SupersededError
 from arplus.runs.folder import FinalMetrics, RunFolder
+from arplus.training.publish import params
 from arplus.training.trainer import resolve
 
 C = TypeVar("C", bound=StudyConfig)
@@ -167,8 +168,8 @@ class Study:
             run.mlflow or tracking.default_uri(run.storage),
             run.experiment,
             run.run_name,
-            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | node.code_tags(),
-            params=flat(config),
+            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | job.tags(run),
+            params={k: v for k, v in flat(config).items() if k not in flat(run)} | params(run),
             resume_run_id=before.mlflow_run_id if before else None,
         )
         mine = StudyFacts(kind, fingerprint, tracked.run_id, owner=uuid4().hex, config=to_dict(config))

@@ -52,8 +52,8 @@ class Validations(ray.train.UserCallback):
 class TrialProcess(tune.Trainable):
     """The trial.
 
-    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id`` and what a
-    :class:`arplus.study.slots.Slots` says.
+    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id``, ``tags`` of its
+    job, and what a :class:`arplus.study.slots.Slots` says.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class TrialProcess(tune.Trainable):
         self.queue = Queue(actor_options={"num_cpus": 0})
         self.part = StudyContext(
             parent_run_id=config["parent_run_id"],
-            tags={"study": config["study"], "trial": trial.name},
+            tags={**config["tags"], "study": config["study"], "trial": trial.name},
             side_by_side=config["side_by_side"],
         )
         self.told_to_stop = threading.Event()

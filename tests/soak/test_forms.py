@@ -9,7 +9,7 @@ from helpers import faults
 from helpers.prepared import write_dataset
 from helpers.pretrained import make_pretrained
 
-from arplus.config import EvaluateConfig, ExportConfig, InitConfig, Sampling, TrainConfig
+from arplus.config import EvaluateConfig, ExportConfig, FeaturesConfig, InitConfig, Sampling, TrainConfig
 from arplus.evaluation.evaluate import evaluate
 from arplus.evaluation.replies import Responder, raw_profile
 from arplus.runs import checkpoint
@@ -28,6 +28,9 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PLAIN | {"heads": 4, "embedding_size": 24, "shared_stacks": False},
         {"pretrained": "electra", "parts": "embeddings,decoder", "layers": "spread"},
     ),
+    "replace": ({"features": {"path": "electra", "use": "replace", "layers": "-2,-1", "combine": "weighted"}}, {}),
+    "add": ({"features": {"path": "bert", "use": "add", "layers": "-2,0", "combine": "concat"}}, {}),
+    "encoder": ({"features": {"path": "bert", "use": "encoder"}}, {}),
 }
 """What differs in the model, and what it starts from."""
 
@@ -45,6 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, form: str, **changes: Any) -> TrainConfig:
     model, init = FORMS[form]
     init = {name: f"{folder}/{value}" if name == "pretrained" else value for name, value in init.items()}
+    if "features" in model:
+        features = model["features"]
+        model = {"features": FeaturesConfig(**features | {"path": f"{folder}/{features['path']}"})}
     run = faults.settings(f"{folder}/data", folder / "runs", **changes)
     return replace(run, audit=False, model=replace(run.model, **model), init=InitConfig(**init))
 

@@ -204,3 +204,4 @@ def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:
     text = ablate.plan(AblateConfig(run=TrainConfig(data=dataset.uri), lr="tuned", sessions="20,all"))
     assert f"{7 * 2 * 6} runs: 7 rows × 2 sizes × 3 seeds and 4 rates for the first" in text
     assert "200 examples, 600 a run" in text
+    assert "\nworker-hours of 84 runs: 0.0\n" in text
