@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from arplus import pages
 from arplus.config import AblateConfig, Row, flag
@@ -106,7 +107,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
         variants = _variant_rows(config.variants, here)
         tables.append((sessions, _rows(_presets(config, here), here, STANDARD_COLUMNS), paper, variants))
     presets = _presets(config, {key.preset: None for key in rows})
-    methods = {preset: BASE for preset in presets if preset != BASE}
+    methods = [preset for preset in presets if preset != BASE]
     shown = [row for row in config.variants if any(key.preset == row.name for key in rows)]
     return pages.render(
         "report.html",
@@ -122,7 +123,7 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
         figure=effects_svg(rows, sizes, methods) if BASE in presets and methods else None,
         variants_title=_VARIANTS,
         variants={row.name: settings_of(row) for row in shown},
-        variants_figure=effects_svg(rows, sizes, {row.name: row.preset for row in shown}) if shown else None,
+        variants_figure=variants_svg(rows, sizes, shown) if shown else None,
         tables=tables,
         columns=COLUMNS,
         standard_columns=STANDARD_COLUMNS,
@@ -158,37 +159,70 @@ def settings_of(row: Row) -> str:
     return f"{LABELS.get(row.preset, row.preset)}, " + ", ".join(f"{flag(k)} = {v}" for k, v in row.values.items())
 
 
-def effects_svg(rows: Rows, sizes: Sequence[int], bases: Mapping[str, str]) -> str:
-    """How much worse each row's response perplexity is than its base's, against the size of the training set."""
-    from matplotlib.figure import Figure  # seconds, and only a report needs it
+def effects_svg(rows: Rows, sizes: Sequence[int], methods: Sequence[str]) -> str:
+    """How much worse the response perplexity is without each method, against the size of the training set."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    base_label = LABELS[BASE] if set(bases.values()) == {BASE} else "the preset"
+    figure, axes = _axes(4.2)
     axes.axhline(0, color=_INK, linewidth=0.8)
-    for i, (name, base_name) in enumerate(bases.items()):
+    for i, preset in enumerate(methods):
         points = []
         for sessions in sizes:
-            key, base = Key(sessions, name), Key(sessions, base_name)
-            found = effect(rows[key], rows[base]) if key in rows and base in rows else None
+            found = _effect(rows, sessions, preset, BASE)
             if found is not None:
-                points.append((sessions * (1 + 0.02 * (i - len(bases) / 2)), found.mean, 2 * (found.deviation or 0.0)))
+                points.append((sessions * (1 + 0.02 * (i - len(methods) / 2)), found.mean, 2 * (found.deviation or 0)))
         if points:
             x, y, error = zip(*points, strict=True)
             axes.errorbar(x, y, error, color=_COLOURS[i % 7], marker="osD^vPX"[i % 7], markersize=5, linewidth=1.4,
-                          capsize=3, label=LABELS.get(name, name))  # fmt: skip
-    axes.set(xscale="log", xlabel="training sessions", ylabel=f"response PPL against {base_label} (%)")
+                          capsize=3, label=LABELS.get(preset, preset))  # fmt: skip
+    axes.set(xscale="log", xlabel="training sessions", ylabel="response PPL against AR+ (%)")
     axes.set_xticks(list(sizes))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color=_INK, alpha=0.15)
+    axes.legend(frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure, axes)
+
+
+def variants_svg(rows: Rows, sizes: Sequence[int], variants: Sequence[Row]) -> str:
+    """How much worse the response perplexity of each variant is than its preset's, a line each, a colour per size."""
+    figure, axes = _axes(0.9 + 0.32 * len(variants))
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    for i, sessions in enumerate(sizes):
+        found = [(y, _effect(rows, sessions, row.name, row.preset)) for y, row in enumerate(variants)]
+        points = [
+            (less.mean, y + 0.16 * (i - (len(sizes) - 1) / 2), 2 * (less.deviation or 0)) for y, less in found if less
+        ]
+        if points:
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, xerr=error, color=_COLOURS[i % 7], marker="osD^vPX"[i % 7], markersize=5, linewidth=1.4,
+                          linestyle="none", capsize=3, label=f"{sessions:,} sessions")  # fmt: skip
+    axes.set(xlabel="response PPL against the preset (%)", ylim=(len(variants) - 0.5, -0.5))
+    axes.set_yticks(range(len(variants)), [row.name for row in variants])
+    axes.grid(axis="x", color=_INK, alpha=0.15)
+    axes.legend(frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure, axes)
+
+
+def _effect(rows: Rows, sessions: int, name: str, base: str) -> Cell | None:
+    mine, other = rows.get(Key(sessions, name)), rows.get(Key(sessions, base))
+    return effect(mine, other) if mine and other else None
+
+
+def _axes(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # seconds, and only a report needs it
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Any, axes: Any) -> str:
+    """The figure in the page's ink."""
     for spine in axes.spines.values():
         spine.set_color(_INK)
     axes.tick_params(colors=_INK, which="both")
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
-    axes.legend(frameon=False, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL).replace(_INK, "currentColor")
