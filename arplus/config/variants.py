@@ -72,9 +72,7 @@ def parse_variant(text: str) -> Row:
 
 def variants_of(study: str | None, items: Sequence[str]) -> list[Row]:
     """The variants of a preset study and those given one by one. Raises :class:`ValueError` as the parser does."""
-    valid = [flag(name) for name in names_of_role(TrainConfig, Role.IDENTITY)]
-    known = [item for item in PRESET_STUDIES.get(study or "", ()) if item.split(",")[1].split("=")[0] in valid]
-    rows = [parse_variant(item) for item in (*known, *items)]
+    rows = [parse_variant(item) for item in (*PRESET_STUDIES.get(study or "", ()), *items)]
     names = [row.name for row in rows]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is the name of two variants")

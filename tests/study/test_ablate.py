@@ -6,11 +6,23 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from helpers.prepared import write_dataset
 
-from arplus.config import PAPER_ROWS, AblateConfig, Row, TrainConfig, preset, tiny, to_dict, with_values
+from arplus.config import (
+    PAPER_ROWS,
+    AblateConfig,
+    Row,
+    TrainConfig,
+    VocabularySizes,
+    preset,
+    tiny,
+    to_dict,
+    with_values,
+)
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
+from arplus.model.network import PersonaTransformer
 from arplus.study import ablate, execute
 from arplus.study.ablate import RunSpec
 from arplus.study.record import Study, StudyFacts, StudyFolder, Trial
@@ -124,6 +136,21 @@ def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
     assert (run.preset, run.optimizer.lr, run.batch_size, run.max_steps) == ("arplus", 5e-4, 10, 60)
     run = ablate.settings(config, next(spec for spec in tried if spec.row.name == "dropped"))
     assert run.model == replace(tiny(preset("no-albert")).model, dropout=0.3)
+
+
+@pytest.mark.parametrize("run", [preset("arplus"), tiny(preset("arplus"))], ids=["full", "tiny"])
+def test_the_ineffective_methods_are_networks_of_their_own(run: TrainConfig) -> None:
+    study = with_values(AblateConfig(run=run, preset_study="ineffective"), {}, source="test")
+    assert [row.name for row in study.rows if not row.is_variant] == ["arplus", "no-factor-ff"]
+    parameters = {}
+    for row in study.rows:
+        with torch.device("meta"):
+            network = PersonaTransformer(study.config_of(row).model, VocabularySizes())
+        parameters[row.name] = sum(p.numel() for p in network.parameters())
+        assert study.config_of(row) != study.preset_of(row) or not row.is_variant
+    assert len(parameters) == 9
+    other = {name for name, n in parameters.items() if n not in (parameters["arplus"], parameters["no-factor-ff"])}
+    assert other >= {"adapters", "unshared-stacks", "weight-predictor"}
 
 
 @pytest.mark.parametrize(
