@@ -25,7 +25,8 @@ def write(
     nats per target. With ``others``, those of the same examples, ``against_reply`` and ``against_loss`` stand beside.
     """
     assert config.replies is not None
-    rows = [{**row, "seed": config.seed} for row in mine]
+    # In one order, whichever worker was first.
+    rows = sorted(({**row, "seed": config.seed} for row in mine), key=lambda row: (row["split"], row["example"]))
     if others is not None:
         theirs = {(row["split"], row["example"]): row for row in others}
         for row in rows:
