@@ -50,11 +50,12 @@ demo: setup
 	@echo "  $(BIN)/python jobs/prepare.py --input YOUR_RECORDS --output data"
 	@echo "  $(BIN)/python jobs/train.py arplus --data data --run-name first"
 
+# In as many processes as there are cores, each with one thread: most of a light test is imports and small tensors.
 quick: setup
-	$(BIN)/python -m pytest -m "not soak and not ray and not processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-test: setup
-	$(BIN)/python -m pytest -m "not soak"
+test: quick
+	$(BIN)/python -m pytest -m "not soak and (ray or processes)"
 
 check: setup
 	$(BIN)/ruff check .

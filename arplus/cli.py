@@ -5,11 +5,14 @@ it is a bug).
 """
 
 import logging
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
+from unittest import mock
 
+import docstring_parser
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -22,7 +25,7 @@ from arplus.config import (
     flag,
     preset,
     tiny,
-    unknown_key,
+    unknown_flag,
     validate,
     with_values,
 )
@@ -60,7 +63,7 @@ def parse(default: T, arguments: Sequence[str], *, prog: str, description: str |
 
     ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
     unsets a setting that may be None, such as an address; what is free text takes it as text, and so does every setting
-    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the list of valid ones) and
+    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the nearest one) and
     for a value that fails a check; exits 2 with tyro's message for a value that is not of the flag's type.
     """
     return validate(_read(type(default), default, arguments, dotted_names(type(default)), prog, description))
@@ -71,19 +74,29 @@ def _read(
 ) -> T:
     for argument in arguments:
         if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
-            raise UsageError(f"command line: {mask(storage.printable(argument))} is not UTF-8; rename what it names")
+            raise UsageError(f"{mask(storage.printable(argument))} is not UTF-8; rename what it names")
     text = f"{description or kind.__doc__} The word None unsets a setting that may be None."
     found, unknown = _tyro(kind, default=default, args=arguments, prog=prog, description=text)
     if unknown:
-        name = flag(unknown[0].partition("=")[0].removeprefix("--"))
-        raise UsageError(f"command line: {unknown_key(mask(name), [*map(flag, names)])}")
+        raise UsageError(unknown_flag(mask(unknown[0].partition("=")[0]), names))
     return found
 
 
 def _tyro(kind: type[T], **settings: Any) -> tuple[T, list[str]]:
     """What tyro reads of a command line, and what it does not know."""
     marks = (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction)
-    return tyro.cli(kind, return_unknown_args=True, config=marks, registry=_TYPES, **settings)
+    # tyro joins the lines of a field's docstring where none is indented, as docstring_parser 0.18 leaves them.
+    with mock.patch("docstring_parser.parse_from_object", _parse_without_indentation):
+        return tyro.cli(kind, return_unknown_args=True, config=marks, registry=_TYPES, **settings)
+
+
+def _parse_without_indentation(
+    of: Any, parse: Callable[[Any], docstring_parser.Docstring] = docstring_parser.parse_from_object
+) -> docstring_parser.Docstring:
+    found = parse(of)
+    for field in found.params:
+        field.description = field.description and " ".join(field.description.split())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +144,9 @@ def preset_command(
         if name is not None:
             raise UsageError(f"{prog} takes no preset; leave {name!r} out")
         name = only
-    switches, _ = _tyro(Switches, args=rest, prog=prog, add_help=False)
+    completion = [word for word in rest if word.startswith("--tyro-")]  # tyro's own flags, for all settings below
+    words = [word for word in rest if word not in completion]
+    switches, _ = _tyro(Switches, args=words, prog=prog, add_help=False)
     file = switches.file
     values: Any = {} if file is None else storage.read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get("preset", ""), str):
@@ -140,7 +155,7 @@ def preset_command(
         advice = f"{prog} takes no other" if only else "leave PRESET out or make them agree"
         raise UsageError(f"{file}: is of preset {values['preset']!r}, not {name!r}; {advice}")
     name = name or values.get("preset")
-    if name is None and not {"-h", "--help"} & set(rest):
+    if name is None and not {"-h", "--help", *completion} & set(rest):
         raise UsageError(f"a preset is required: {prog} PRESET …, one of {', '.join(PRESETS)}")
     row = preset(name or "arplus")
     default = with_values(widen(tiny(row) if switches.tiny else row), values, source=str(file))
@@ -159,8 +174,28 @@ def preset_command(
         advice = "leave it out" if only else f"write {prog} {run.preset} …"
         raise UsageError(f"--preset: only names what the defaults are; {advice}")
     for field, problem in run.name_problems():
-        raise UsageError(f"command line: --{flag(field)}: {problem}")
+        raise UsageError(f"--{flag(field)}: {problem}")
     return replace(command, config=validate(command.config))
+
+
+def submit_line(prog: str, arguments: Sequence[str]) -> str:
+    """The command that gives a cluster the job whose ``--dry-run`` this is."""
+    kept = list(arguments)
+    for i, word in reversed([*enumerate(kept)]):
+        if word.replace("_", "-").partition("=")[0] == "--dry-run":
+            del kept[i : i + 1 + (kept[i + 1 : i + 2] == ["True"])]
+    return f"on a cluster: ray job submit --working-dir . -- {shlex.join(['python', prog, *kept])}"
+
+
+def conclude(found: Mapping[str, str | None]) -> None:
+    """Ends a job's log with one block: by name, where its results are and what to do next; None is left out.
+
+    It goes to stderr, as all of the log does: what a job prints to stdout is for other programs.
+    """
+    sys.stdout.flush()  # in a submitted job's log both are one file
+    rows = {name: value for name, value in found.items() if value}
+    width = max(map(len, rows))
+    print("\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows.items())]), file=sys.stderr)
 
 
 def run(main: Callable[[], Any]) -> None:

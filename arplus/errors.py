@@ -115,4 +115,4 @@ def _masked(scheme: str, slashes: str, rest: str, no_port: re.Pattern[str]) -> s
 
 
 def _is_path(scheme: str) -> bool:
-    return scheme in ("s3", "file") or scheme.startswith("sqlite")
+    return scheme in ("s3", "file", "models", "runs") or scheme.startswith("sqlite")

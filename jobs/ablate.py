@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Trains the paper's rows and makes its tables: ``python jobs/ablate.py --data URI [--tiny] [settings]``."""
 
 import sys
@@ -15,18 +16,27 @@ def main() -> None:
         description="Trains AR, AR+ and AR+ less each method, and makes the paper's tables.",
         only="arplus",
     )
-    from arplus import tracking
     from arplus.cluster import connection
     from arplus.study import ablate
-    from arplus.study.record import resolve_study
 
     if command.dry_run:
-        print(ablate.plan(command.config))
+        print(f"{ablate.plan(command.config)}\n{cli.submit_line('jobs/ablate.py', sys.argv[1:])}")
         return
     connection.connect()
-    print(ablate.shown(ablate.ablate(command.config)))
-    if serve := tracking.open_command(resolve_study(command.config, "ablate").run.mlflow or ""):
-        print(f"see the runs with: {serve}")
+    result = ablate.ablate(command.config)
+    print(ablate.shown(result))
+    data = command.config.run.data
+    cli.conclude(
+        {
+            "report": result["report"],
+            "checkpoint": result["checkpoint"],
+            "model": result["model"],
+            "MLflow": result["runs_url"],
+            "compare": result["compare_url"],
+            "served by": result["serve"],
+            "next": f"python jobs/evaluate.py --checkpoint {result['checkpoint']} --data {data}",
+        }
+    )
 
 
 if __name__ == "__main__":

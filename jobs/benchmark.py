@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Measures one subject on this machine or cluster: ``python jobs/benchmark.py SUBJECT [settings]``."""
 
 import importlib

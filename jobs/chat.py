@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Talks with a checkpoint under a chosen persona: see ``--help`` for every setting."""
 
 import sys
@@ -9,11 +10,14 @@ from arplus.config import ChatConfig
 def main() -> None:
     """Answers ``--say`` and stops, or converses on the terminal until an empty line or the end of input."""
     config = cli.parse(ChatConfig(), sys.argv[1:], prog="jobs/chat.py")
+    from arplus import tracking
     from arplus.evaluation.replies import Responder, raw_profile
     from arplus.runs import checkpoint
 
     profile = raw_profile(config.gender, config.location, config.tags)
-    responder = Responder(checkpoint.load(config.checkpoint), profile, config.sampling, config.seed)
+    weight = None if config.persona_weight == "auto" else config.persona_weight
+    with tracking.fetched(config.checkpoint, config.mlflow) as folder:
+        responder = Responder(checkpoint.load(folder), profile, config.sampling, config.seed, weight)
     if config.say is not None:
         print(responder.reply([config.say]))
         return

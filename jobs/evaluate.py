@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Evaluates a checkpoint on a split: see ``--help`` for every setting."""
 
 import sys
@@ -9,6 +10,7 @@ from arplus.config import EvaluateConfig
 def main() -> None:
     """Reads the command line, evaluates, and gives the metrics as table, JSON and in the training run's MLflow run."""
     config = cli.parse(EvaluateConfig(), sys.argv[1:], prog="jobs/evaluate.py")
+    from arplus import tracking
     from arplus.cluster import connection
     from arplus.evaluation.delivery import deliver, destination
     from arplus.evaluation.evaluate import evaluate, table
@@ -17,7 +19,16 @@ def main() -> None:
     connection.connect()
     result = evaluate(config)
     print(table(result))
-    deliver(result, config, to)
+    page = deliver(result, config, to)
+    cli.conclude(
+        {
+            "checkpoint": result["checkpoint"],
+            "metrics": config.json,
+            "MLflow": page,
+            "served by": tracking.open_command(to.mlflow),
+            "next": f"python jobs/chat.py --checkpoint {config.checkpoint}",
+        }
+    )
 
 
 if __name__ == "__main__":

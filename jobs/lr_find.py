@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Smith's learning-rate range test: ``python jobs/lr_find.py PRESET --data URI [--tiny] [settings]``."""
 
 import json
@@ -17,6 +18,7 @@ def main() -> None:
     )
     if command.dry_run:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
+        print(cli.submit_line("jobs/lr_find.py", sys.argv[1:]))
         return
     from arplus.cluster import connection
     from arplus.study import lr_find
@@ -26,8 +28,14 @@ def main() -> None:
     lr = result["lr"]
     print(f"learning rate: {lr['suggestion']:.2e}, where the loss falls steepest after {len(result['points'])} steps")
     print(f"bounds for a sweep: {lr['low']:.2e} … {lr['high']:.2e}")
-    print(f"curve: {result['plot']}\nMLflow: {result['mlflow_url']}")
-    print(f"search between them: jobs/tune.py {result['preset']} --lr-bounds {result['file']} …")
+    cli.conclude(
+        {
+            "curve": result["plot"],
+            "MLflow": result["mlflow_url"],
+            "next": f"python jobs/tune.py {result['preset']} --data {command.config.run.data} "
+            f"--lr-bounds {result['file']}",
+        }
+    )
 
 
 if __name__ == "__main__":

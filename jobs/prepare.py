@@ -1,13 +1,14 @@
+#!/usr/bin/env python
 """Turns raw records into an encoded data set: see ``--help`` for every setting."""
 
 import sys
 
-from arplus import cli
+from arplus import cli, storage
 from arplus.config import PrepareConfig
 
 
 def main() -> None:
-    """Reads the command line, prepares the data set, prints its counts and what to do next."""
+    """Reads the command line, prepares the data set, prints its counts, and says what to do next."""
     config = cli.parse(PrepareConfig(), sys.argv[1:], prog="jobs/prepare.py")
     from arplus.cluster import connection
     from arplus.prepare.card import report
@@ -16,7 +17,13 @@ def main() -> None:
     connection.connect()
     manifest = prepare(config)
     print(report(manifest))
-    print(f"\nNext: python jobs/train.py arplus --data {config.output}")
+    cli.conclude(
+        {
+            "data set": config.output,
+            "data card": storage.join(config.output, "data_card.html"),
+            "next": f"python jobs/train.py arplus --data {config.output}",
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Generates records in PersonalDialog's raw form: see ``--help`` for every setting."""
 
 import dataclasses
@@ -15,6 +16,7 @@ def main() -> None:
 
     counts = synthesize(config)
     print(json.dumps({"output": config.output, **dataclasses.asdict(counts)}))
+    cli.conclude({"records": config.output, "next": f"python jobs/prepare.py --input {config.output} --output data"})
 
 
 if __name__ == "__main__":

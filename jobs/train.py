@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Trains one of the paper's rows: ``python jobs/train.py PRESET [--tiny] [--config FILE] [--dry-run] [settings]``."""
 
 import json
@@ -12,14 +13,15 @@ def main() -> None:
     if command.dry_run:
         from arplus.training import estimate
 
-        print(estimate.report(command.config))
+        print(f"{estimate.report(command.config)}\n{cli.submit_line('jobs/train.py', sys.argv[1:])}")
         return
     from arplus.cluster import connection
-    from arplus.training.trainer import train
+    from arplus.training.trainer import summarise, train
 
     connection.connect()
     final = train(command.config)
     print(json.dumps(final.flat()))
+    cli.conclude(summarise(command.config, final))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Searches settings for a training run: ``python jobs/tune.py PRESET --data URI --trials N [--tiny] [settings]``."""
 
 import sys
@@ -18,18 +19,22 @@ def main() -> None:
     from arplus.study import tune
 
     if command.dry_run:
-        print(tune.plan(command.config))
+        print(f"{tune.plan(command.config)}\n{cli.submit_line('jobs/tune.py', sys.argv[1:])}")
         return
     connection.connect()
     result = tune.sweep(command.config)
     print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")
     print("\n".join(f"  --{name} {value}" for name, value in result["values"].items()))
-    print(f"train with it: jobs/train.py --config {result['config']}")
-    if result["model"]:
-        print(f"its model: {result['model']}")
-    if result["serve"]:
-        print(f"see the runs with: {result['serve']}")
-    print(f"runs: {result['runs_url']}\ncompare: {result['compare_url']}")
+    cli.conclude(
+        {
+            "checkpoint": result["checkpoint"],
+            "model": result["model"],
+            "MLflow": result["runs_url"],
+            "compare": result["compare_url"],
+            "served by": result["serve"],
+            "next": f"python jobs/train.py --config {result['config']}",
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,29 +17,54 @@ import jsonschema
 import pytest
 import yaml
 
+from arplus import cli
+
 ROOT = Path(__file__).parent.parent
 CRDS = Path(os.environ.get("ARPLUS_CRDS", ROOT.parent / "shared" / "crds"))
-KUBERAY = {"RayCluster": "raycluster.yaml", "RayJob": "rayjob.yaml"}
+KUBERAY = ROOT / "cluster" / "kuberay"
+JOBS = ("prepare", "train", "tune", "ablate", "evaluate")
 
 needs_crds = pytest.mark.skipif(
     not CRDS.is_dir(), reason=f"KubeRay's CRDs are not part of the repository; none in {CRDS} (ARPLUS_CRDS)"
 )
 
 
-def load(kind):
-    return yaml.safe_load((ROOT / "cluster" / "kuberay" / KUBERAY[kind]).read_text())
+def build(job):
+    """The RayJob that `kubectl apply -k` makes of a job's folder: the template, and its patches (RFC 6902)."""
+    found = yaml.safe_load((KUBERAY / "job" / "rayjob.yaml").read_text())
+    found = json.loads(json.dumps(found))  # what is shared by anchors becomes each one's own
+    (patch,) = yaml.safe_load((KUBERAY / job / "kustomization.yaml").read_text())["patches"]
+    for change in yaml.safe_load(patch["patch"]):
+        *way, last = (part.replace("~1", "/") for part in change["path"].split("/")[1:])
+        place = functools.reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], way, found)
+        assert last in place, change
+        if change["op"] == "remove":
+            del place[last]
+        else:
+            place[last] = change["value"]
+    return found
 
 
-def paths(kind):
-    """Where the pod templates of a manifest are."""
-    spec = load(kind)["spec"]
-    cluster = spec["rayClusterSpec"] if kind == "RayJob" else spec
-    pods = [cluster["headGroupSpec"]["template"]]
-    pods += [group["template"] for group in cluster["workerGroupSpecs"]]
-    return [*pods, spec["submitterPodTemplate"]] if kind == "RayJob" else pods
+MANIFESTS = {
+    "RayCluster": yaml.safe_load((KUBERAY / "raycluster.yaml").read_text()),
+    **{job: build(job) for job in JOBS},
+}
 
 
-PODS = [pytest.param(pod, id=f"{kind}-{n}") for kind in KUBERAY for n, pod in enumerate(paths(kind))]
+def cluster_of(manifest):
+    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
+
+
+def pods_of(manifest):
+    """The pod templates of a manifest: the head's, the workers', and the submitter's if it has one."""
+    cluster = cluster_of(manifest)
+    pods = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    return [*pods, *filter(None, [manifest["spec"].get("submitterPodTemplate")])]
+
+
+PODS = [
+    pytest.param(pod, id=f"{name}-{n}") for name, found in MANIFESTS.items() for n, pod in enumerate(pods_of(found))
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- KubeRay
@@ -92,11 +119,18 @@ def validate(manifest):
 
 
 @needs_crds
-@pytest.mark.parametrize("kind", KUBERAY)
-def test_kuberay_would_accept_the_manifest(kind):
-    manifest = load(kind)
-    assert manifest["kind"] == kind
-    validate(manifest)
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kuberay_would_accept_the_manifest(name):
+    validate(MANIFESTS[name])
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_kustomize_makes_the_same_of_a_jobs_folder(job):
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl, which has kustomize in it, is not installed")
+    done = subprocess.run([kubectl, "kustomize", KUBERAY / job], capture_output=True, text=True, timeout=60)
+    assert yaml.safe_load(done.stdout) == MANIFESTS[job], done.stderr
 
 
 def _misspell(spec):
@@ -118,7 +152,7 @@ def _deep_misspell(spec):
 @needs_crds
 @pytest.mark.parametrize("break_it", [_misspell, _wrong_type, _no_template, _deep_misspell])
 def test_a_broken_manifest_is_caught(break_it):
-    manifest = load("RayJob")
+    manifest = build("train")
     break_it(manifest["spec"])
     with pytest.raises(jsonschema.ValidationError):
         validate(manifest)
@@ -142,7 +176,7 @@ def test_kubernetes_would_accept_the_pods(pod):
 
 
 def test_a_broken_pod_is_caught():
-    pod = copy.deepcopy(paths("RayCluster")[0])
+    pod = copy.deepcopy(pods_of(MANIFESTS["RayCluster"])[0])
     pod["spec"]["serviceAccount_name"] = "x"
     assert "serviceAccount_name" in kubernetes_problems(pod)
 
@@ -157,31 +191,48 @@ def test_pods_are_confined_and_bounded(pod):
         assert container["resources"]["limits"]["memory"]
 
 
-def test_workers_have_a_gpu_and_shared_memory():
-    for kind in KUBERAY:
-        worker = paths(kind)[1]["spec"]
-        (container,) = worker["containers"]
-        assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == 1
+def test_workers_have_shared_memory_and_a_gpu_where_they_train():
+    for name, manifest in MANIFESTS.items():
+        (container,) = pods_of(manifest)[1]["spec"]["containers"]
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
+        for amounts in container["resources"].values():
+            assert amounts.get("nvidia.com/gpu") == (None if name == "prepare" else "1")
 
 
-def test_a_retried_job_goes_on_and_ends():
-    spec = load("RayJob")["spec"]
-    assert "--run-name arplus-1 " in spec["entrypoint"]
+@pytest.mark.parametrize("job", JOBS)
+def test_a_retried_job_goes_on_and_ends(job):
+    spec = MANIFESTS[job]["spec"]
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"]
     assert spec["activeDeadlineSeconds"] > spec["preRunningDeadlineSeconds"] > 0
     assert spec["ttlSecondsAfterFinished"] > 0
+    assert not [key for key in spec if key.startswith("entrypoint") and key != "entrypoint"], "drivers stay on the head"
 
 
-def test_the_jobs_command_is_one_that_the_job_takes():
-    from arplus.cli import parse
-    from arplus.config import preset
+@pytest.mark.parametrize("job", JOBS)
+def test_the_jobs_command_is_one_that_the_job_takes(job, monkeypatch):
+    """What makes a retry go on, the run's name, is written down in each command that has one."""
+    program, script, *arguments = MANIFESTS[job]["spec"]["entrypoint"].split()
+    assert (program, script) == ("python", f"/app/jobs/{job}.py")
+    read, validate = [], cli.validate
 
-    program, script, name, *flags = load("RayJob")["spec"]["entrypoint"].split()
-    assert (program, script) == ("python", "/app/jobs/train.py")
-    config = parse(preset(name), flags, prog="train", description="")
-    assert config.workers == load("RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    def parsed(config):
+        read.append(validate(config))
+        raise SystemExit
+
+    monkeypatch.setattr(cli, "validate", parsed)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]()
+    run = getattr(read[0], "run", read[0])
+    (group,) = cluster_of(MANIFESTS[job])["workerGroupSpecs"]
+    assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+    if job in ("train", "tune", "ablate"):
+        assert run.run_name == {"train": "arplus-1", "tune": "sweep-1", "ablate": "study-1"}[job]
+    if job == "train":
+        assert run.workers == group["replicas"]
+    if job != "prepare":
+        assert run.device == "gpu"
 
 
 # --------------------------------------------------------------------------------------------------------------- AWS
@@ -248,7 +299,8 @@ def test_the_image_has_what_the_jobs_need(tmp_path):
     (command,) = re.findall(r"^RUN (python -c .*?) > requirements.txt", text, flags=re.MULTILINE | re.DOTALL)
     found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    extras = project["optional-dependencies"]
+    needed = {*project["dependencies"], *extras["demo"], *extras["vectors"]}
     assert {"torch", "jieba"} <= needed == set(found.stdout.split())
 
 
@@ -274,13 +326,12 @@ def test_ray_up_finds_in_the_image_what_it_calls():
 def test_everything_runs_the_same_ray():
     from importlib.metadata import version
 
-    assert load("RayCluster")["spec"]["rayVersion"] == version("ray")
-    assert load("RayJob")["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
+    assert {cluster_of(manifest)["rayVersion"] for manifest in MANIFESTS.values()} == {version("ray")}
 
 
-@pytest.mark.parametrize("path", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "aws.yaml"])
+@pytest.mark.parametrize("path", [ROOT / "cluster" / "aws.yaml", *KUBERAY.rglob("*.yaml")], ids=str)
 def test_no_secret_is_written_down(path):
-    text = (ROOT / "cluster" / path).read_text()
+    text = path.read_text()
     assert not re.search(r"(SECRET|ACCESS_KEY|PASSWORD|TOKEN)\w*\s*[:=]\s*\S", text)
     assert not re.search(r"://[^/\s]+@", text)
 
@@ -315,15 +366,11 @@ def test_a_local_cluster_ends_only_what_it_started(tmp_path):
 
 
 def test_a_job_that_is_stopped_has_time_to_save():
-    for kind in KUBERAY:
-        (head,) = paths(kind)[0]["spec"]["containers"]
+    for manifest in MANIFESTS.values():
+        (head,) = pods_of(manifest)[0]["spec"]["containers"]
         assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "30"} in head["env"]
     assert "--env RAY_JOB_STOP_WAIT_TIME_S=30" in aws()["docker"]["run_options"]
     assert "RAY_JOB_STOP_WAIT_TIME_S=30" in (ROOT / "cluster" / "local.sh").read_text()
-
-
-def test_drivers_stay_on_the_head():
-    assert not [key for key in load("RayJob")["spec"] if key.startswith("entrypoint") and key != "entrypoint"]
 
 
 def test_a_job_takes_the_code_along_and_no_secret(tmp_path):

@@ -25,6 +25,7 @@ from arplus.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PlacementConfig,
     PrepareConfig,
     Role,
     Sampling,
@@ -90,7 +91,7 @@ def message_of(cls: type, values: dict[str, Any]) -> str:
 
 def test_the_presets_are_the_papers_seven_rows() -> None:
     assert list(PAPER_ROWS) == ROWS
-    assert list(PRESETS) == [*ROWS, "arplus-large"]
+    assert list(PRESETS) == [*ROWS, "arplus-large", "ar-weighted", "arplus-weighted"]
     assert all(row.preset == name for name, row in PRESETS.items())
 
 
@@ -103,14 +104,27 @@ def test_ar_plus_has_the_papers_sizes() -> None:
         "heads": 8,
         "ff_size": 2048,
         "ff_bottleneck": 100,
+        "activation": "relu",
         "rezero": True,
+        "gate_start": 0.0,
+        "shared_stacks": True,
         "fixed_attention": 0.1,
         "memory_hops": 3,
+        "memory_tying": "adjacent",
         "auxiliary": "infilling",
         "tied_head": False,
         "decoder_norm": True,
         "adapter": None,
         "dropout": 0.1,
+        "features": {
+            "path": None,
+            "use": "replace",
+            "layers": "-2",
+            "combine": "mean",
+            "width": None,
+            "digest": None,
+        },
+        "persona_weight": "one",
     }
     assert VocabularySizes() == VocabularySizes(characters=9_498, persona_words=10_011)
 
@@ -237,6 +251,7 @@ train_configs = st.builds(
             "rezero": st.booleans(),
             "auxiliary": st.sampled_from(["infilling", "lm"]),
             "dropout": st.floats(0, 1, exclude_max=True),
+            "persona_weight": st.sampled_from(["one", "predicted"]),
         }
     ),
 )
@@ -284,24 +299,26 @@ def test_an_unknown_key_lists_the_valid_ones_nearest_first(values: dict[str, Any
 @pytest.mark.parametrize(
     ("values", "start"),
     [
-        ({"batch_size": 0}, "--batch-size: input should be greater than 0"),
+        ({"batch_size": 0}, "--batch-size: must be greater than 0"),
         ({"optimizer": {"lr": "fast"}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.nan}}, "--optimizer.lr: "),
         ({"optimizer": {"lr": math.inf}}, "--optimizer.lr: must be finite"),
         ({"optimizer": {"warmup": 9}}, "--optimizer.warmup: is the linear schedule's: add --optimizer.schedule linear"),
-        ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: input should be less than 1"),
+        ({"optimizer": {"plateau_factor": 1}}, "--optimizer.plateau-factor: must be less than 1"),
         ({"precision": "fp16"}, "--precision: "),
-        ({"zero_stage": 4}, "--zero-stage: input should be 'auto', 0, 1, 2 or 3"),
+        ({"zero_stage": 4}, "--zero-stage: must be 'auto', 0, 1, 2 or 3"),
         ({"seed": -1}, "--seed: "),
         ({"seed": 2**63}, "--seed: "),
         ({"max_steps": 0}, "--max-steps: "),  # a union with None, whose error pydantic places below the field
         ({"max_steps": "many"}, "--max-steps: "),
         ({"cpus_per_worker": math.inf}, "--cpus-per-worker: must be finite"),
-        ({"cpus_per_worker": 0.1}, "--cpus-per-worker: input should be greater than or equal to 0.2"),
-        ({"device": "cuda"}, "--device: input should be 'auto', 'gpu' or 'cpu'"),
+        ({"cpus_per_worker": 0.1}, "--cpus-per-worker: must be greater than or equal to 0.2"),
+        ({"gpus_per_worker": 0}, "--gpus-per-worker: must be greater than or equal to 0.05"),
+        ({"gpus_per_worker": 2}, "--gpus-per-worker: must be less than or equal to 1"),
+        ({"device": "cuda"}, "--device: must be 'auto', 'gpu' or 'cpu'"),
         ({"epochs": 1.5}, "--epochs: "),
         ({"epochs": None}, "--epochs: "),
-        ({"model": {"dropout": 1.0}}, "--model.dropout: input should be less than 1"),
+        ({"model": {"dropout": 1.0}}, "--model.dropout: must be less than 1"),
         ({"model": {"auxiliary": "none"}}, "--model.auxiliary: "),
     ],
 )
@@ -315,7 +332,7 @@ def test_a_bad_value_names_its_flag_the_source_and_itself(values: dict[str, Any]
 
 
 def test_a_section_in_a_settings_place_is_a_bad_value() -> None:
-    problem = "--seed: input should be a valid integer (got {'x': 1})"
+    problem = "--seed: must be a valid integer (got {'x': 1})"
     assert message_of(TrainConfig, {"seed": {"x": 1}}) == f"settings.json: {problem}"
 
 
@@ -372,8 +389,26 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (TrainConfig, {"model": {"layers": 6, "repeats": 4}}, "--model.repeats: must divide layers = 6 (got 4)"),
         (TrainConfig, {"model": {"heads": 7}}, "--model.heads: must divide d_model = 512 (got 7)"),
         (TrainConfig, {"model": {"tied_head": True}}, "--model.embedding-size: must equal d_model = 512"),
+        (TrainConfig, {"model": {"activation": "gelu"}}, "--model.activation: is the plain feed-forward layer's"),
+        (TrainConfig, {"model": {"rezero": False, "gate_start": 1.0}}, "--model.gate-start: is the gate's of ReZero"),
+        (
+            TrainConfig,
+            {"model": {"memory_hops": 0, "memory_tying": "layer-wise"}},
+            "--model.memory-tying: is the MemN2N",
+        ),
         (TrainConfig, {"compile": "on", "zero_stage": 3}, "--compile: on needs --zero-stage 0, 1 or 2"),
         (TrainConfig, {"compile": "on", "device": "cpu"}, "--compile: on needs GPUs, and --device cpu takes none"),
+        (TrainConfig, {"accelerator_type": "L4", "device": "cpu"}, "--accelerator-type: needs GPUs, and --device cpu"),
+        (TrainConfig, {"label_selector": ["zone"]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone="]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone=in(a,!b)"]}, "--label-selector: must be KEY=VALUE"),
+        (TrainConfig, {"label_selector": ["zone=a", "zone=b"]}, "--label-selector: names a key twice"),
+        (TrainConfig, {"label_selector": ["a=b"], "workers": "1:2"}, "--label-selector: cannot be had with --workers"),
+        (
+            TuneConfig,
+            {"gpus_per_worker": 0.25, "workers": 2, "device": "gpu"},
+            "--gpus-per-worker: lets Ray put several workers of one run on one GPU, and NCCL refuses two ranks on one",
+        ),
         (TuneConfig, {"patience": 2}, "--patience: cannot be set for a study: its runs have one budget"),
         (PrepareConfig, {"output": "o"}, "--input: is required"),
         (PrepareConfig, {"input": "i"}, "--output: is required"),
@@ -390,6 +425,14 @@ def test_settings_that_are_wrong_together_name_the_flag(cls: type, values: dict[
     assert message_of(cls, values).startswith(f"settings.json: {problem}")
 
 
+@pytest.mark.parametrize(("share", "runs"), [(1, 1), (0.6, 1), (0.5, 2), (0.3, 3), (0.3333, 3), (0.2, 5), (0.05, 20)])
+def test_runs_that_share_a_gpu(share: float, runs: int) -> None:
+    assert PlacementConfig(gpus_per_worker=share).runs_per_gpu == runs
+    from_dict(TrainConfig, {"gpus_per_worker": share, "workers": 2}, source="test")  # on CPUs it changes nothing
+    if runs == 1:  # each worker has a GPU for itself
+        from_dict(TrainConfig, {"gpus_per_worker": share, "workers": 2, "device": "gpu"}, source="test")
+
+
 def test_shares_and_whole_numbers_of_sessions_are_both_right() -> None:
     for number in (0, 0.25, 1, 20_000.0):
         validate(PrepareConfig(input="i", output="o", valid=number, test=number))
@@ -403,7 +446,7 @@ def test_rules_are_bounded() -> None:
 
 
 def test_a_changed_preset_is_checked_too() -> None:
-    with pytest.raises(UsageError, match=r"^command line: --model\.repeats: "):
+    with pytest.raises(UsageError, match=r"^--model\.repeats: "):
         validate(replace(preset("arplus"), model=ModelConfig(layers=6, repeats=5)))
 
 
@@ -439,6 +482,11 @@ def test_what_makes_a_training_run_the_run_it_is() -> None:
         "batch_size",
         "seed",
         "init_from",
+        "init.pretrained",
+        "init.parts",
+        "init.layers",
+        "init.digest",
+        "init.character_vectors",
         "feed.shuffle_window_batches",
         "feed.max_examples",
     ]

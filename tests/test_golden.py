@@ -39,6 +39,8 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
         ff_bottleneck=bottleneck if theirs.get("factor_ff") else None,
         rezero=theirs.get("use_rezero", False),
         memory_hops=theirs["mem_n2n_hops"] if theirs.get("use_mem_n2n") else 0,
+        memory_tying="layer-wise" if theirs.get("mem_n2n_layer_share") == "layer_wise" else "adjacent",
+        shared_stacks=theirs.get("share_encoder_decoder", True),
         auxiliary="infilling" if theirs.get("auxiliary_task") == "MLM" else "lm",
         tied_head=not plus,
         decoder_norm=plus,
@@ -68,6 +70,8 @@ class Golden:
     def model(self) -> PersonaTransformer:
         """The model with the file's weights; it computes with the plain operations or those of a backend."""
         model = load_reference(self.state, self.config, self.sizes).eval()
+        alpha = self.golden["config"].get("attn_alpha", 1)
+        model.persona_weight = None if alpha == 1 else alpha
         if self.backend is not None:
             kernels.use(model, torch.device(self.backend))
         return model

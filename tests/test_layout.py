@@ -28,10 +28,13 @@ ALLOWED = {
     "cluster": _rooms("cluster", "data"),
     "prepare": _rooms("prepare", "data", "cluster"),
     "synthetic": _rooms("synthetic", "data"),
-    "runs": _rooms("runs", "data", "model"),
+    "runs": _rooms("runs", "data", "model", "pretrained"),
+    "pretrained": _rooms("pretrained", "data", "model"),
     "tracking": _rooms("tracking"),
     "evaluation": _rooms("evaluation", "cluster", "runs", "data", "kernels", "model", "tracking"),
-    "training": _rooms("training", "cluster", "runs", "data", "evaluation", "kernels", "model", "tracking"),
+    "training": _rooms(
+        "training", "cluster", "runs", "data", "evaluation", "kernels", "model", "pretrained", "tracking"
+    ),
     "study": _rooms("study", "cluster", "runs", "data", "evaluation", "model", "tracking", "training"),
     # It measures all the others, and none of them knows it.
     "benchmark": _rooms(
@@ -41,12 +44,16 @@ ALLOWED = {
 }
 """Package or module → what of ours it may import; modules that are not named here are part of the base."""
 MODEL_NEEDS = {"numpy", "safetensors", "torch"}
-ONLY_IN = {
+ONLY_IN: dict[str, str | tuple[str, ...]] = {
+    "huggingface_hub": "arplus/pretrained/",
+    "transformers": ("arplus/pretrained/", "arplus/benchmark/baselines/bart.py"),
     "deepspeed": "arplus/training/",
-    "mlflow": "arplus/tracking/client.py",
+    "gensim": "arplus/pretrained/word2vec.py",
+    # Two, since one would be over 400 lines. The flavor's loader is neither: MLflow calls it, it never calls MLflow.
+    "mlflow": ("arplus/tracking/client.py", "arplus/tracking/registry.py"),
     "optuna": "arplus/study/search.py",
 }
-"""Library → the one place that may import it."""
+"""Library → the places that may import it."""
 
 
 def imported(path, module):
@@ -110,6 +117,8 @@ def test_imports_go_one_way():
         ("training/x.py", "from arplus.benchmark import machine"),
         ("training/x.py", "from arplus.study import record"),
         ("study/x.py", "import optuna"),
+        ("training/x.py", "def f():\n    from transformers import AutoModel"),
+        ("model/x.py", "from arplus.pretrained import weights"),
         ("text.py", "from arplus.data import records"),
         ("model/x.py", "import deepspeed"),
     ],

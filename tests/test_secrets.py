@@ -84,7 +84,7 @@ def test_no_part_of_a_password_is_told(password: str, scheme: str) -> None:
     """Whatever characters it holds: the address's own among them."""
     with pytest.raises(UsageError) as caught:
         cli.parse(preset("arplus"), ["--mlflow", f"{scheme}://0:{password}@0"], prog="job", description="")
-    assert str(caught.value) == f"command line: --mlflow: {NO_CREDENTIALS}"
+    assert str(caught.value) == f"--mlflow: {NO_CREDENTIALS}"
 
 
 @pytest.mark.parametrize("uri", [f"s3://KEY:{SECRET}@bucket/x", f"https://me:{SECRET}@example.org/x"])

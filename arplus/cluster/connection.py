@@ -133,32 +133,33 @@ class Offer(NamedTuple):
     cpus: float
     """CPUs; infinite where nodes that are yet to start bring their own."""
     gpus: int
-    """GPUs, one a worker; 0 where it computes on CPUs."""
+    """GPUs; 0 where it computes on CPUs."""
 
 
-def offer(device: Device, gpus: int) -> Offer:
+def offer(device: Device, gpus: int, alive: int | None = None) -> Offer:
     """What the cluster has for a job with ``--device``, which takes ``gpus`` GPUs at most, or at least with "gpu".
 
+    Where the job does not take any GPU, ``alive`` says how many of those that it takes live.
     Only "gpu" counts on nodes that do not live yet: no part of Ray 2.60 says what an autoscaler could start
     (``get_max_resources_from_cluster_config`` is None, since neither of its autoscalers reports its configuration).
     Raises :class:`ResourceError` for "gpu" where no GPU can ever come.
     """
-    alive = ray.cluster_resources()
-    found = Offer(alive.get("CPU", 0.0), int(alive.get("GPU", 0)))
+    there = ray.cluster_resources()
+    found = Offer(there.get("CPU", 0.0), int(there.get("GPU", 0)) if alive is None else alive)
     if device == "cpu":
         return found._replace(gpus=0)
     if device == "gpu" and found.gpus < gpus:
-        if _may_grow():
+        if may_grow():
             _say(f"--device gpu: {found.gpus} of {gpus} GPUs are alive; waiting until the cluster has started the rest")
             return Offer(math.inf, gpus)
         if not found.gpus:
             raise ResourceError("--device gpu: this machine has no GPU; leave it out, or submit the job to a cluster")
-    if not found.gpus and _may_grow():
+    if not found.gpus and may_grow():
         _say("no GPU of the cluster is alive, so this runs on CPUs; --device gpu asks its autoscaler for GPUs")
     return found
 
 
-def _may_grow() -> bool:
+def may_grow() -> bool:
     """Whether nodes may join: to all clusters but the one that ends with this process."""
     return not ray_private.runs_the_head()
 

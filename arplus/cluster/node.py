@@ -100,7 +100,7 @@ def code_tags() -> dict[str, str]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return {"code": _code()}
-    return {"code": _code(), "git_commit": commit}
+    return {"code": _code(), "mlflow.source.git.commit": commit}
 
 
 def _code() -> str:

@@ -14,7 +14,7 @@ import ray
 from ray.train import ScalingConfig
 
 from arplus import storage
-from arplus.cluster import connection, node, nodes, ray_private
+from arplus.cluster import node, nodes, placement, ray_private
 from arplus.config import MIN_WORKER_CPUS, TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
@@ -32,17 +32,20 @@ MIN_DISK = 1 << 30
 def scaling(config: TrainConfig) -> ScalingConfig:
     """Workers and their resources on the connected cluster: a GPU each as ``--device`` says, CPUs as they are left.
 
-    Raises :class:`ResourceError` with the sum shown when it is too small for the fewest workers that the run may have.
+    They are on nodes that qualify, and have a share of a GPU where ``--gpus-per-worker`` says so. Raises
+    :class:`ResourceError` with the sum shown when it is too small for the fewest workers that the run may have.
     """
     driver = driver_cpus()
     fewest, wanted = config.world_sizes[0], config.world_sizes[-1]
-    cpus, gpus = connection.offer(config.device, wanted)
-    if gpus and fewest > gpus:
+    cpus, gpus, within = placement.find_room(config, wanted)
+    chosen = config.placement
+    if gpus and fewest > gpus * chosen.runs_per_gpu:
+        kind = f" that qualify by {chosen.flags}" if chosen.flags else ""
         raise ResourceError(
-            f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus} alive; lower --workers, or "
-            "take --device gpu, which waits for more, or --device cpu"
+            f"--workers {config.workers}: a worker takes one GPU and the cluster has {gpus} alive{kind}; lower "
+            "--workers, or take --device gpu, which waits for more, or --device cpu"
         )
-    free = cpus - FEED_CPUS - driver
+    free = min(cpus - FEED_CPUS - driver, within)
     share = config.cpus_per_worker or fair_share(free, cpu_nodes(), wanted, fewest)
     if share < MIN_WORKER_CPUS or fewest * share > free + 1e-6:
         share = max(share, MIN_WORKER_CPUS)
@@ -51,7 +54,8 @@ def scaling(config: TrainConfig) -> ScalingConfig:
         raise ResourceError(
             f"--workers {config.workers}: {fewest} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data feed"
             + (f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else "")
-            + f" = {total:g} CPUs, and the cluster has {cpus:g}; "
+            + f" = {total:g} CPUs, and the cluster has {cpus:g}"
+            + (f", {within:g} of them where workers may be ({chosen.flags}); " if within < cpus else "; ")
             + (f"take at most {fit} workers or fewer --cpus-per-worker" if fit else "it needs more CPUs")
         )
     # Ray keeps resources to four decimals; rounding down leaves the feed its whole CPU. An elastic run's shares are
@@ -63,7 +67,9 @@ def scaling(config: TrainConfig) -> ScalingConfig:
         # Just after the loss of a node the policy may count it still, and leave the feed no CPU: it counts again then.
         elastic_resize_monitor_interval_s=30.0,
         use_gpu=gpus > 0,
-        resources_per_worker={"CPU": share} | ({"GPU": 1} if gpus else {}),
+        resources_per_worker={"CPU": share} | ({"GPU": chosen.gpus_per_worker} if gpus else {}),
+        accelerator_type=chosen.accelerator_type,
+        label_selector=chosen.labels or None,
     )
 
 
@@ -95,11 +101,12 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     :class:`UsageError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for GPUs or
     space that are missing, and for a node that does not answer.
     """
-    if config.compile == "on" and not connection.offer(config.device, 1).gpus:
+    if config.compile == "on" and not placement.find_room(config, 1).gpus:
         raise ResourceError(
             "--compile on: the cluster has no GPU alive, and on CPUs it takes longer; leave it out, or take "
             "--device gpu where an autoscaler starts GPU nodes"
         )
+    placement.say_who_qualifies(config.placement)
     _check_storage(config, checkpoint_bytes)
     marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
     storage.write_bytes(marker, b"")
@@ -127,7 +134,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
 def warn_of_slow_bf16(config: TrainConfig, facts: dict[str, node.NodeReport]) -> None:
     """Warns, once for all workers, where they are to compute in bf16 on processors that have no instructions for it."""
     slow = [name for name, said in facts.items() if not said.bf16]
-    if config.precision == "bf16" and slow and not connection.offer(config.device, 1).gpus:
+    if config.precision == "bf16" and slow and not placement.find_room(config, 1).gpus:
         log.warning("%s (node %s)", node.SLOW_BF16, ", ".join(slow))
 
 
@@ -138,10 +145,11 @@ def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:
     folder = storage.resolve(config.storage)[1]
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    free, needed = shutil.disk_usage(folder).free, (config.keep_checkpoints + 2) * checkpoint_bytes
+    kept = 1 if config.keep_checkpoints == "all" else config.keep_checkpoints  # at the least
+    free, needed = shutil.disk_usage(folder).free, (kept + 2) * checkpoint_bytes
     if free < needed:
         raise ResourceError(
-            f"--storage {config.storage}: {_size(free)} free, and {config.keep_checkpoints} + 2 checkpoints of "
+            f"--storage {config.storage}: {_size(free)} free, and {kept} + 2 checkpoints of "
             f"{_size(checkpoint_bytes)} take {_size(needed)}; free some space or lower --keep-checkpoints"
         )
 

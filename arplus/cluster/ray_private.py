@@ -68,7 +68,7 @@ def logs_folder() -> Path | None:
 
 
 def submitted_job() -> dict[str, Any]:
-    """What Ray keeps of the job that ``ray job submit`` made of this process; empty for any other process.
+    """What Ray keeps of the job that ``ray job submit`` made of this process, with its id; empty for any other process.
 
     The public client would ask the dashboard, which may be missing or behind a proxy.
     """
@@ -80,7 +80,7 @@ def submitted_job() -> dict[str, Any]:
     if job is None:
         return {}
     found = _internal_kv_get(JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job), namespace="job")
-    return json.loads(found) if found else {}
+    return {**json.loads(found), "submission_id": job} if found else {}
 
 
 def draining_nodes() -> dict[str, int]:

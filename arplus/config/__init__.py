@@ -3,16 +3,17 @@
 A configuration is a tree of frozen dataclasses. The command line is made from these types (:mod:`arplus.cli`);
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
-Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``studies`` (sweeps, ablations and
-range tests) · ``space`` (what a sweep varies) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) ·
-``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be searched) ·
-``checks`` (plain values and back).
+Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``placement`` (GPUs and nodes of workers) ·
+``studies`` (sweeps, ablations and range tests) · ``space`` (what a sweep varies) · ``variants`` (an ablation's rows
+beside presets) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) · ``gpus`` (their peaks) ·
+``settings`` (what a field says of itself: when it may change, what may be searched) · ``checks`` (plain values and
+back).
 """
 
 from arplus.config.checks import (
     from_dict,
     to_dict,
-    unknown_key,
+    unknown_flag,
     validate,
     with_values,
 )
@@ -26,14 +27,17 @@ from arplus.config.jobs import (
     PrepareConfig,
     Sampling,
     SynthesizeConfig,
+    VectorsConfig,
 )
 from arplus.config.model import (
     SPECIAL_TOKENS,
+    FeaturesConfig,
     ModelConfig,
     SpecialIds,
     VocabularySizes,
     special_ids,
 )
+from arplus.config.placement import PlacementConfig
 from arplus.config.settings import INLINE, Required, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
 from arplus.config.studies import AblateConfig, LrFindConfig, StudyConfig, TuneConfig
@@ -45,9 +49,11 @@ from arplus.config.training import (
     Device,
     EstimateConfig,
     FeedConfig,
+    InitConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
     preset,
     tiny,
 )
+from arplus.config.variants import Row

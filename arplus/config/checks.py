@@ -34,6 +34,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Builds and checks a configuration from plain values, as :func:`to_dict` gives them; missing keys take defaults.
 
     Raises :class:`UsageError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
+    The command line is no source: there the flag says enough.
     """
     return _build(cls, {}, values, source)
 
@@ -43,7 +44,7 @@ def with_values(config: T, values: Mapping[str, Any], *, source: str) -> T:
     return _build(type(config), flat(config), values, source)
 
 
-def validate(config: T, *, source: str = "command line") -> T:
+def validate(config: T, *, source: str = "") -> T:
     """The same configuration, after every check of :func:`from_dict`."""
     return with_values(config, {}, source=source)
 
@@ -52,6 +53,13 @@ def unknown_key(key: str, valid: list[str]) -> str:
     """The message for a key that is none of ``valid``, nearest name first."""
     near = difflib.get_close_matches(key, valid, n=1)
     return f"unknown key {key!r}{f' (did you mean {near[0]!r}?)' if near else ''}; valid keys: {', '.join(valid)}"
+
+
+def unknown_flag(word: str, valid: list[str]) -> str:
+    """The message for a word of a command line that is none of the flags of the settings ``valid``, nearest first."""
+    near = difflib.get_close_matches(word.lstrip("-"), map(flag, valid), n=1)
+    kind = "flag" if word.startswith("-") else "argument"
+    return f"unknown {kind} {word!r}{f'; did you mean --{near[0]}?' if near else ''} (--help lists all flags)"
 
 
 def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], source: str) -> T:
@@ -63,15 +71,20 @@ def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], sou
         config = TypeAdapter(cls).validate_python(_nested((paths[name], value) for name, value in found.items()))
     except ValidationError as error:
         problems = [
-            (_name(paths, e["loc"]), f"{e['msg'][0].lower()}{e['msg'][1:]} (got {e['input']!r})")
+            (_name(paths, e["loc"]), f"{_lower(e['msg'].replace('Input should', 'must', 1))} (got {e['input']!r})")
             for e in error.errors()
         ]
     else:
         problems = list(_check(config))
     if problems:
-        lines = dict.fromkeys(f"{source}: --{flag(name)}: {problem}" for name, problem in problems)
+        where = f"{source}: " if source else ""
+        lines = dict.fromkeys(f"{where}--{flag(name)}: {problem}" for name, problem in problems)
         raise UsageError(redact("; ".join(lines)))
     return config
+
+
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _leaves(values: Mapping[str, Any], names: Container[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

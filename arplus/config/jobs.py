@@ -13,6 +13,7 @@ from arplus.errors import UsageError
 
 RESERVED_SPLITS = ("train", "valid", "test", "vocabulary", "rejects")
 """Names of folders in a prepared data set that no evaluation set can have."""
+PersonaWeight = Literal["auto"] | Annotated[float, Ge(0), Le(1)]
 DuplicateKey = Literal["exact_record", "dialogue_and_profiles", "dialogue"]
 LARGEST_RULE = 1_000_000
 """Utterances, and characters of one: more is a slip of the hand, and at some point beyond what arrays can count."""
@@ -178,19 +179,27 @@ class EvaluateConfig:
     """Computes the metrics of a checkpoint on splits of a prepared data set, and compares it with another one's."""
 
     checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
     data: Annotated[str, Required("the URI of a prepared data set")] = ""
     """URI of a prepared data set with the checkpoint's vocabularies."""
     split: tuple[str, ...] = ()
     """Split of the data set (repeatable); by default test and all evaluation sets."""
     against: str | None = None
-    """URI of another checkpoint (or run), trained on the same vocabularies: both are evaluated, and a paired bootstrap
+    """URI of another checkpoint, run or model of the same vocabularies: both are evaluated, and a paired bootstrap
     tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
+    replies: str | None = None
+    """URI of a .csv or .jsonl file to write every reply to, with its context, persona, reference, and loss in nats per
+    target. With --against also NAME.sheet.csv (or .jsonl), pairs of replies in random order for people to rate, and
+    NAME.key.csv, which says whose they are."""
     device: Device = "auto"
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
+    persona_weight: PersonaWeight = "auto"
+    """a of Eq. 1, from 0 (the persona that a reply is given has no effect) to 1, whatever the model was trained with;
+    auto is what the model predicts, or 1."""
     batch_size: Annotated[int, Gt(0)] | None = None
     """Examples that a worker takes at a time, which does not change the metrics; by default 512 on a GPU, 64 on a CPU.
     """
@@ -201,21 +210,31 @@ class EvaluateConfig:
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if self.replies is not None and not self.replies.endswith((".csv", ".jsonl")):
+            yield "replies", f"must end with .csv or .jsonl, which says how it is written (got {self.replies!r})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """A conversation with a checkpoint under a chosen persona; with --say one reply."""
 
     checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
     gender: Literal["男", "女", "male", "female", ""] = ""
     """Gender of the model's persona; empty is unknown."""
     location: Annotated[str, FREE_TEXT] = ""
     """Place of the model's persona, as in "四川 成都"; empty is unknown."""
     tags: Annotated[str, FREE_TEXT] = ""
     """Interests of the model's persona, joined by ";"."""
+    persona_weight: PersonaWeight = "auto"
+    """a of Eq. 1, from 0 (the persona has no effect) to 1; auto is what the model predicts, or 1."""
     say: Annotated[str | None, FREE_TEXT] = None
     """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
+    mlflow: str | None = None
+    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -223,11 +242,38 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorsConfig:
+    """Trains character vectors on the training split of a prepared data set, for --init.character-vectors."""
+
+    data: Annotated[str, Required("the URI of a prepared data set")] = ""
+    """URI of a prepared data set."""
+    output: Annotated[str, Required("the URI of the file to write")] = ""
+    """URI of the file to write, in word2vec's text form."""
+    size: Annotated[int, Gt(0)] = 200
+    """Components of a vector: --model.embedding-size of the run that starts from them."""
+    window: Annotated[int, Gt(0)] = 5
+    """Characters on either side that a character is predicted from."""
+    negative: Annotated[int, Gt(0)] = 5
+    """Random characters that each one is told from."""
+    epochs: Annotated[int, Gt(0)] = 5
+    """Passes over the text."""
+    skip_gram: bool = False
+    """Predict the characters around from the one between, instead of the other way round (CBOW)."""
+    workers: Annotated[int, Gt(0)] = 1
+    """Threads. With one, the same seed gives the same vectors."""
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seed of the vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
 
     checkpoint: str | None = None
-    """URI of a checkpoint, or of a run's folder, which stands for its best one."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS or runs:/ID/checkpoint."""
+    mlflow: str | None = None
+    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
     from_reference: str | None = None
     """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
     output: Annotated[str, Required("the URI of the folder to write")] = ""
@@ -238,6 +284,8 @@ class ExportConfig:
     """With --from-reference: layers applied, where they are shared and not the preset's number."""
     heads: Annotated[int, Gt(0)] | None = None
     """With --from-reference: attention heads, where not the preset's number."""
+    memory_hops: Annotated[int, Gt(0)] | None = None
+    """With --from-reference: hops of a layer-wise memory, where not the preset's number."""
     character_vocabulary: str | None = None
     """With --from-reference: URI of the characters (one token and its count a line) that the weights were made for."""
     persona_vocabulary: str | None = None

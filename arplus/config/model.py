@@ -1,7 +1,8 @@
 """The network: its settings, its vocabularies' sizes and the special tokens."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Lt
@@ -40,6 +41,35 @@ class VocabularySizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Hidden states of a pretrained model that stays as it is (extra ``pretrained``), for rows with a memory."""
+
+    path: str | None = None
+    """The model, such as a BERT, ELECTRA, ALBERT or XLNet: a folder as transformers writes it (its URI), or a name on
+    the model hub. Whoever evaluates or uses the trained network needs it too."""
+    use: Literal["replace", "add", "encoder"] = "replace"
+    """In place of the character vectors, beside those of what is encoded, or in place of the encoder."""
+    layers: str = "-2"
+    """Which of its hidden states, joined by commas: 0 is its embeddings, -1 its last layer."""
+    combine: Literal["mean", "concat", "weighted"] = "mean"
+    """What becomes of several layers; weighted is by a softmax of learnt weights."""
+    width: Annotated[int | None, Gt(0)] = None
+    """Its width, filled in when the run starts."""
+    digest: str | None = None
+    """SHA-256 of its weights, filled in when the run starts."""
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """The layers as numbers."""
+        return [int(i) for i in self.layers.split(",")]
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not re.fullmatch("-?[0-9]{1,3}(,-?[0-9]{1,3})*", self.layers):
+            yield "layers", f"must be numbers of layers, joined by commas (got {self.layers!r})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One member of the model family. The defaults are AR+; see :data:`PRESETS`."""
 
@@ -57,12 +87,21 @@ class ModelConfig:
     """Width of the feed-forward layer."""
     ff_bottleneck: Annotated[int | None, Gt(0)] = 100
     """Inner width of the factored feed-forward layer; None for the plain layer of two matrices."""
+    activation: Literal["relu", "gelu", "gelu-tanh"] = "relu"
+    """What the plain feed-forward layer has between its matrices; BERT's is gelu, ALBERT's gelu-tanh."""
     rezero: bool = True
-    """Gate each residual branch with one learnt scalar that starts at zero (Eq. 5) instead of post-normalising."""
+    """Gate each residual branch with one learnt scalar r (Eq. 5) instead of post-normalising."""
+    gate_start: float = 0.0
+    """What r is at first. At zero, as Bachlechner et al. have it, the branches are shut, pretrained ones too."""
+    shared_stacks: bool = True
+    """Encoder and decoder have the same layers; without, each has its own."""
     fixed_attention: Annotated[float, Ge(0)] = 0.1
     """b of Eq. 5: the share of O_T and O_C that bypasses the ReZero gate."""
     memory_hops: Annotated[int, Ge(0)] = 3
     """Hops of the MemN2N persona memory; 0 encodes the persona with the encoder instead (O_T then exists)."""
+    memory_tying: Literal["adjacent", "layer-wise"] = "adjacent"
+    """What the memory's hops share (Sukhbaatar et al. 2015): adjacent ones a table, or all of them two tables and a
+    linear map of the query."""
     auxiliary: Literal["infilling", "lm"] = "infilling"
     """The task behind L_LM: BART-style infilling of the response, or next-character language modelling."""
     tied_head: bool = False
@@ -73,11 +112,25 @@ class ModelConfig:
     """Inner width of two adapters in every unique layer (Houlsby et al. 2019), such as 64; None for none."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Dropout on embeddings, attention weights and residual branches."""
+    persona_weight: Literal["one", "predicted"] = "one"
+    """a of Eq. 1, the persona's share in a reply: one, or predicted for each reply from its context, which takes the
+    labels that jobs/prepare.py makes."""
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    """Pretrained features."""
+
+    @property
+    def features_for(self) -> Literal["replace", "add", "encoder"] | None:
+        """What pretrained features are used for, if they are."""
+        return self.features.use if self.features.path is not None else None
 
     @property
     def unique_layers(self) -> int:
         """Layers with weights of their own."""
         return self.layers // self.repeats
+
+    def loss_counts(self, targets: int, examples: int) -> list[int]:
+        """What each of a batch's summed losses is divided by: L_D, L_LM and, where a is predicted, L_W and a."""
+        return [targets, targets, *[examples] * (2 * (self.persona_weight == "predicted"))]
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -87,3 +140,15 @@ class ModelConfig:
             yield "heads", f"must divide d_model = {self.d_model} (got {self.heads})"
         if self.tied_head and self.embedding_size != self.d_model:
             yield "embedding_size", f"must equal d_model = {self.d_model} when tied_head is on"
+        if self.activation != "relu" and self.ff_bottleneck is not None:
+            yield "activation", "is the plain feed-forward layer's: set ff_bottleneck to None, or leave it out"
+        if self.features_for and not self.memory_hops:
+            yield "features.path", "needs a row with a memory, whose personas have a table of their own"
+        if self.features_for == "replace" and self.tied_head:
+            yield "features.use", "replace leaves no character table, which tied_head needs"
+        if self.features_for == "encoder" and not self.shared_stacks:
+            yield "features.use", "encoder leaves nothing to the encoder's own layers: set shared_stacks to True"
+        if self.gate_start and not self.rezero:
+            yield "gate_start", "is the gate's of ReZero, which is off: leave it out or set rezero to True"
+        if self.memory_tying != "adjacent" and not self.memory_hops:
+            yield "memory_tying", "is the MemN2N memory's, which is off: leave it out or set memory_hops"

@@ -91,7 +91,7 @@ def _parse(item: str) -> Dimension | None:
     if form is None:
         raise ValueError(f"{item}: must be {FORMS}")
     kind: Any = form[1]
-    values = tuple(_value(part.strip()) for part in form[2].split(","))
+    values = tuple(parse_value(part.strip()) for part in form[2].split(","))
     if kind == "choice":
         if "" in values or len(set(map(repr, values))) < len(values):
             raise ValueError(f"{item}: needs choices that differ, with commas between them")
@@ -128,7 +128,8 @@ def bounds_problem(kind: Kind, low: float, high: float) -> str | None:
     return None
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What a value on the command line is: None, True, False, a number, or the text itself."""
     words = {"None": None, "True": True, "False": False}
     if text in words:
         return words[text]

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from arplus.config.checks import with_values
 from arplus.config.names import model_name_problem
 from arplus.config.settings import INLINE, Role
 from arplus.config.space import bounds_problem, parse_space
 from arplus.config.training import PAPER_ROWS, PRESETS, TrainConfig, tiny
+from arplus.config.variants import Row, variants_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class StudyConfig:
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
     concurrency: Annotated[int | None, Gt(0), Role.OPERATION] = None
-    """Runs side by side; by default as many as fit, at least one: a GPU per worker, or on CPUs a CPU per worker."""
+    """Runs side by side; by default as many as fit, at least one: a GPU, or --gpus-per-worker of one, per worker, or on
+    CPUs a CPU per worker."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -127,7 +130,12 @@ class AblateConfig(StudyConfig):
     """
 
     row: tuple[str, ...] = ()
-    """A preset to train (repeatable); by default all of the paper's rows."""
+    """A preset to train (repeatable); by default all of the paper's rows, or with variants those that they change."""
+    variant: tuple[str, ...] = ()
+    """A row of one's own (repeatable): NAME=PRESET,setting=value,… with any setting of a run by its dotted name. It is
+    compared with its preset, which is trained too."""
+    preset_study: Literal["ineffective"] | None = None
+    """Variants that have a name: ineffective are those that the paper gives no number for."""
     seeds: Annotated[int, Gt(0)] = 3
     """Runs of each row, with the seeds --seed, --seed + 1, …"""
     sessions: str = "all"
@@ -144,9 +152,32 @@ class AblateConfig(StudyConfig):
         return self.run.model == tiny(PRESETS["arplus"]).model
 
     @property
-    def rows(self) -> tuple[str, ...]:
-        """The presets to train."""
-        return self.row or tuple(PAPER_ROWS)
+    def variants(self) -> list[Row]:
+        """The rows of one's own. Raises :class:`ValueError` where they are not valid."""
+        return variants_of(self.preset_study, self.variant)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows to train: presets, then variants."""
+        variants = self.variants
+        presets = dict.fromkeys([*self.row, *(row.preset for row in variants)] or PAPER_ROWS)
+        return [*(Row(name, name) for name in presets), *variants]
+
+    def preset_of(self, row: Row) -> TrainConfig:
+        """The preset that a row is, or is a variant of; a small one where all are shrunk."""
+        return tiny(PRESETS[row.preset]) if self.tiny else PRESETS[row.preset]
+
+    def config_of(self, row: Row) -> TrainConfig:
+        """That preset with what a variant changes; the study's own settings are not in it."""
+        return with_values(self.preset_of(row), row.values, source=row.name)
+
+    def lr_of(self, row: Row) -> float | None:
+        """The learning rate of a row; None where it is to be tuned."""
+        if (own := row.values.get("optimizer.lr")) is not None:
+            return float(own)
+        if self.lr == "tuned":
+            return None
+        return PRESETS[row.preset].optimizer.lr if self.lr == "paper" else self.run.optimizer.lr
 
     @property
     def sizes(self) -> list[int | None]:
@@ -158,18 +189,20 @@ class AblateConfig(StudyConfig):
     @property
     def runs(self) -> int:
         """Runs in all; with tuned rates the first seed's have one for each rate."""
-        tried = self.rates - 1 if self.lr == "tuned" else 0
-        return len(self.rows) * len(self.sizes) * (self.seeds + tried)
+        rows = self.rows
+        tried = (self.rates - 1) * sum(self.lr_of(row) is None for row in rows)
+        return len(self.sizes) * (len(rows) * self.seeds + tried)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
         yield from super().check()
         if not self.sizes or len(set(self.sizes)) < len(self.sizes):
             yield "sessions", f"must be different numbers, or all, with commas between (got {self.sessions!r})"
-        if unknown := [row for row in self.rows if row not in PRESETS]:
+        if unknown := [row for row in self.row if row not in PRESETS]:
             yield "row", f"names no preset of {', '.join(PRESETS)} (got {unknown[0]!r})"
-        elif len(set(self.rows)) < len(self.rows):
+        elif len(set(self.row)) < len(self.row):
             yield "row", "names a preset twice"
+        yield from self._check_variants()
         base = tiny(PRESETS["arplus"]) if self.tiny else PRESETS["arplus"]
         if self.run.model != base.model:
             yield "model", "is what the rows differ in; an ablation takes no --model settings"
@@ -179,3 +212,10 @@ class AblateConfig(StudyConfig):
             yield "optimizer.eps", "is each row's own; leave it out"
         if self.run.feed.max_examples is not None:
             yield "feed", "--feed.max-examples is what --sessions sets; leave it out"
+
+    def _check_variants(self) -> Iterator[tuple[str, str]]:
+        try:
+            for row in self.variants:
+                self.config_of(row)
+        except ValueError as error:
+            yield "variant", str(error)

@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
-from arplus.config.names import experiment_name_problem, run_name_problem
-from arplus.config.settings import Role
+from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem
+from arplus.config.placement import PlacementConfig, accelerator_problem
+from arplus.config.settings import INLINE, Role
 from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -23,17 +24,19 @@ MIN_WORKER_CPUS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """L = λ0 · L_D + λ1 · L_LM (Eq. 4, where λ0 is 1)."""
+    """L = λ0 · L_D + λ1 · L_LM (Eq. 4, where λ0 is 1), and λ2 · L_W where a persona weight is predicted (Eq. 3)."""
 
     lambda0: Annotated[float, Ge(0)] = 1.0
     """λ0, the weight of the response's loss. With 0 the auxiliary task alone is trained, and the best checkpoint is the
     best at it; what it does not reach shrinks by weight decay unless optimizer.only leaves it out."""
     lambda1: Annotated[float, Ge(0)] = 0.5
     """λ1, the weight of the auxiliary loss."""
+    lambda2: Annotated[float, Ge(0)] = 0.5
+    """λ2, the weight of the loss of --model.persona-weight predicted."""
 
-    def total(self, dialogue: Any, auxiliary: Any) -> Any:
-        """L of L_D and L_LM, or of their sums over the same targets."""
-        return self.lambda0 * dialogue + self.lambda1 * auxiliary
+    def total(self, dialogue: Any, auxiliary: Any, weight: Any = 0.0) -> Any:
+        """L of L_D, L_LM and L_W, or of sums over the same number."""
+        return self.lambda0 * dialogue + self.lambda1 * auxiliary + self.lambda2 * weight
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -72,6 +75,38 @@ class OptimizerConfig:
         """Yields (field, problem) for settings that are wrong together."""
         if self.warmup and self.schedule != "linear":
             yield "warmup", f"is the linear schedule's: add --optimizer.schedule linear (got {self.warmup})"
+
+
+INIT_PARTS = ("embeddings", "projections", "encoder", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a new run's weights start from, where not at random; a run that goes on has its own."""
+
+    pretrained: str | None = None
+    """A BERT, ELECTRA or ALBERT whose weights to start from, where they have a place here: a folder as transformers
+    writes it (its URI), or a name on the model hub. Its sizes must be the network's; where not, the error says which
+    settings make them so."""
+    parts: str = ",".join(INIT_PARTS)
+    """What is taken of it, joined by commas; encoder and decoder apart only where they share no layers."""
+    layers: Literal["last", "spread"] = "last"
+    """Which of its layers become the unique ones: the last, or some spread evenly up to the last."""
+    digest: str | None = None
+    """SHA-256 of its weights, filled in when the run starts."""
+    character_vectors: str | None = None
+    """URI of vectors for the character table, in word2vec's text form, such as jobs/vectors.py writes: of the width
+    --model.embedding-size, and brought to the scale at which the table starts. They are trained on."""
+
+    @property
+    def parts_set(self) -> frozenset[str]:
+        """The parts by name."""
+        return frozenset(self.parts.split(","))
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yields (field, problem) for settings that are wrong together."""
+        if not self.parts_set <= set(INIT_PARTS):
+            yield "parts", f"must be some of {', '.join(INIT_PARTS)}, joined by commas (got {self.parts!r})"
 
 
 MOST_OF_WINDOW = 1 << 18
@@ -130,6 +165,8 @@ class TrainConfig:
     cluster has started them; cpu takes none."""
     cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
     """CPUs per worker; by default an equal share, at most one each, of what data feed and driver leave."""
+    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
+    """The GPUs and nodes that workers may have."""
     zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
     for one worker and 1 for more."""
@@ -152,8 +189,9 @@ class TrainConfig:
     """Steps between checkpoints beside those after each validation."""
     checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
     """Minutes after which there is a checkpoint in any case."""
-    keep_checkpoints: Annotated[int, Gt(0), Role.OPERATION] = 2
-    """Newest checkpoints kept, beside the best one."""
+    keep_checkpoints: Annotated[Annotated[int, Gt(0)] | Literal["all"], Role.OPERATION] = 2
+    """Newest checkpoints kept, beside the best one; with all, every one. Of a study's runs that have ended the best one
+    keeps them, and until the study ends each other one its best weights; unless this is all."""
     log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
     """Steps between log lines and tracked points."""
     patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
@@ -174,12 +212,19 @@ class TrainConfig:
     audit: Annotated[bool, Role.OPERATION] = False
     """Write which examples every step trained on, as Parquet under the run's audit folder."""
     init_from: str | None = None
-    """Checkpoint URI whose weights the run starts from; optimizer and schedule start afresh, and so do adapters and a
-    persona-weight predictor that the checkpoint does not have."""
+    """Checkpoint URI whose weights the run starts from, or models:/NAME/VERSION and the like of MLflow; optimizer and
+    schedule start afresh, and so do adapters and a persona-weight predictor that the checkpoint does not have."""
     mlflow: Annotated[str | None, Role.OPERATION] = None
     """MLflow tracking URI; by default a sqlite file under the storage folder."""
     experiment: Annotated[str, Role.LABEL] = ""
     """MLflow experiment; where empty arplus, or a study's own name."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """The initial weights."""
+    register: Annotated[str | None, Role.OPERATION] = None
+    """Register the finished model in MLflow under this name; a study registers its best one, by default under its own
+    name."""
+    tag: Annotated[tuple[str, ...], Role.OPERATION] = ()
+    """KEY=VALUE of a tag of the MLflow run (repeatable)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -205,6 +250,16 @@ class TrainConfig:
         found = re.fullmatch("([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", self.profile_steps or "")
         return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
+    def gpu_sharing_problem(self) -> str | None:
+        """Why this run's workers cannot be on GPUs by ``gpus_per_worker``; None where they can."""
+        share = self.placement.gpus_per_worker
+        if self.world_sizes[-1] == 1 or self.placement.runs_per_gpu == 1:
+            return None
+        return (
+            "lets Ray put several workers of one run on one GPU, and NCCL refuses two ranks on one device; take "
+            f"--workers 1 or --gpus-per-worker 1 (got {share:g} with --workers {self.workers})"
+        )
+
     def micro_batch_size(self, workers: int) -> int:
         """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
@@ -214,7 +269,7 @@ class TrainConfig:
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
     def name_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (field, problem) for names that MLflow or a file system would refuse.
+        """Yields (field, problem) for names that MLflow, a file system or Ray would refuse.
 
         Apart from :meth:`check`, which a checkpoint of a run that began under such a name must pass, to be read.
         """
@@ -222,6 +277,12 @@ class TrainConfig:
             yield "run_name", problem
         if problem := experiment_name_problem(self.experiment):
             yield "experiment", problem
+        if problem := accelerator_problem(self.placement.accelerator_type):
+            yield "accelerator_type", problem
+        if self.register is not None and (problem := model_name_problem(self.register)):
+            yield "register", problem
+        if wrong := [item for item in self.tag if not all(map(str.strip, item.partition("=")))]:
+            yield "tag", f"must be KEY=VALUE (got {wrong[0]!r})"
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -239,6 +300,25 @@ class TrainConfig:
                 "profile_steps",
                 f"must be A:B, the first and the last step, counted from 1, and at most {MOST_PROFILED_STEPS} in all, "
                 f"since a trace holds every operation (got {self.profile_steps!r})",
+            )
+        if self.init.character_vectors is not None and self.init_from is not None:
+            yield "init.character_vectors", "contradicts --init-from, which brings all weights; leave one out"
+        if self.init.pretrained is not None and self.init_from is not None:
+            yield "init_from", "contradicts --init.pretrained: both bring the weights; leave one out"
+        if self.model.shared_stacks and len(self.init.parts_set & {"encoder", "decoder"}) == 1:
+            yield (
+                "init.parts",
+                "must name encoder and decoder or neither, which share their layers (model.shared_stacks)",
+            )
+        if self.device == "gpu" and self.world_sizes and (problem := self.gpu_sharing_problem()):
+            yield "gpus_per_worker", problem
+        if self.placement.accelerator_type is not None and self.device == "cpu":
+            yield "accelerator_type", "needs GPUs, and --device cpu takes none; leave one out"
+        if self.placement.label_selector and len(self.world_sizes) > 1:
+            yield (
+                "label_selector",
+                "cannot be had with --workers MIN:MAX, for which Ray 2.60 counts the room of all nodes, whatever their "
+                "labels; take --workers N, or --accelerator-type",
             )
         if self.compile == "on" and self.device == "cpu":
             yield "compile", "on needs GPUs, and --device cpu takes none; leave one out"
@@ -301,8 +381,17 @@ Adam (6.7e-4; Yang et al. 2021), rounded down for four times the depth. It was n
 on a first part of the data before a long run.
 """
 
-PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {LARGE.preset: LARGE}
-"""Every configuration that has a name: the paper's rows, and a larger one of ours."""
+
+def _weighted(preset: str) -> TrainConfig:
+    """A row with the weight predictor, which the paper describes and leaves out."""
+    row = PAPER_ROWS[preset]
+    return replace(row, preset=f"{preset}-weighted", model=replace(row.model, persona_weight="predicted"))
+
+
+PRESETS: dict[str, TrainConfig] = PAPER_ROWS | {
+    config.preset: config for config in (LARGE, _weighted("ar"), _weighted("arplus"))
+}
+"""Every configuration that has a name: the paper's rows, a larger one of ours, and two rows with the predictor."""
 
 
 def preset(name: str) -> TrainConfig:

@@ -90,6 +90,7 @@ def fill(batch: Batch, capacity: Capacity, examples: int, rules: ExampleRules) -
     """A batch as so many examples and one that holds the tokens which fill it up to a capacity; its losses stay."""
     e, r = examples, rules.max_response_ids
     infilled = batch.infilled and _fill(batch.infilled, e, capacity.infilled, r)
+    labels_B = batch.persona_related_B
     return replace(
         batch,
         context=_fill(batch.context, e, capacity.context, rules.max_context_ids),
@@ -99,6 +100,7 @@ def fill(batch: Batch, capacity: Capacity, examples: int, rules: ExampleRules) -
         response=_fill(batch.response, e, capacity.response, r),
         target_N=_pad(batch.target_N, capacity.response, IGNORED),
         infilled=infilled,
+        persona_related_B=None if labels_B is None else _pad(labels_B, e + 1, IGNORED),
     )
 
 

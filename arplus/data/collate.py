@@ -36,6 +36,7 @@ class MicroBatches(NamedTuple):
     response: Lists
     target: Int
     infilled: Lists | None
+    persona_related: Int | None = None
 
     def narrowed(self) -> "MicroBatches":
         """The same in the smallest types that hold it."""
@@ -59,11 +60,18 @@ class BatchSpec:
     """Personas as words of the persona vocabulary (MemN2N), else as characters."""
     infilling: bool
     """Whether the auxiliary task is infilling, so that batches carry infilled responses."""
+    labels: bool = False
+    """Whether a weight predictor is told which examples are about the responder's persona."""
 
     @classmethod
     def of(cls, model: ModelConfig, sizes: VocabularySizes) -> "BatchSpec":
         """What a model of this configuration reads."""
-        return cls(sizes=sizes, persona_words=model.memory_hops > 0, infilling=model.auxiliary == "infilling")
+        return cls(
+            sizes=sizes,
+            persona_words=model.memory_hops > 0,
+            infilling=model.auxiliary == "infilling",
+            labels=model.persona_weight == "predicted",
+        )
 
     @property
     def persona_columns(self) -> tuple[str, str, str]:
@@ -75,7 +83,8 @@ class BatchSpec:
     @property
     def columns(self) -> list[str]:
         """The columns of a data set file that a batch is made from."""
-        return ["example_id", "context", "speakers", "response", *self.persona_columns]
+        labels = ["persona_related"] * self.labels
+        return ["example_id", "context", "speakers", "response", *self.persona_columns, *labels]
 
 
 class Window:
@@ -100,6 +109,7 @@ class Window:
         self.profiles_of_example = item_counts._replace(values=np.arange(len(item_counts.values)))
         self.profile = Ragged.end_to_end(Ragged.of(table[profiles]).values, item_counts.values)
         """The profiles of all examples."""
+        self.persona_related = table["persona_related"].to_numpy().astype(np.int32) if spec.labels else None
 
     def __len__(self) -> int:
         return len(self.example_id)
@@ -153,6 +163,7 @@ class Window:
             response=Lists(self.framed.values[response], response_R),
             target=self.framed.values[response + 1],
             infilled=infilled,
+            persona_related=None if self.persona_related is None else self.persona_related[rows_R],
         )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from arplus import storage
-from arplus.config import ExampleRules, VocabularySizes
+from arplus.config import ExampleRules, ModelConfig, VocabularySizes
 from arplus.data.manifest import Manifest
 from arplus.errors import UsageError
 from arplus.text import Vocabulary, sizes
@@ -69,6 +69,24 @@ class Dataset:
                     f"--data {self.uri}: has no example in the split {name}, and {why}; prepare it again "
                     f"with a larger --{name}"
                 )
+
+    def check_labels(self, *models: ModelConfig, training: bool = True) -> None:
+        """Raises :class:`UsageError` where one of these models predicts a weight, and has nothing to learn that from.
+
+        Or, where it is not trained, to be measured by.
+        """
+        if all(model.persona_weight == "one" for model in models):
+            return
+        labels, predicted = self.manifest.persona_related, "--model.persona-weight predicted"
+        if not labels:
+            raise UsageError(
+                f"--data {self.uri}: has no labels for {predicted}, since an earlier version made it; prepare it again"
+            )
+        if training and not any(labels["train"].values()):
+            raise UsageError(
+                f"--data {self.uri}: no training example is about the responder's persona, so that {predicted} would "
+                "learn a = 0 for all; train with --model.persona-weight one"
+            )
 
     def split(self, name: str, first: int | None = None) -> Split:
         """A split by name, or its ``first`` examples. Raises :class:`UsageError` for an unknown one, or one too small.

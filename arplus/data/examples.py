@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from arplus.config import ExampleRules
 from arplus.data.hashes import example_ids, hash_words
+from arplus.data.labels import RULES, rules_of
 from arplus.data.ragged import Int64, Lists, Ragged, flat, list_lengths, offsets, ranges
 from arplus.data.sessions import code_points
 from arplus.text import PERSONA_KEYS, Vocabulary
@@ -45,7 +46,13 @@ LEFT_OUT = {
 }
 """Every reason for which a pair of utterances is not an example, in words."""
 
-SCHEMA = pa.schema([("example_id", pa.int64()), *((name, pa.list_(pa.int32())) for name in LIST_COLUMNS)])
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int64()),
+        *((name, pa.list_(pa.int32())) for name in LIST_COLUMNS),
+        ("persona_related", pa.bool_()),
+    ]
+)
 """One row per example. Ids of characters unless said otherwise; "local" profiles are those of this example: 0 is the
 responder, then the speakers of the context in order of appearance.
 
@@ -59,6 +66,7 @@ responder, then the speakers of the context in order of appearance.
 - ``profile_characters``, ``profile_character_counts``: the same items, as characters
 - ``target_words``: 性别 gender 地址 place 兴趣 tag tag … of the responder, as persona word ids
 - ``target_characters``: the same, as characters
+- ``persona_related``: whether one of :data:`arplus.data.labels.RULES` is true; data sets of before lack it
 """
 
 
@@ -72,6 +80,8 @@ class Encoded:
     """For each example the row of its session."""
     left_out: dict[str, Int64]
     """By reason, the rows of the sessions whose pairs are not examples; a row may be there several times."""
+    rule: NDArray[np.int8]
+    """For each example the first of :data:`arplus.data.labels.RULES` that is true, from 1, or 0."""
 
     def left_out_of(self, split: NDArray[np.integer]) -> dict[int, Counter[str]]:
         """Pairs that are not examples by split and reason, given the split of each session."""
@@ -80,6 +90,13 @@ class Encoded:
             for i, n in enumerate(np.bincount(split[sessions]).tolist()):
                 counts.setdefault(i, Counter())[reason] += n
         return counts
+
+    def persona_related_of(self, split: NDArray[np.integer]) -> dict[int, Counter[str]]:
+        """Examples about the persona by split and rule, given the split of each session."""
+        n = 1 + len(RULES)
+        place = split[self.session].astype(np.int64) * n + self.rule
+        counts = np.bincount(place, minlength=n * (1 + int(split.max(initial=-1)))).reshape(-1, n)
+        return {i: Counter(dict(zip(RULES, part[1:], strict=True))) for i, part in enumerate(counts.tolist())}
 
 
 def encode_sessions(
@@ -105,8 +122,10 @@ def encode_sessions(
         **personas.columns(pairs.part[new], new.sum(1), pairs.part[:, 0]),
     }
     ids = example_ids(hash_words(sessions["key"])[pairs.session], pairs.position)
-    arrays = [pa.array(ids), *(columns[name].to_arrow() for name in LIST_COLUMNS)]
-    return Encoded(pa.Table.from_arrays(arrays, schema=SCHEMA), pairs.session, left_out)
+    questions, replies = (dialogues.cut(which) for which in (pairs.response - 1, pairs.response))
+    rule = rules_of(questions, replies, personas.items.take(pairs.part[:, 0]), personas.known)
+    arrays = [pa.array(ids), *(columns[name].to_arrow() for name in LIST_COLUMNS), pa.array(rule > 0)]
+    return Encoded(pa.Table.from_arrays(arrays, schema=SCHEMA), pairs.session, left_out, rule)
 
 
 class _Pairs(NamedTuple):
@@ -177,13 +196,18 @@ class _Dialogues:
         """Utterances of each session."""
         self.speaker = np.repeat(offsets(profiles)[:-1], self.counts) + Ragged.of(sessions["speakers"]).values
         """Of each utterance, among all profiles."""
-        points, starts = code_points(utterances.flatten())
+        self._utterances, self._longest = utterances.flatten(), max_characters
+        points, starts = code_points(self._utterances)
         kept = np.minimum(np.diff(starts), max_characters)
         at = offsets(kept + 1)
         ids = np.full(at[-1], characters.special.sep, np.int32)
         ids[ranges(at[:-1], kept)] = characters.by_code_point[points[ranges(starts[:-1], kept)]]
         self.texts = Ragged(ids, at[:-1], kept)
         """The utterances without [SEP]."""
+
+    def cut(self, which: Int64) -> pa.Array:
+        """These utterances as text."""
+        return pc.utf8_slice_codeunits(self._utterances.take(pa.array(which)), 0, self._longest)
 
     def joined(self, first: Int64, counts: Int64) -> Lists:
         """So many utterances from each of the first ones on, with their [SEP], as one list each."""
@@ -204,6 +228,10 @@ class _Personas:
         codes = items.indices.to_numpy().astype(np.int64)
         # The item codes go on with the three keys; an empty string is a missing item.
         known = [*items.dictionary.to_pylist(), *PERSONA_KEYS, ""]
+        self.known = known
+        """Every item that there is."""
+        self.items = Ragged(codes, starts, lengths)
+        """Gender, place and tags of each profile, as indices of these."""
         missing = len(known) - 1
         empty = np.array([not item for item in known])
         self._word = np.where(empty, persona_words.special.unk, persona_words.encode(known))

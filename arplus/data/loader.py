@@ -33,6 +33,8 @@ class Step(NamedTuple):
     """This worker's micro-batches, on the CPU. In an epoch's last step some may have no example."""
     targets: int
     """Targets ([EOS] included) of the whole global batch: the count that every worker divides its loss by."""
+    examples: int = 0
+    """Examples of the whole global batch, by which L_W is divided."""
 
 
 class RankLoader:
@@ -98,7 +100,8 @@ class RankLoader:
             batches = unpack(chunk.micro_batches, pin=pin)
         else:
             batches = iter(self.filler(list(unpack(chunk.micro_batches)), pin=pin))
-        return (Step(list(islice(batches, self.maker.accumulation)), targets) for targets in chunk.targets.tolist())
+        counts = zip(chunk.targets.tolist(), chunk.examples.tolist(), strict=True)
+        return (Step(list(islice(batches, self.maker.accumulation)), *count) for count in counts)
 
 
 def read_ahead(items: Generator[S, None, None], make: Callable[[S], T]) -> Generator[T, None, None]:

@@ -1,7 +1,7 @@
 """What a prepared data set says of itself. It is written last: a folder without a manifest is not a data set."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from arplus import storage
@@ -110,6 +110,8 @@ class Manifest:
     """Those that decide the content beside the rules."""
     splits: dict[str, SplitFacts]
     vocabulary: VocabularySizes
+    persona_related: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By split, the examples about the responder's persona by the rule that says so; empty in data sets of before."""
 
     @classmethod
     def read(cls, uri: str) -> "Manifest":

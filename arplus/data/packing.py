@@ -46,8 +46,10 @@ def unpack(flat: MicroBatches, shares: Iterable[float] = BLOCK_SHARES, *, pin: b
     persona, _ = packed(flat.persona, flat.examples, shares)
     response, response_tokens = packed(flat.response, flat.examples, shares)
     infilled = packed(flat.infilled, flat.examples, shares)[0] if flat.infilled else repeat(None)
+    related, examples = flat.persona_related, flat.examples.tolist()
+    labels = repeat(None) if related is None else cut(tensor(related.astype(np.int32)), examples)
     fields = {
-        "example_id_B": cut(tensor(flat.example_id.astype(np.int64)), flat.examples.tolist()),
+        "example_id_B": cut(tensor(flat.example_id.astype(np.int64)), examples),
         "context": context,
         "speaker_N": cut(tensor(flat.speaker.astype(np.int32)), context_tokens),
         "profiles": profiles,
@@ -55,6 +57,7 @@ def unpack(flat: MicroBatches, shares: Iterable[float] = BLOCK_SHARES, *, pin: b
         "response": response,
         "target_N": cut(tensor(flat.target.astype(np.int32)), response_tokens),
         "infilled": infilled,
+        "persona_related_B": labels,
     }
     return (Batch(**dict(zip(fields, values, strict=True))) for values in zip(*fields.values(), strict=False))
 

@@ -1,5 +1,6 @@
-"""Personas: what a profile says, and the places that are known."""
+"""Personas: what a profile says, the places that are known, and what is asked of and said about oneself."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -95,3 +96,62 @@ def askable(persona: Persona) -> tuple[Kind, ...]:
         "hobby": bool(persona.tags),
     }
     return tuple(kind for kind, known in kinds.items() if known)
+
+
+_CORES: dict[Kind, tuple[str, ...]] = {
+    "location": ("哪里人", "你家在哪", "哪个城市", "老家是哪"),
+    "gender": ("男生还是女生", "男的还是女的", "是男是女", "汉子还是妹子"),
+    "hobby": ("什么爱好", "爱好是什么", "喜欢什么", "什么感兴趣", "你的兴趣"),
+}
+PERSONA_QUESTION = "|".join(core for cores in _CORES.values() for core in cores)
+"""What an utterance holds that asks for any of these, as a pattern."""
+
+
+def persona_question(utterance: str) -> Kind | None:
+    """What the utterance (with or without spaces) asks of the other's persona; None where it asks nothing of it."""
+    text = "".join(utterance.split())
+    return next((kind for kind, cores in _CORES.items() if any(core in text for core in cores)), None)
+
+
+@cache
+def known_places() -> frozenset[str]:
+    """All places that are known by name."""
+    return frozenset([*CITIES, *ABROAD, *" ".join(CITIES.values()).split()])
+
+
+_GENDER = "我(?:就|也|真|当然)?是(?:个|一个|一枚)?(男|女|汉子|妹子)"
+_PLACE = "我(?:们)?(?:家|老家)?(?:就|也)?(?:是|在|住在|住)"
+MAY_CLAIM = f"{_GENDER}|{_PLACE}"
+"""What a reply must hold to claim anything unasked; a pattern without lookahead, for Arrow."""
+_GENDER_CLAIM = re.compile(f"{_GENDER}(?!朋友|友|票|神|儿)")
+_PLACE_CLAIM = re.compile(f"{_PLACE}(?=(.*))")
+
+
+def contradicts(reply: str, persona: Persona, question: str = "") -> bool | None:
+    """Whether the reply says of its speaker what the profile denies; None where it says nothing that can be told.
+
+    A simple rule, for real data. A reply claims a gender when it says 我是男… or 我是女… (or 汉子, 妹子), or names
+    one in answer to a question for it; a place when it says 我是, 我在, 我家在 … and a place that we know comes next,
+    or names places in answer to a question for it. A claim is denied when the profile has the other gender, or when it
+    has a place and none of the named ones is it, its province, or a city of it. No hobby is ever denied.
+    """
+    text, asked = "".join(reply.split()), persona_question(question)
+    denied = []
+    if persona.gender in SLANG:
+        claimed = set(_GENDER_CLAIM.findall(text))
+        if asked == "gender":
+            claimed |= {name for names in SLANG.items() for name in names if name in text}
+        if claimed:
+            denied.append(not claimed & {persona.gender, SLANG[persona.gender]})
+    province, city = split_place(persona.location)
+    own = {province, city} - {""}
+    if own:
+        if not city:
+            own |= set(CITIES[province].split())
+        claims = _PLACE_CLAIM.findall(text)
+        named = {place for place in known_places() | own for claim in claims if claim.startswith(place)}
+        if asked == "location":
+            named |= {place for place in known_places() | own if place in text}
+        if named:
+            denied.append(not named & own)
+    return any(denied) if denied else None

@@ -47,6 +47,8 @@ class Chunk(NamedTuple):
 
     targets: NDArray[np.integer]
     """Targets of each global batch."""
+    examples: NDArray[np.integer]
+    """Examples of each global batch."""
     micro_batches: MicroBatches
     """In order: ``accumulation`` of each step."""
 
@@ -68,7 +70,8 @@ class WindowMaker:
         sampler = self.sampler
         window = Window(sampler.read(epoch, index, self.spec.columns), self.spec)
         rows = sampler.order(epoch, index, window.context.lengths)
-        targets_S = np.add.reduceat(window.targets[rows], np.arange(0, len(rows), sampler.batch_size))
+        firsts_S = np.arange(0, len(rows), sampler.batch_size)
+        targets_S, examples_S = np.add.reduceat(window.targets[rows], firsts_S), np.diff(firsts_S, append=len(rows))
         dealt, sizes_WSA = deal(rows, sampler.batch_size, self.workers, self.accumulation)
         rng = ExampleRng(sampler.seed, epoch if sampler.shuffled else 0)
         steps = max(CHUNK_EXAMPLES * self.workers // sampler.batch_size, 1)
@@ -80,7 +83,8 @@ class WindowMaker:
                 examples = sizes_SA[s : s + steps].ravel()
                 end = begin + int(examples.sum())
                 micro_batches = window.micro_batches(dealt[begin:end], examples, rng)
-                parts[-1].append(Chunk(targets_S[s : s + steps], micro_batches.narrowed()))
+                counts = targets_S[s : s + steps], examples_S[s : s + steps]
+                parts[-1].append(Chunk(*counts, micro_batches.narrowed()))
                 begin = end
         return parts
 
@@ -90,6 +94,7 @@ class WindowMaker:
         dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
             functools.partial(_task, self, epoch, windows.start), batch_size=None, num_cpus=TASK_CPUS
         )
+        connection.quiet()  # Ray Data's import, just now in a server of windows, has set its loggers anew
         context = dataset.context
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True  # ray#35053
@@ -134,7 +139,6 @@ class WindowServer:
     """
 
     def __init__(self, maker: WindowMaker) -> None:
-        connection.quiet()
         self.maker = maker
         self.number = -1
         """The newest pass; the following is about this one."""

@@ -1,17 +1,9 @@
 """Whether replies agree with their speaker's persona or contradict it."""
 
-import re
 from dataclasses import dataclass
-from functools import cache
 
-from arplus.data.personas import ABROAD, CITIES, SLANG, Kind, Persona, askable, split_place
+from arplus.data.personas import SLANG, Kind, Persona, askable, contradicts, known_places, persona_question, split_place
 from arplus.sums import Sums
-
-_CORES: dict[Kind, tuple[str, ...]] = {
-    "location": ("哪里人", "你家在哪", "哪个城市", "老家是哪"),
-    "gender": ("男生还是女生", "男的还是女的", "是男是女", "汉子还是妹子"),
-    "hobby": ("什么爱好", "爱好是什么", "喜欢什么", "什么感兴趣", "你的兴趣"),
-}
 
 
 @dataclass
@@ -76,17 +68,6 @@ def asks(question: str, persona: Persona) -> bool:
     return persona_question(question) in askable(persona)
 
 
-def persona_question(utterance: str) -> Kind | None:
-    """What the utterance (with or without spaces) asks of the other's persona; None where it asks nothing of it."""
-    text = "".join(utterance.split())
-    return next((kind for kind, cores in _CORES.items() if any(core in text for core in cores)), None)
-
-
-@cache
-def _places() -> frozenset[str]:
-    return frozenset([*CITIES, *ABROAD, *" ".join(CITIES.values()).split()])
-
-
 def agrees(kind: Kind, reply: str, persona: Persona) -> bool:
     """Whether the reply (with or without spaces) answers the question of this kind as the persona would.
 
@@ -99,42 +80,8 @@ def agrees(kind: Kind, reply: str, persona: Persona) -> bool:
         own = {part for part in parts if part}
         # 陕西安康 does not name 西安: what spells out the persona's own place names no other one.
         rest = text.replace("".join(parts), " ") if own else text
-        return any(name in text for name in own) and not any(name in rest for name in _places() - own)
+        return any(name in text for name in own) and not any(name in rest for name in known_places() - own)
     if kind == "gender":
         named = {sex for sex, slang in SLANG.items() if sex in text or slang in text}
         return named == {persona.gender}
     return any(tag in text for tag in persona.tags)
-
-
-_GENDER_CLAIM = re.compile("我(?:就|也|真|当然)?是(?:个|一个|一枚)?(男|女|汉子|妹子)(?!朋友|友|票|神|儿)")
-_PLACE_CLAIM = re.compile("我(?:们)?(?:家|老家)?(?:就|也)?(?:是|在|住在|住)(?=(.*))")
-
-
-def contradicts(reply: str, persona: Persona, question: str = "") -> bool | None:
-    """Whether the reply says of its speaker what the profile denies; None where it says nothing that can be told.
-
-    A simple rule, for real data. A reply claims a gender when it says 我是男… or 我是女… (or 汉子, 妹子), or names
-    one in answer to a question for it; a place when it says 我是, 我在, 我家在 … and a place that we know comes next,
-    or names places in answer to a question for it. A claim is denied when the profile has the other gender, or when it
-    has a place and none of the named ones is it, its province, or a city of it. No hobby is ever denied.
-    """
-    text, asked = "".join(reply.split()), persona_question(question)
-    denied = []
-    if persona.gender in SLANG:
-        claimed = set(_GENDER_CLAIM.findall(text))
-        if asked == "gender":
-            claimed |= {name for names in SLANG.items() for name in names if name in text}
-        if claimed:
-            denied.append(not claimed & {persona.gender, SLANG[persona.gender]})
-    province, city = split_place(persona.location)
-    own = {province, city} - {""}
-    if own:
-        if not city:
-            own |= set(CITIES[province].split())
-        claims = _PLACE_CLAIM.findall(text)
-        named = {place for place in _places() | own for claim in claims if claim.startswith(place)}
-        if asked == "location":
-            named |= {place for place in _places() | own if place in text}
-        if named:
-            denied.append(not named & own)
-    return any(denied) if denied else None

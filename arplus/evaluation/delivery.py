@@ -30,40 +30,52 @@ class Destination:
     run_name: str
     examples: int
     """Examples that the checkpoint was trained on: the step of its metrics."""
-    records: str
-    """Folder for the record of what MLflow misses: beside the checkpoint, where training keeps its own."""
+    records: str | None
+    """Folder for the record of what MLflow misses: beside the checkpoint, where training keeps its own; else here."""
 
 
 def destination(config: EvaluateConfig) -> Destination:
     """Where the metrics will go.
 
-    Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer or --json cannot be written.
+    Raises :class:`UsageError` or :class:`ResourceError` where MLflow does not answer, or --json or --replies cannot be
+    written.
     """
-    state = checkpoint.load(config.checkpoint)
-    mlflow = config.mlflow or state.config.mlflow or tracking.default_uri(state.config.storage)
+    with tracking.fetched(config.checkpoint, config.mlflow) as folder:
+        state = checkpoint.load(folder)
+    mlflow = (
+        tracking.server_of(config.checkpoint, config.mlflow)
+        or state.config.mlflow
+        or tracking.default_uri(state.config.storage)
+    )
     tracking.check_reachable(mlflow)
-    if config.json is not None:
-        storage.check_writable(config.json)
+    for file in filter(None, (config.json, config.replies)):
+        storage.check_writable(file)
     return Destination(
         mlflow=mlflow,
         run_id=state.mlflow_run_id,
         experiment=state.config.experiment,
         run_name=state.config.run_name,
         examples=state.progress.examples,
-        records=storage.join(storage.absolute(config.checkpoint), "tracking"),
+        records=None
+        if tracking.is_model_uri(config.checkpoint)
+        else storage.join(storage.absolute(config.checkpoint), "tracking"),
     )
 
 
-def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> None:
-    """Writes the metrics to the JSON file and to MLflow; where one of them fails, the other has them all the same."""
+def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> str | None:
+    """Writes the metrics to the JSON file and to MLflow; where one of them fails, the other has them all the same.
+
+    Gives the address of their page, if MLflow says which it is.
+    """
     try:
         if config.json is not None:
             storage.write_json(config.json, result)
     finally:
-        track(result, to)
+        run = track(result, to)
+    return tracking.run_url(run) if run.experiment_id else None
 
 
-def track(result: dict[str, Any], to: Destination) -> None:
+def track(result: dict[str, Any], to: Destination) -> tracking.RunRef:
     """Logs the metrics to the MLflow run that trained the checkpoint, as ``test/standard/bleu`` and so on.
 
     Where its server has gone away meanwhile, they stay in a record, and a warning says how to send them.
@@ -73,13 +85,14 @@ def track(result: dict[str, Any], to: Destination) -> None:
     # Of two evaluations MLflow shows the later one; their settings, such as the temperature, are in the artifact.
     tracker = tracking.Tracker(run, record=record, keep=to.records, repeats=True)
     for name, found in result["splits"].items():
-        metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found[group].items()}
+        metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found.get(group, {}).items()}
         tracker.log(metrics, step=to.examples)
     names = "_".join(result["splits"])
     tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
     # The training's own run keeps its status: it may have failed, or go on.
     if tracker.close(None if run.run_id == to.run_id else "FINISHED") == 0:
         shutil.rmtree(record.parent)
+    return run
 
 
 def _run(to: Destination) -> tracking.RunRef:

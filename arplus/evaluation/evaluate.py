@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import kernels, storage
+from arplus import kernels, storage, tracking
 from arplus.cluster import connection, nodes
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
@@ -27,15 +27,16 @@ from arplus.data.dataset import Dataset, Split
 from arplus.data.personas import Persona
 from arplus.data.sampler import EpochSampler
 from arplus.errors import ResourceError, UsageError
-from arplus.evaluation import compare
+from arplus.evaluation import compare, sheets
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
-from arplus.evaluation.metrics import StandardMetrics
+from arplus.evaluation.metrics import PredictorMetrics, StandardMetrics
 from arplus.evaluation.paper_metrics import PaperMetrics
+from arplus.evaluation.replies import readable
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
-from arplus.model.network import PersonaTransformer
+from arplus.model.network import Encoded, PersonaTransformer
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import build_model
 from arplus.sums import Sums
@@ -47,8 +48,8 @@ WINDOW_BATCHES = 64
 """Such batches that a task evaluates."""
 BATCH_SIZES = {"cpu": 64, "cuda": 512}
 """Examples taken at a time by default, by type of device. On a GPU most of the time of 64 is launching kernels."""
-GROUPS = ("standard", "paper_compatible", "persona")
-"""The groups of metrics of a split."""
+GROUPS = ("standard", "paper_compatible", "persona", "predictor")
+"""The groups of metrics of a split; the last one is of models that predict a persona weight."""
 
 
 @dataclass
@@ -58,9 +59,12 @@ class Tally(Sums):
     standard: StandardMetrics
     paper: PaperMetrics
     persona: PersonaMetrics = field(default_factory=PersonaMetrics)
+    predictor: PredictorMetrics = field(default_factory=PredictorMetrics)
     examples: int = 0
     samples: list[Sample] = field(default_factory=list)
     """What is compared with another checkpoint, if it is."""
+    replies: list[dict[str, Any]] = field(default_factory=list)
+    """What ``--replies`` writes, if it is given: a row per example."""
 
     @classmethod
     def empty(cls, special: SpecialIds, rules: ExampleRules) -> "Tally":
@@ -69,40 +73,43 @@ class Tally(Sums):
 
     def result(self) -> dict[str, Any]:
         """The metrics by group and name."""
-        return {
-            "examples": self.examples,
-            "standard": self.standard.result(),
-            "paper_compatible": self.paper.result(),
-            "persona": self.persona.result(),
-        }
+        results = (self.standard.result(), self.paper.result(), self.persona.result(), self.predictor.result())
+        return {"examples": self.examples, **{g: found for g, found in zip(GROUPS, results, strict=True) if found}}
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of a checkpoint on splits, each in three named groups; needs a connected Ray.
 
-    ``standard``, ``paper_compatible`` (never to be compared with each other) and ``persona``. With ``--against`` also
-    those of the other checkpoint, and the comparison (:mod:`arplus.evaluation.compare`). Raises :class:`UsageError`
-    where the data set has other vocabularies than a checkpoint, or was prepared by other rules.
+    ``standard``, ``paper_compatible`` (never to be compared with each other) and ``persona``; and ``predictor`` of a
+    model that predicts a weight. With ``--against`` also those of the other checkpoint, and the comparison
+    (:mod:`arplus.evaluation.compare`). Raises :class:`UsageError` where the data set has other vocabularies than a
+    checkpoint, or was prepared by other rules.
     """
     config = replace(config, data=storage.absolute(config.data))
     dataset = Dataset.open(config.data)
     splits = _splits(dataset, config)
-    uris = [_usable(uri, dataset, config) for uri in (config.checkpoint, config.against) if uri is not None]
+    asked = [uri for uri in (config.checkpoint, config.against) if uri is not None]
+    for uri in asked:  # workers do not have this job's variables
+        config = replace(config, mlflow=tracking.server_of(uri, config.mlflow))
+    uris = [_usable(uri, dataset, config) for uri in asked]
     nodes.check_workers()
     tallies = [
         {split.name: _evaluate(replace(config, checkpoint=uri), dataset, split) for split in splits} for uri in uris
     ]
-    result, *others = [
+    results: list[dict[str, Any]] = [
         {"checkpoint": uri, "splits": {name: tally.result() for name, tally in found.items()}}
         for uri, found in zip(uris, tallies, strict=True)
     ]
-    result |= {"data": config.data, "fingerprint": dataset.fingerprint}
+    result, *others = results
+    result |= {"data": config.data, "fingerprint": dataset.fingerprint, "persona_weight": config.persona_weight}
     for other, found in zip(others, tallies[1:], strict=True):
         result["against"] = other
         result["comparison"] = {
             name: compare.compare(Sample.together(tally.samples), Sample.together(found[name].samples), config.seed)
             for name, tally in tallies[0].items()
         }
+    if config.replies is not None:
+        sheets.write(config, *([row for t in found.values() for row in t.replies] for found in tallies))
     return result
 
 
@@ -120,7 +127,9 @@ def _splits(dataset: Dataset, config: EvaluateConfig) -> list[Split]:
 
 def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
     """The checkpoint's URI as the actors, which may run elsewhere, understand it."""
-    found, state = checkpoint.load_found(storage.absolute(uri))
+    pinned = tracking.pin(uri, config.mlflow)
+    with tracking.fetched(pinned, config.mlflow) as folder:
+        found, state = checkpoint.load_found(folder)
     for kind, mine, theirs in (
         ("characters", state.characters, dataset.characters),
         ("persona words", state.persona_words, dataset.persona_words),
@@ -136,8 +145,9 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
             f"--data {config.data}: was prepared by other rules than the checkpoint {uri} was trained on "
             f"({'; '.join(different)}); prepare the data with the checkpoint's rules (flags of jobs/prepare.py)"
         )
+    dataset.check_labels(state.config.model, training=False)
     config.sampling.of(state.rules)
-    return found
+    return pinned if tracking.is_model_uri(pinned) else found
 
 
 def _evaluate(config: EvaluateConfig, dataset: Dataset, split: Split) -> Tally:
@@ -175,7 +185,8 @@ class Evaluator:
 
     def __init__(self, sampler: EpochSampler, config: EvaluateConfig) -> None:
         # Read here, not handed in: an actor that Ray starts again must not depend on an object that may be gone.
-        self.state = checkpoint.load(config.checkpoint)
+        with tracking.fetched(config.checkpoint, config.mlflow) as folder:
+            self.state = checkpoint.load(folder)
         self.sampler = sampler
         self.config = config
         self.sampling = config.sampling.of(self.state.rules)
@@ -185,6 +196,7 @@ class Evaluator:
         self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
         self.model = build_model(self.state).to(self.device)
+        self.model.persona_weight = None if config.persona_weight == "auto" else config.persona_weight
         kernels.use(self.model, self.device)
         self.special = special_ids(self.state.sizes.characters)
 
@@ -204,16 +216,19 @@ class Evaluator:
             torch.Generator().manual_seed(self.config.seed * 1_000_003 + 2 * index + i) for i in range(2)
         )
         nats_GR = np.zeros((2, len(window)))
+        tally = Tally.empty(self.special, self.state.rules)
         replies: list[list[int]] = [[]] * len(window)
         references = replies.copy()
         for rows, batch in self._batches(window, np.arange(len(window))):
             with autocast(self.device):
-                nats_GR[:, rows] = nll_per_example(self.model, batch).cpu()
+                memories, z_B = self.model.encode_and_weigh(batch)
+                nats_GR[:, rows] = nll_per_example(self.model, batch, memories).cpu()
                 drawn = generate(self.model, batch, self.sampling, random).tolist()
             ends = batch.response.sequences.offsets[1:-1].cpu()
             for row, reply, reference in zip(rows, drawn, batch.target_N.cpu().tensor_split(ends), strict=True):
                 replies[row], references[row] = reply, reference.tolist()
-        tally = Tally.empty(self.special, self.state.rules)
+            if z_B is not None and window.persona_related is not None:
+                tally.predictor.add(z_B.cpu().numpy(), window.persona_related[rows])
         tally.examples += len(window)
         tally.standard.add_loss(nats_GR[0].sum(), int(window.targets.sum()))
         tally.standard.add(replies, references)
@@ -227,6 +242,11 @@ class Evaluator:
         if self.config.against is not None:
             sample = Sample.of(self.special, window.example_id, nats_GR[0], window.targets, replies, references)
             tally.samples.append(sample)
+        if self.config.replies is not None:
+            split, losses = {"split": self.sampler.split.name}, nats_GR[0] / window.targets
+            for i, example in enumerate(table.select(["context", "response", "target_words"]).to_pylist()):
+                row = {**split, "example": int(window.example_id[i]), **readable(self.state, example, replies[i])}
+                tally.replies.append(row | {"loss": float(losses[i])})
         return tally
 
     def _batches(self, window: Window, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Batch]]:
@@ -276,13 +296,13 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
-def nll_per_example(model: PersonaTransformer, batch: Batch) -> Tensor:
+def nll_per_example(model: PersonaTransformer, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
     """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets."""
     target_N = batch.target_N.long()
     nats_NG = torch.stack(
         [
             cross_entropy(model.head(hidden_ND).float(), target_N, reduction="none")
-            for hidden_ND in model.hidden_at_targets(batch)
+            for hidden_ND in model.hidden_at_targets(batch, memories)
         ],
         dim=-1,
     )
@@ -299,7 +319,7 @@ def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for name, found in result["splits"].items():
         lines += ["", f"{name}: {found['examples']} examples"]
-        for group in GROUPS:
+        for group in filter(found.__contains__, GROUPS):
             lines += ["", group.replace("_", "-")]
             lines += [f"  {metric:36} {value:12.4f}" for metric, value in found[group].items()]
         if "comparison" in result:

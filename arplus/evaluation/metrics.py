@@ -125,6 +125,36 @@ class StandardMetrics(Sums):
         return result
 
 
+@dataclass
+class PredictorMetrics(Sums):
+    """How well a predicted persona weight a tells the examples that are about the responder's persona (r = 1)."""
+
+    logits: list[float] = field(default_factory=list)
+    """z of a = σ(z)."""
+    labels: list[int] = field(default_factory=list)
+    """r of each."""
+
+    def add(self, logits: NDArray[np.floating], labels: NDArray[np.integer]) -> None:
+        """Adds examples."""
+        self.logits += logits.tolist()
+        self.labels += labels.tolist()
+
+    def result(self) -> dict[str, float]:
+        """``share`` of r = 1, ``auc`` (the chance that z is higher at r = 1 than at r = 0), and the mean a at each r.
+
+        Those of which there is no example are left out.
+        """
+        z, r = np.array(self.logits), np.array(self.labels)
+        at = {f"mean_a_at_{label}": z[r == label] for label in (1, 0)}
+        found: dict[str, float] = {"share": float(r.mean())} if len(r) else {}
+        related, other = at.values()
+        if len(related) and len(other):
+            other = np.sort(other)
+            below = np.searchsorted(other, related, "left") + np.searchsorted(other, related, "right")
+            found["auc"] = float(below.mean() / (2 * len(other)))  # an equal one counts half
+        return found | {name: float((1 / (1 + np.exp(-part))).mean()) for name, part in at.items() if len(part)}
+
+
 def text_of(special: SpecialIds, row: Sequence[int]) -> list[int]:
     """The row's ids up to its first [EOS] or [PAD], without [BOS]."""
     ids = []

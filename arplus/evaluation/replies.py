@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import torch
 
 from arplus import kernels
@@ -16,7 +18,6 @@ from arplus.data.records import Reject, parse_line
 from arplus.data.sampler import EpochSampler
 from arplus.data.sessions import to_table
 from arplus.errors import UsageError
-from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.runs.checkpoint import TrainState, build_model
 from arplus.text import GENDERS
@@ -34,9 +35,17 @@ class Responder:
     Raises :class:`UsageError` for a shortest reply that is longer than the model's longest.
     """
 
-    def __init__(self, state: TrainState, profile: dict[str, object], sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        profile: dict[str, object],
+        sampling: Sampling,
+        seed: int,
+        persona_weight: float | None = None,
+    ) -> None:
         self.state = state
         self.model = build_model(state)
+        self.model.persona_weight = persona_weight
         kernels.use(self.model, torch.device("cpu"))
         self.profile = profile
         self.sampling = sampling.of(state.rules)
@@ -47,16 +56,22 @@ class Responder:
 
         Raises :class:`UsageError` where there is nothing to answer or the persona is malformed.
         """
-        batch = self._batch(utterances)
-        ids = generate(self.model, batch, self.sampling, self.rng)[0]
-        return self.state.characters.decode(ids.tolist())
+        return self.answer([self.example(utterances, self.profile)], self.sampling, self.rng)[0]
 
-    def _batch(self, utterances: Sequence[str]) -> Batch:
+    def answer(self, examples: Sequence[pa.Table], sampling: Sampling, random: torch.Generator) -> list[str]:
+        """The replies to what :meth:`example` made."""
+        window = Window(pa.concat_tables(examples), BatchSpec.of(self.state.config.model, self.state.sizes))
+        batch = window.batch(np.arange(len(window)), ExampleRng(0, 0))
+        replies = generate(self.model, batch, sampling, random).tolist()
+        return [self.state.characters.decode(ids) for ids in replies]
+
+    def example(self, utterances: Sequence[str], profile: dict[str, object]) -> pa.Table:
+        """A conversation and who is to reply, as one encoded example; raises as :meth:`reply` does."""
         # The reply to come is a stand-in of one character; generation does not read it.
         turns = [*utterances, "。"]
         record = {
             "dialog": [[text] for text in turns],
-            "profile": [raw_profile("", "", ""), self.profile],
+            "profile": [raw_profile("", "", ""), profile],
             "uid": [i % 2 for i in range(len(turns))],
         }
         try:
@@ -72,8 +87,7 @@ class Responder:
         examples = encode_sessions(sessions, self.state.characters, self.state.persona_words, rules).table
         if not len(examples):
             raise UsageError("--say: there is nothing to answer in it")
-        window = Window(examples, BatchSpec.of(self.state.config.model, self.state.sizes))
-        return window.batch(np.array([len(examples) - 1]), ExampleRng(0, 0))
+        return examples.slice(len(examples) - 1)
 
 
 def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
@@ -89,11 +103,18 @@ def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
     replies = generate(model, batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):
-        context = "".join(dataset.characters.token(i) for i in example["context"]).replace("[SEP]", " / ")
-        persona = " ".join(dataset.persona_words.token(i) for i in example["target_words"])
-        blocks.append(
-            f"context    {context}\npersona    {persona}\n"
-            f"reference  {dataset.characters.decode(example['response'])}\n"
-            f"reply      {dataset.characters.decode(reply)}\n"
-        )
+        texts = readable(state, example, reply)
+        blocks.append("".join(f"{name:10} {text}\n" for name, text in texts.items()))
     return "\n".join(blocks)
+
+
+def readable(state: TrainState, example: dict[str, Any], reply: Sequence[int]) -> dict[str, str]:
+    """Context, persona, reference and reply of an encoded example as text; a context's utterances with / between."""
+    decode = state.characters.decode
+    context = "".join(state.characters.token(i) for i in example["context"])
+    return {
+        "context": context.removesuffix("[SEP]").replace("[SEP]", " / "),
+        "persona": " ".join(state.persona_words.token(i) for i in example["target_words"]),
+        "reference": decode(example["response"]),
+        "reply": decode(reply),
+    }

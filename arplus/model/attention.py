@@ -25,6 +25,10 @@ class KeyValue(NamedTuple):
         """These positions and then the new ones, all of them visible: the cache of step by step decoding."""
         return KeyValue(torch.cat([self.key_BHSC, new.key_BHSC], 2), torch.cat([self.value_BHSC, new.value_BHSC], 2))
 
+    def weighed(self, by_B: Tensor) -> "KeyValue":
+        """The same with all that is found in a sequence times a factor: attention is linear in its values."""
+        return self._replace(value_BHSC=self.value_BHSC * by_B.to(self.value_BHSC.dtype)[:, None, None, None])
+
 
 Blocks = list[KeyValue]
 """Keys and values of packed sequences, one entry per block of :attr:`Sequences.blocks`."""
@@ -76,9 +80,12 @@ class Attention(Module):
         query, own = self._project(x_ND, of, _beyond(of))
         return self._look(query, own, of)
 
-    def key_value(self, x_ND: Tensor, of: Sequences) -> Blocks:
-        """What a decoder may look at of encoded sequences; an empty one is found to hold zeros."""
+    def key_value(self, x_ND: Tensor, of: Sequences, weight_B: Tensor | None = None) -> Blocks:
+        """What a decoder may look at of encoded sequences, weighed if wanted; an empty one is found to hold zeros."""
         _, own = self._project(x_ND, of, _beyond(of), parts=2)
+        if weight_B is not None:
+            weights = weight_B.split([block.sequences for block in of.blocks])
+            own = [found.weighed(weight) for found, weight in zip(own, weights, strict=True)]
         # Laid out by heads once, not in every application that looks at them.
         return [KeyValue(key.contiguous(), value.contiguous(), mask) for key, value, mask in own]
 

@@ -156,6 +156,9 @@ class Batch:
     """What follows each of them: the characters and [EOS]."""
     infilled: Packed | None
     """[BOS] … [EOS] with a span replaced by one [MASK] (auxiliary task "infilling"), else None."""
+    persona_related_B: Tensor | None = None
+    """r of L_W: 1 where question or response is about the responder's persona, else 0; None where no weight is
+    predicted."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; copies from pinned memory do not block."""

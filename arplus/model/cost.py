@@ -9,6 +9,8 @@ from arplus.model.network import PersonaTransformer
 
 _COMPONENTS = (
     ("adapter.", "adapters"),
+    ("feature", "features"),
+    ("predictor.", "predictor"),
     ("characters.", "character table"),
     ("persona_words.", "persona table"),
     ("_input.projection.", "projections"),

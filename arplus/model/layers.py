@@ -1,32 +1,44 @@
 """The transformer layer of encoder and decoder: with ReZero (Eq. 5) or with norms after the branches (Eq. 2).
 
-One layer holds one set of weights. It serves the encoder and the decoder, and with ALBERT sharing it is applied again
-and again in each. Shape suffixes are those of :mod:`arplus.model.batch`.
+One layer holds one set of weights. It serves the encoder and the decoder, or one of them where each has its own, and
+with ALBERT sharing it is applied again and again in each. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Sequences
 from arplus.model.ops import Dropout, Linear, Module
 
+Stack = Literal["both", "encoder", "decoder"]
+"""What a layer serves."""
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "gelu-tanh": partial(functional.gelu, approximate="tanh"),
+}
+
 
 class FeedForward(nn.Module):
     """The position-wise feed-forward d → FF → d."""
 
-    def __init__(self, d_model: int, ff_size: int, dropout: float) -> None:
+    def __init__(self, d_model: int, ff_size: int, dropout: float, activation: str) -> None:
         super().__init__()
         self.expand, self.contract = Linear(d_model, ff_size), Linear(ff_size, d_model)
-        self.dropout = Dropout(dropout)
+        self.activate, self.dropout = _ACTIVATIONS[activation], Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) to (N, D)."""
-        return self.contract(self.dropout(self.expand(x).relu()))
+        return self.contract(self.dropout(self.activate(self.expand(x))))
 
 
 class FactoredFeedForward(Module):
@@ -73,7 +85,9 @@ class Layer(nn.Module, ABC):
         d, r, p = config.d_model, config.ff_bottleneck, config.dropout
         self.attention = Attention(d, config.heads, p)
         self.feed_forward = (
-            FeedForward(d, config.ff_size, p) if r is None else FactoredFeedForward(d, r, config.ff_size, p)
+            FeedForward(d, config.ff_size, p, config.activation)
+            if r is None
+            else FactoredFeedForward(d, r, config.ff_size, p)
         )
         self.attention_adapter, self.feed_forward_adapter = (
             nn.Identity() if config.adapter is None else Adapter(d, config.adapter) for _ in range(2)
@@ -102,11 +116,11 @@ class Layer(nn.Module, ABC):
 class ReZeroLayer(Layer):
     """Pre-norm, which overwrites the residual stream, then two branches gated by r (Bachlechner et al. 2020)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, of: Stack = "both") -> None:
         super().__init__(config)
         self.b = config.fixed_attention
         self.pre_norm = nn.LayerNorm(config.d_model)
-        self.r = nn.Parameter(torch.zeros(1))
+        self.r = nn.Parameter(torch.full((1,), config.gate_start))
 
     def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: x + r·Att(x), then x + r·FF(x)."""
@@ -128,11 +142,12 @@ class ReZeroLayer(Layer):
 class PostNormLayer(Layer):
     """Without ReZero: one norm on the stream and one after attention; none after the feed-forward, as in the code."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, of: Stack = "both") -> None:
         super().__init__(config)
+        own_first = config.decoder_norm  # of the decoder
         self.norm1 = nn.LayerNorm(config.d_model)
-        self.norm2 = nn.LayerNorm(config.d_model)
-        self.pre_norm = nn.LayerNorm(config.d_model) if config.decoder_norm else None
+        self.norm2 = nn.Identity() if of == "decoder" and own_first else nn.LayerNorm(config.d_model)
+        self.pre_norm = nn.LayerNorm(config.d_model) if of != "encoder" and own_first else None
 
     def encode(self, x_ND: Tensor, of: Sequences) -> Tensor:
         """Encoder: norm2, then norm1(x + Att(x)), then x + FF(x)."""

@@ -1,22 +1,33 @@
-"""The output head, and L_D and L_LM as separate sums; the engine weights them with λ1 (Eq. 4).
+"""The output head, and L_D, L_LM and L_W as separate sums; the engine weights them with λ1 and λ2 (Eq. 3 and 4).
 
 Shape suffixes are those of :mod:`arplus.model.batch`; G is the two losses.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
+from arplus.model.batch import IGNORED
 from arplus.model.ops import Linear
 
 
 class Losses(NamedTuple):
-    """Cross-entropies in nats, summed over the targets, to be divided by global counts; all fp32."""
+    """Cross-entropies in nats, to be divided by global counts; all fp32."""
 
     sum_dialogue: Tensor
-    """Of L_D."""
+    """Of L_D, over the targets."""
     sum_auxiliary: Tensor
-    """Of L_LM."""
+    """Of L_LM, over the targets."""
+    sum_weight: Tensor | None = None
+    """Of L_W, over the examples; None where no weight is predicted."""
+    sum_a: Tensor | None = None
+    """The predicted weights a, over the examples."""
+
+    def together(self) -> Tensor:
+        """Those that there are, without their gradients: (2,), or (4,) where a weight is predicted."""
+        return torch.stack([loss for loss in self if loss is not None]).detach()
 
 
 class OutputHead(Linear):
@@ -30,3 +41,11 @@ class OutputHead(Linear):
         if target_N is None:
             return super().forward(hidden)
         return self.ops.cross_entropies(hidden, self.weight, target_N.long())
+
+
+def weight_sums(z_B: Tensor, persona_related_B: Tensor) -> tuple[Tensor, Tensor]:
+    """L_W = -Σ r·ln a + (1 - r)·ln(1 - a) for a = σ(z), and Σ a, over the examples whose label r is not IGNORED."""
+    counted_B = persona_related_B != IGNORED
+    r_B = (persona_related_B * counted_B).to(z_B.dtype)
+    nats = binary_cross_entropy_with_logits(z_B, r_B, counted_B.to(z_B.dtype), reduction="sum")
+    return nats, (z_B.sigmoid() * counted_B).sum()

@@ -43,6 +43,7 @@ _UNUSED = re.compile(
     r"|(post_encoder(\.transformer_encoder)?|resp_decoder)\.layers\.\d+\."
     r"(cls|pre_norm|norm1|norm2)\.(weight|bias)"
     r"|(post_encoder|resp_decoder)\.layers\.\d+\.resweight"
+    r"|mem_output_map\.weight"
 )
 """What the paper's code may hold without using it (which, depends on the row) or computes itself (positions)."""
 
@@ -53,10 +54,7 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     character_owners = ["context_emb.emb", "output_emb.emb", "seq_emb.emb"]
     if config.memory_hops:
         found["persona_words.weight"] = ("context_emb.persona_emb.weight", "persona_emb.emb.weight")
-        last = config.memory_hops
-        for h in range(last + 1):
-            names = [f"mem_input.{h}.emb.weight"] * (h < last) + [f"mem_output.{h - 1}.emb.weight"] * (h > 0)
-            found[f"memory.tables.{h}.weight"] = tuple(names)
+        found |= _memory(config)
     else:
         character_owners += ["persona_emb.emb", "context_emb.persona_emb"]
     if config.tied_head:
@@ -79,28 +77,62 @@ def sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     else:
         layer_parts |= {"feed_forward.narrow.": "linear1.", "feed_forward.widen.": "linear2."}
         layer_parts |= {"feed_forward.expand.": "fac_linear1.", "feed_forward.contract.": "fac_linear2."}
-    norms = ["pre_norm"] if config.rezero else ["norm1", "norm2"] + ["pre_norm"] * config.decoder_norm
-    layer_parts |= {f"{name}.": f"{name}." for name in norms}
     for kind in ("weight", "bias"):
         if config.embedding_size != config.d_model:
             for ours, theirs in inputs.items():
                 found[f"{ours}.projection.{kind}"] = (f"{theirs}.proj.{kind}",)
+    for ours_stack, (stacks, norms) in _stacks(config).items():
         for i in range(config.unique_layers):
-            for ours, theirs in layer_parts.items():
-                found[f"layers.{i}.{ours}{kind}"] = _layer_names(i, f"{theirs}{kind}")
-    if config.rezero:
-        for i in range(config.unique_layers):
-            found[f"layers.{i}.r"] = _layer_names(i, "resweight")
+            for ours, theirs in (layer_parts | {f"{name}.": f"{name}." for name in norms}).items():
+                for kind in ("weight", "bias"):
+                    found[f"{ours_stack}.{i}.{ours}{kind}"] = _layer_names(i, f"{theirs}{kind}", stacks)
+            if config.rezero:
+                found[f"{ours_stack}.{i}.r"] = _layer_names(i, "resweight", stacks)
+    if config.persona_weight == "predicted":  # that code's own predictor cannot run, so no file has one
+        found |= {name: (name,) for name in ("predictor.w", "predictor.c")}
     return found
 
 
-def _layer_names(i: int, name: str) -> tuple[str, ...]:
-    """Names of a layer's parameter in AR+'s encoder, in AR's, and in the decoder that shares it."""
-    stacks = ("post_encoder", "self_attn"), ("post_encoder.transformer_encoder", "self_attn")
-    return tuple(
-        f"{stack}.layers.{i}.{name.format(attention=attention)}"
-        for stack, attention in (*stacks, ("resp_decoder", "multihead_attn"))
-    )
+def _memory(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    if config.memory_tying == "layer-wise":
+        theirs = {"tables.0": "mem_input.emb", "tables.1": "mem_output.emb"}
+        theirs |= {"query_map": "mem_output_map"} if config.memory_hops > 1 else {}
+        return {f"memory.{ours}.weight": (f"{name}.weight",) for ours, name in theirs.items()}
+    found: dict[str, tuple[str, ...]] = {}
+    last = config.memory_hops
+    for h in range(last + 1):
+        names = [f"mem_input.{h}.emb.weight"] * (h < last) + [f"mem_output.{h - 1}.emb.weight"] * (h > 0)
+        found[f"memory.tables.{h}.weight"] = tuple(names)
+    return found
+
+
+_Stacks = tuple[tuple[str, str], ...]
+_ENCODER: _Stacks = (("post_encoder", "self_attn"), ("post_encoder.transformer_encoder", "self_attn"))
+"""AR+'s and AR's, and what attention is called in it."""
+_DECODER: _Stacks = (("resp_decoder", "multihead_attn"),)
+
+
+def _stacks(config: ModelConfig) -> dict[str, tuple[_Stacks, list[str]]]:
+    """Our lists of layers: the stacks that they are in the paper's code, and the norms that they use."""
+    of_encoder = ["norm1", "norm2"]
+    of_decoder = ["norm1", "pre_norm" if config.decoder_norm else "norm2"]
+    if config.rezero:
+        of_encoder = of_decoder = ["pre_norm"]
+    if config.shared_stacks:
+        return {"layers": (_ENCODER + _DECODER, list(dict.fromkeys(of_encoder + of_decoder)))}
+    return {"layers": (_DECODER, of_decoder), "encoder_layers": (_ENCODER, of_encoder)}
+
+
+def _layer_names(i: int, name: str, stacks: _Stacks = _ENCODER + _DECODER) -> tuple[str, ...]:
+    """Names of a layer's parameter in each of these stacks."""
+    return tuple(f"{stack}.layers.{i}.{name.format(attention=attention)}" for stack, attention in stacks)
+
+
+def _shares_stacks(state: Mapping[str, Tensor]) -> bool:
+    """Whether encoder and decoder agree, as far as the file has both."""
+    name = "linear1.weight"
+    both = [[state[n] for n in _layer_names(0, name, stacks) if n in state] for stacks in (_ENCODER, _DECODER)]
+    return not all(both) or torch.equal(both[0][0], both[1][0])
 
 
 def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -133,7 +165,8 @@ def from_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, VocabularySizes]:
     """The configuration of reference weights: sizes from their shapes, the rest (row, heads, layers) from ``base``.
 
-    Where ``base`` shares layers, its total number of layers stands; where not, the file's number of layers does.
+    What encoder and decoder share is the file's to say, and what the memory's hops do, but not how many hops a
+    layer-wise memory has. Where ``base`` shares layers, its total number of layers stands; where not, the file's does.
     Raises :class:`UsageError` where the file cannot be of this row.
     """
     state = _plain(state)
@@ -148,10 +181,12 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
     d_model = shape(*_layer_names(0, "{attention}.out_proj.weight"))[0]
     first = shape(*_layer_names(0, "linear1.weight"))[0]
     factored = [name for name in _layer_names(0, "fac_linear1.weight") if name in state]
+    layer_wise = "mem_input.emb.weight" in state
     hops = 1 + max((int(m[1]) for n in state if (m := re.match(r"mem_(?:in|out)put\.(\d+)\.", n))), default=-1)
+    hops = base.memory_hops if layer_wise else hops
     unique = 1 + max(int(m[1]) for n in state if (m := re.search(r"\.layers\.(\d+)\.", n)))
     for name, in_file, in_base in (
-        ("a MemN2N memory", hops > 0, base.memory_hops > 0),
+        ("a MemN2N memory", layer_wise or hops > 0, base.memory_hops > 0),
         ("a factored feed-forward layer", bool(factored), base.ff_bottleneck is not None),
         ("an embedding of its own width", embedding_size != d_model, base.embedding_size != base.d_model),
     ):
@@ -172,6 +207,8 @@ def infer(state: Mapping[str, Tensor], base: ModelConfig) -> tuple[ModelConfig, 
         ff_size=state[factored[0]].shape[0] if factored else first,
         ff_bottleneck=first if factored else None,
         memory_hops=hops,
+        memory_tying="layer-wise" if layer_wise else "adjacent",
+        shared_stacks=_shares_stacks(state),
     )
     if not hops:
         return config, VocabularySizes(characters=characters)

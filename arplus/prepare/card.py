@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from arplus import pages, storage
+from arplus.data.labels import RULES
 from arplus.data.manifest import Manifest
 from arplus.data.records import MAX_TAGS, MAX_WORD_CHARACTERS, REJECT_REASONS
 from arplus.prepare.statistics import MEANINGS, Distribution, Histograms
@@ -104,6 +105,8 @@ class DataCard:
             manifest=found,
             cuts=_CUTS,
             splits=[(name, split.sessions, split.examples) for name, split in found.splits.items()],
+            persona_related=_persona_related(found),
+            rules=RULES,
             overlaps=[(f"in {name}", n) for name, n in found.overlaps.items()],
             left_out=_left_out(found),
             duplicates=[
@@ -118,6 +121,16 @@ class DataCard:
 
 def _share(part: int, whole: int) -> float:
     return round(part / whole, 6) if whole else 0.0
+
+
+def _persona_related(manifest: Manifest) -> list[tuple[str, int, str]]:
+    """Rows for the examples about the responder's persona: their number, their share, and by which rules."""
+    rows = []
+    for split, rules in manifest.persona_related.items():
+        n, examples = sum(rules.values()), manifest.splits[split].examples
+        by_rule = ", ".join(f"{_share(count, examples):.2%} {rule}" for rule, count in rules.items())
+        rows.append((split, n, f"{_share(n, examples):.2%} of the examples: {by_rule}"))
+    return rows
 
 
 def _left_out(manifest: Manifest) -> list[tuple[str, int, str]]:
@@ -162,6 +175,7 @@ def report(manifest: Manifest) -> str:
             for name, n in manifest.overlaps.items()
         ),
         *((f"left out: {reason}", n, "pairs of utterances") for reason, n in manifest.examples_left_out.items()),
+        *((f"about the persona: {split}", n, shares) for split, n, shares in _persona_related(manifest)),
         *((name.replace("_", " "), n, _CUTS[name]) for name, n in manifest.profiles_cut.items() if n),
         *(
             (f"vocabulary: {name}", size, "with the nine special tokens")

@@ -14,6 +14,7 @@ from arplus.data.manifest import Manifest
 from arplus.errors import ArplusError, UsageError
 from arplus.prepare import card
 from arplus.prepare.card import DataCard
+from arplus.prepare.lease import FILE as LEASE
 from arplus.prepare.lease import Lease, is_unfinished
 from arplus.prepare.tasks import write
 from arplus.text import Vocabulary
@@ -30,6 +31,8 @@ _OURS = re.compile(
 """All that a preparation leaves below the output beside lease and manifest."""
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{8}\.tmp$")
 """What a file is called until it is whole."""
+_BEGUN = re.compile(rf"\.{re.escape(LEASE)}\.(lock|[0-9a-f]{{8}}\.tmp)")
+"""What is left of a lease whose job was killed while it wrote it."""
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +47,13 @@ def claim(output: str) -> Lease:
     if storage.exists(whole):
         raise taken
     unfinished = is_unfinished(output)
-    if not unfinished and storage.exists(output) and storage.list_files(output):
+    found = storage.list_files(output) if not unfinished and storage.exists(output) else []
+    if not all(_BEGUN.fullmatch(file.removeprefix(f"{output}/")) for file in found):
         raise UsageError(f"{output}: is not empty and no unfinished data set; choose another --output")
     lease = Lease.take(output)
+    for file in found:  # by now no other job writes there; the lock went with our own use of it
+        if file.endswith(".tmp"):
+            storage.delete(file)
     if storage.exists(whole):  # since we looked
         lease.release(finished=True)
         raise taken

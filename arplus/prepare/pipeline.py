@@ -33,6 +33,7 @@ from arplus import storage
 from arplus.cluster import nodes
 from arplus.config import PrepareConfig, to_dict, validate
 from arplus.data.examples import LEFT_OUT
+from arplus.data.labels import RULES
 from arplus.data.manifest import FORMAT, DataFile, EvaluationSetFacts, InputFacts, Manifest, SplitFacts
 from arplus.errors import ArplusError, ResourceError, UsageError
 from arplus.prepare import output, stages
@@ -117,12 +118,12 @@ def _prepare(
     lease.check()
 
     sessions = dict(zip(splits, total.sessions.tolist(), strict=True))
-    left_out, rows = stages.encode(config, groups, survivors, vocabularies, sessions)
+    left_out, related, rows = stages.encode(config, groups, survivors, vocabularies, sessions)
     lease.check()
     files = stages.write(config, lease.token, rows, sessions)
     if not files["train"]:
         raise UsageError(_no_example(config, sessions, left_out["train"], len(duplicates.overlapping)))
-    manifest = _manifest(config, sources, added, duplicates, sessions, left_out, files, vocabularies)
+    manifest = _manifest(config, sources, added, duplicates, sessions, left_out, related, files, vocabularies)
     assert manifest.records == sum(manifest.rejected.values()) + len(duplicates.removed) + manifest.sessions, manifest
     coverage = {
         "characters": Coverage.of(characters, vocabularies[0]),
@@ -171,6 +172,7 @@ def _manifest(
     duplicates: Deduplicated,
     sessions: dict[str, int],
     left_out: dict[str, Counter[str]],
+    related: dict[str, Counter[str]],
     files: dict[str, list[DataFile]],
     vocabularies: tuple[Vocabulary, Vocabulary],
 ) -> Manifest:
@@ -210,6 +212,7 @@ def _manifest(
             for split, found in files.items()
         },
         vocabulary=sizes(*vocabularies),
+        persona_related={split: {rule: counts[rule] for rule in RULES} for split, counts in related.items()},
     )
 
 

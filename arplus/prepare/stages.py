@@ -169,19 +169,23 @@ def encode(
     survivors: Any,
     vocabularies: tuple[Vocabulary, Vocabulary],
     sessions: dict[str, int],
-) -> tuple[dict[str, Counter[str]], list[list[Any]]]:
-    """By split the pairs left out by reason; and for each group the packed examples of each part."""
+) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]], list[list[Any]]]:
+    """By split the pairs left out by reason, and the examples about the persona by rule.
+
+    And for each group the packed examples of each part.
+    """
     progress = StageLog("encode", "sessions")
     numbers = _parts(sessions)
     task: Any = parquet.encode.options(num_returns=1 + sum(numbers.values()))
     put = [ray.put(vocabulary) for vocabulary in vocabularies]
     rows = [task.remote(config, group, survivors, *put, numbers) for group in groups]
-    left_out: dict[str, Counter[str]] = {split: Counter() for split in numbers}
-    for counts in as_completed([row[0] for row in rows], progress, sum(sessions.values())):
-        for split, reasons in counts.items():
-            left_out[split].update(reasons)
+    left_out, related = ({split: Counter[str]() for split in numbers} for _ in range(2))
+    for found in as_completed([row[0] for row in rows], progress, sum(sessions.values())):
+        for total, counts in zip((left_out, related), found, strict=True):
+            for split, reasons in counts.items():
+                total[split].update(reasons)
     progress.end(sum(sessions.values()))
-    return left_out, [row[1:] for row in rows]
+    return left_out, related, [row[1:] for row in rows]
 
 
 def write(

@@ -12,9 +12,9 @@ moment none is lost. Nothing here waits for storage that is away: :class:`arplus
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from arplus import storage
@@ -45,6 +45,15 @@ class Attempt:
     mlflow_run_id: str
     stop: bool = False
     """Whether the owner was told to stop."""
+    workers: tuple[str, ...] = ()
+    """Of the newest start: node and log of each worker, by rank."""
+    failure: dict[str, str] = field(default_factory=dict)
+    """Why workers failed the last time: ``reason``, ``rank``, ``node``, ``log``, and in which ``attempt``."""
+
+    @property
+    def restarted_by_failure(self) -> bool:
+        """Whether it is a failure of the attempt before that made this one."""
+        return self.failure.get("attempt") == str(self.number - 1)
 
 
 def read(run_uri: str) -> Attempt | None:
@@ -62,16 +71,26 @@ def take_over(run_uri: str, mlflow_run_id: str) -> Attempt:
     return _document(run_uri).update(change)
 
 
-def start(run_uri: str, job: Attempt) -> Attempt:
+def start(run_uri: str, job: Attempt, workers: Sequence[str] = ()) -> Attempt:
     """A new start of the job's workers; rank 0 calls it. Raises :class:`SupersededError` and :class:`StoppedError`."""
 
     def change(there: Attempt | None) -> Attempt:
         own = _check_owner(run_uri, there, job)
         if own.stop:
             raise StoppedError("stopped; the same command goes on from the newest checkpoint")
-        return replace(own, number=own.number + 1)
+        return replace(own, number=own.number + 1, workers=tuple(workers))
 
     return _document(run_uri).update(change)
+
+
+def note_failure(run_uri: str, job: Attempt, describe: Callable[[Sequence[str]], dict[str, str]]) -> None:
+    """Notes why the job's workers failed: what ``describe`` makes of their nodes and logs."""
+
+    def change(there: Attempt | None) -> Attempt:
+        own = _check_owner(run_uri, there, job)
+        return replace(own, workers=(), failure=describe(own.workers) | {"attempt": str(own.number)})
+
+    _document(run_uri).update(change)
 
 
 def request_stop(run_uri: str, job: Attempt) -> None:

@@ -34,6 +34,7 @@ from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict,
 from arplus.documents import Document
 from arplus.errors import RefusedError, ResourceError, UsageError
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
 from arplus.text import Vocabulary, sizes
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def write(
 
     ``check`` is called at the last moment before that; what it raises leaves the checkpoint incomplete.
     """
-    _delete(uri)  # what a save that died may have left
+    delete(uri)  # what a save that died may have left
     facts = {
         "format": FORMAT,
         "progress": asdict(state.progress),
@@ -154,10 +155,15 @@ def write(
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(uri, name), data)
-    described = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    described = {name: describe(data) for name, data in files.items()}
     check()
     storage.write_json(storage.join(uri, MANIFEST), {"format": FORMAT, "files": described})
     return uri
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def load(uri: str, *, moments: bool = False) -> TrainState:
@@ -228,17 +234,20 @@ def build_model(state: TrainState) -> PersonaTransformer:
     """The network of a checkpoint, in evaluation mode, on the CPU."""
     model = PersonaTransformer(state.config.model, state.sizes)
     model.load_weights(state.weights)
-    return model.eval()
+    return features.attach(model, state.characters, state.rules).eval()
 
 
 def find(uri: str) -> str:
     """The URI of a checkpoint, for that of a checkpoint or of a run's folder; see :func:`load`, which reads it too."""
     if is_complete(uri):
         return uri
-    best, problem = _marked(uri)
+    best, problem = marked_best(uri)
     if best is not None:
         return best.checkpoint
     complete = list_complete(uri)
+    if not complete and problem:
+        kept = "a study keeps its best run's checkpoints alone, or with --keep-checkpoints all those of every run"
+        raise UsageError(f"{problem}, and {uri} has no other; {kept}")
     if not complete:
         raise UsageError(f"{uri}: no complete checkpoint there; give a run's folder or one of its checkpoints/step-…")
     if problem:
@@ -253,7 +262,7 @@ def is_complete(uri: str) -> bool:
 
 def list_complete(run_uri: str) -> list[str]:
     """URIs of a run's complete checkpoints, oldest first: by attempt, then by step, then the validated."""
-    return sorted((uri for uri, complete in _folders(run_uri).items() if complete), key=_age)
+    return sorted((uri for uri, complete in folders(run_uri).items() if complete), key=age)
 
 
 def newest(
@@ -264,7 +273,7 @@ def newest(
     One that is damaged is passed over with a warning.
     """
     for uri in reversed(list_complete(run_uri)):
-        if _age(uri)[0] <= after:
+        if age(uri)[0] <= after:
             break
         if uri == but:
             continue
@@ -295,7 +304,7 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> 
     """
     lowest = progress.best_response_ppl
     own = None if progress.unvalidated else compared(progress.validation)
-    best, problem = _marked(run_uri)
+    best, problem = marked_best(run_uri)
     if best is not None and best.checkpoint != checkpoint_uri:
         try:
             _read(best.checkpoint, moments=False)
@@ -318,20 +327,6 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> 
     return lowest
 
 
-def retain(run_uri: str, newest: int, *, attempt: int) -> None:
-    """Deletes all checkpoints of a run but the ``newest`` complete ones and the best; saves that died go as well.
-
-    What a later attempt than ``attempt`` has begun to write has not died.
-    """
-    best, _ = _marked(run_uri)
-    kept = None if best is None else best.checkpoint
-    complete = list_complete(run_uri)
-    incomplete = sorted(_folders(run_uri).keys() - set(complete))
-    for uri in [uri for uri in incomplete if _age(uri)[0] <= attempt] + complete[:-newest]:
-        if uri != kept:
-            _delete(uri)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BestMark:
     """The content of ``best.json``."""
@@ -345,7 +340,7 @@ def _mark(run_uri: str) -> Document[BestMark]:
     return Document(storage.join(run_uri, "best.json"), BestMark, patient=False)
 
 
-def _marked(run_uri: str) -> tuple[BestMark | None, str | None]:
+def marked_best(run_uri: str) -> tuple[BestMark | None, str | None]:
     """The mark, with the URI of a checkpoint that is there; else what is wrong with the mark, if there is one."""
     file = _mark(run_uri)
     try:
@@ -371,14 +366,14 @@ def _say_once(warning: str) -> None:
     log.warning("%s", warning)
 
 
-def _age(uri: str) -> tuple[int, int, bool]:
+def age(uri: str) -> tuple[int, int, bool]:
     """Attempt, step, and whether that step's validation is in it."""
     found = _NAME.fullmatch(uri.rsplit("/", 1)[1])
     assert found, uri
     return int(found[2] or 0), int(found[1]), found[3] is None
 
 
-def _folders(run_uri: str) -> dict[str, bool]:
+def folders(run_uri: str) -> dict[str, bool]:
     """A run's checkpoints, and whether each is complete; what else lies beside or in them does not count."""
     folder = storage.join(run_uri, "checkpoints")
     found: dict[str, bool] = {}
@@ -390,7 +385,8 @@ def _folders(run_uri: str) -> dict[str, bool]:
     return found
 
 
-def _delete(uri: str) -> None:
+def delete(uri: str) -> None:
+    """Deletes a checkpoint, or what a save that died has left of one."""
     # The manifest goes first: a half-deleted folder must not pass for a checkpoint.
     storage.delete(storage.join(uri, MANIFEST))
     storage.delete(uri)

@@ -38,7 +38,8 @@ def export(config: ExportConfig) -> str:
 def from_reference(config: ExportConfig) -> TrainState:
     """The paper code's weights with our names."""
     run = preset(config.preset)
-    base = replace(run.model, heads=config.heads or run.model.heads, layers=config.layers or run.model.layers)
+    given = {name: getattr(config, name) or getattr(run.model, name) for name in ("heads", "layers", "memory_hops")}
+    base = replace(run.model, **given)
     if base.repeats > 1:
         base = replace(base, repeats=base.layers)
     uri = str(config.from_reference)
@@ -67,6 +68,10 @@ def model_card(state: TrainState) -> str:
     config, progress = state.config, state.progress
     model = PersonaTransformer(config.model, state.sizes)
     rows = "\n".join(f"| {part} | {count:,} |" for part, count in live_parameters(model).items())
+    needed, features = "", config.model.features
+    if features.path is not None:
+        of_what = f"{features.path} (weights of SHA-256 `{features.digest}`)"
+        needed = f"\nIts features are of {of_what}, which `arplus.pretrained.features.attach` adds.\n"
     what = "Response perplexity" if config.objective.lambda0 else "Perplexity of the auxiliary task"
     best = f"{progress.best_response_ppl:.3f}" if progress.best_response_ppl else "not measured"
     return f"""---
@@ -87,14 +92,14 @@ Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (d
 
     import json
     from safetensors.torch import load_file
-    from arplus.config import ModelConfig, VocabularySizes
+    from arplus.config import ModelConfig, VocabularySizes, from_dict
     from arplus.model.network import PersonaTransformer
 
     config = json.load(open("config.json"))
-    model = PersonaTransformer(ModelConfig(**config["model"]), VocabularySizes(characters={state.sizes.characters}, \
-persona_words={state.sizes.persona_words}))
+    model = PersonaTransformer(from_dict(ModelConfig, config["model"], source="config.json"), \
+VocabularySizes(characters={state.sizes.characters}, persona_words={state.sizes.persona_words}))
     model.load_weights(load_file("weights.safetensors"))
-
+{needed}
 PersonalDialog's terms are non-commercial; they bind what is trained on it.
 
 ```json

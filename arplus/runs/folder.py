@@ -19,7 +19,7 @@ from typing import Any
 from arplus import storage
 from arplus.config import TrainConfig, from_dict
 from arplus.documents import Document
-from arplus.runs import attempt, checkpoint
+from arplus.runs import attempt, checkpoint, retention
 from arplus.storage import patient
 
 
@@ -74,6 +74,7 @@ class RunFolder:
         self.read_attempt = patient(attempt.read, uri)
         self.take_over = patient(attempt.take_over, uri)
         self.start_attempt = patient(attempt.start, uri)
+        self.note_failure = patient(attempt.note_failure, uri)
         self.request_stop = patient(attempt.request_stop, uri)
         self.delete_audit = patient(storage.delete, storage.join(uri, "audit"))
 
@@ -89,3 +90,5 @@ class Checkpoints:
         self.list_complete = patient(checkpoint.list_complete, run_uri)
         self.newest = patient(checkpoint.newest, run_uri)
         self.restore_best = patient(checkpoint.restore_best, run_uri)
+        self.keep_best_weights = patient(retention.keep_best_weights, run_uri)
+        self.delete_all = patient(retention.delete_all, run_uri)

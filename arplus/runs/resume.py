@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import NamedTuple, TypeVar
 
 from arplus import storage
-from arplus.config import Role, TrainConfig, flat, names_of_role
+from arplus.config import Role, TrainConfig, dotted_names, flat, names_of_role
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
 from arplus.runs import checkpoint
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 MAY_DIFFER = frozenset(names_of_role(TrainConfig, Role.OPERATION, Role.BUDGET))
 """Settings that may change in mid-run; any other would make it a different run. Data is known by its fingerprint."""
+STARTS = frozenset(name for name in dotted_names(TrainConfig) if name.startswith(("init.", "init_from")))
+"""What says where weights come from; that of another run does not matter to one that starts from its checkpoint."""
 
 
 class ResumePoint(NamedTuple):
@@ -50,8 +52,14 @@ def find_resume_point(config: TrainConfig, run: RunFolder, dataset: Dataset) -> 
             f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "
             "auto to go on with it"
         )
-    if config.init_from is not None:
-        raise UsageError(f"--init-from: contradicts --resume {config.resume}, which brings the weights; leave one out")
+    brought = {
+        "init-from": config.init_from,
+        "init.character-vectors": config.init.character_vectors,
+        "init.pretrained": config.init.pretrained,
+    }
+    for name, given in brought.items():
+        if given is not None:
+            raise UsageError(f"--{name}: contradicts --resume {config.resume}, which brings the weights; leave one out")
     return _from_checkpoint(config, dataset, own)
 
 
@@ -84,7 +92,7 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
     if state.progress.step and not state.moments:
         raise UsageError(f"--resume {uri}: holds weights alone; --init-from starts a new run from them")
     # Another run may have been tracked elsewhere, and its checkpoint has what its weights came to.
-    _check(state, config, dataset, uri, MAY_DIFFER | {"experiment", "init_from"})
+    _check(state, config, dataset, uri, MAY_DIFFER | STARTS | {"experiment"})
     log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
     return ResumePoint(uri, state.mlflow_run_id if own else None)
 

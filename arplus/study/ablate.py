@@ -15,26 +15,29 @@ import torch
 from arplus import storage, tracking
 from arplus.cluster import preflight
 from arplus.config import (
-    PRESETS,
     AblateConfig,
     EvaluateConfig,
+    Row,
     TrainConfig,
     VocabularySizes,
-    tiny,
     to_dict,
+    with_values,
 )
 from arplus.data.dataset import Dataset, Split
-from arplus.errors import ArplusError
+from arplus.errors import ArplusError, UsageError
 from arplus.evaluation.delivery import destination, track
 from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import live_parameters
 from arplus.model.network import PersonaTransformer
+from arplus.runs import checkpoint
 from arplus.study import execute, report, results
 from arplus.study.publish import conclude
 from arplus.study.record import Evaluation, Study, Trial, resolve_study
-from arplus.study.slots import Slots, find_slots
+from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
-from arplus.training.footprint import checkpoint_bytes
+from arplus.training.estimate import study_report
+from arplus.training.publish import NOTE
+from arplus.training.trainer import check_start, resolve
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ LOWEST_RATE, HIGHEST_RATE = 1.5e-4, 1e-2
 class RunSpec:
     """One row at one size with one seed and, with tuned rates, at one of them."""
 
-    preset: str
+    row: Row
     sessions: int
     examples: int
     seed: int
@@ -55,15 +58,17 @@ class RunSpec:
     @property
     def name(self) -> str:
         """The run's name."""
-        return f"{self.preset}-{self.sessions}-seed-{self.seed}-lr-{self.lr:.2e}"
+        return f"{self.row.name}-{self.sessions}-seed-{self.seed}-lr-{self.lr:.2e}"
 
     @property
     def values(self) -> dict[str, Any]:
         """What sets the run apart."""
         return {
-            "preset": self.preset,
+            "preset": self.row.preset,
+            **({"variant": self.row.name} if self.row.is_variant else {}),
             "feed.max_examples": self.examples,
             "seed": self.seed,
+            **self.row.values,
             "optimizer.lr": self.lr,
         }
 
@@ -77,9 +82,9 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     config = resolve_study(config, "ablate")
     dataset = _dataset(config)
     sizes = _sizes(config, dataset)
+    _check_variants(config, dataset, sizes[0])
     slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
-    needed = checkpoint_bytes(config.run.model, dataset.sizes, config.run.optimizer.only)
-    preflight.check_nodes(config.run, dataset, config.runs * needed)
+    preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
@@ -89,6 +94,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         _run(config, study, slots, rows, tracker)
         execute.check_outcome(study)
         _evaluate(config, study, dataset, rows)
+        study.drop_checkpoints()
         return _conclude(study, config, tracker, dataset, rows)
 
 
@@ -97,16 +103,23 @@ def plan(config: AblateConfig) -> str:
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
     of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
+    lines += [f"  {row.name}: {report.settings_of(row)}" for row in config.variants]
     if config.run.data:
-        for size in _sizes(config, _dataset(config)):
+        dataset, runs = _dataset(config), []
+        for size in _sizes(config, dataset):
             budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
+            for row in config.rows:
+                spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
+                runs += [(settings(config, spec), budget)] * (config.runs // len(config.rows) // len(config.sizes))
+        lines += ["", *study_report(runs, dataset, config.concurrency, ends_early=False)]
     return "\n".join(lines)
 
 
 def _dataset(config: AblateConfig) -> Dataset:
     dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", "test", why="an ablation chooses checkpoints by the one and reports the other")
+    dataset.check_labels(*(config.preset_of(row).model for row in config.rows))
     return dataset
 
 
@@ -121,45 +134,58 @@ def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
     return sorted(found, key=lambda split: split.examples)
 
 
+def _check_variants(config: AblateConfig, dataset: Dataset, size: Split) -> None:
+    """Raises :class:`UsageError` now for files that every run of a variant would miss, or find that they do not fit."""
+    for row in config.variants:
+        spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.lr_of(row) or LOWEST_RATE)
+        try:
+            run = resolve(settings(config, spec))
+            dataset.check_labels(run.model)
+            check_start(run, dataset)
+            if run.init_from is not None:
+                checkpoint.find(run.init_from)
+        except UsageError as error:
+            raise UsageError(f"--variant {row.name}: {error}") from None
+
+
 def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
-    """The first seed's runs of every row at all rates."""
+    """The first seed's runs at all rates, of every row that does not say its own."""
     step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
     rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
-    return [
-        RunSpec(preset, size.sessions, size.examples, config.run.seed, lr) for preset in config.rows for lr in rates
-    ]
+    rows = [row for row in config.rows if config.lr_of(row) is None]
+    return [RunSpec(row, size.sessions, size.examples, config.run.seed, lr) for row in rows for lr in rates]
 
 
 def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
     """The runs of every row with all seeds, at the rate that the row is to have."""
     found = []
-    for preset in config.rows:
-        if config.lr == "tuned":
-            tried = [row for row in _rate_rows(config, size) if row.preset == preset]
-            finished = [t for row in tried if (t := study.trials.get(row.name)) and t.outcome == "finished"]
+    for row in config.rows:
+        lr = config.lr_of(row)
+        if lr is None:
+            tried = [spec for spec in _rate_rows(config, size) if spec.row == row]
+            finished = [t for spec in tried if (t := study.trials.get(spec.name)) and t.outcome == "finished"]
             scored = [trial for trial in finished if trial.score is not None]
             if not scored:
-                log.warning("%s with %d sessions: no rate came to a result", preset, size.sessions)
+                log.warning("%s with %d sessions: no rate came to a result", row.name, size.sessions)
                 continue
-            lr = min(scored, key=lambda trial: trial.score or 0.0).values["optimizer.lr"]
-        else:
-            lr = PRESETS[preset].optimizer.lr if config.lr == "paper" else config.run.optimizer.lr
-        found += [RunSpec(preset, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]
+            lr = float(min(scored, key=lambda trial: trial.score or 0.0).values["optimizer.lr"])
+        found += [RunSpec(row, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]
     return found
 
 
-def settings(config: AblateConfig, row: RunSpec) -> TrainConfig:
+def settings(config: AblateConfig, spec: RunSpec) -> TrainConfig:
     """The settings of a run."""
-    own = tiny(PRESETS[row.preset]) if config.tiny else PRESETS[row.preset]
+    own = config.preset_of(spec.row)
     run = replace(
         config.run,
-        preset=row.preset,
+        preset=own.preset,
         model=own.model,
-        optimizer=replace(config.run.optimizer, lr=row.lr, eps=own.optimizer.eps),
-        seed=row.seed,
-        feed=replace(config.run.feed, max_examples=row.examples),
+        optimizer=replace(config.run.optimizer, lr=spec.lr, eps=own.optimizer.eps),
+        seed=spec.seed,
+        feed=replace(config.run.feed, max_examples=spec.examples),
     )
-    return with_budget(run, config.examples or config.run.epochs * row.examples, config.validations, row.examples)
+    run = with_values(run, spec.row.values, source=f"--variant {spec.row.name}")
+    return with_budget(run, config.examples or config.run.epochs * spec.examples, config.validations, spec.examples)
 
 
 @dataclass
@@ -175,7 +201,7 @@ class _Rows(execute.Source):
         if not self.left:
             return None
         row = self.left.pop(0)
-        return self.study.add(row.name, row.values, settings(self.config, row))
+        return self.study.add(row.name, row.values, resolve(settings(self.config, row)))
 
     def progress(self) -> str:
         """How many runs have ended, and how far the others are."""
@@ -234,24 +260,36 @@ def _conclude(
         "study": study.name,
         "rows": results.as_json(rows),
         "model": None,
+        "checkpoint": None if study.best is None else study.folder.run(study.best.name).uri,
+        "serve": tracking.open_command(study.tracked.uri),
         "runs_url": study_url,
         "compare_url": compare_url,
         "unfinished": unfinished,
     }
     page = report.page(config, rows, study_url=study_url, compare_url=compare_url, unfinished=unfinished)
     conclude(study, tracker, dataset, result, {"report.html": page})
-    text = report.text(rows)
+    text = report.text(config, rows)
     tracker.log_text("tables.txt", text)
+    said = (
+        f"The paper's rows on `{config.run.data}`: {len(rows)} rows of {config.seeds} seeds. A difference to AR+ "
+        f"is noise where {report.NOISE} stands.\n\n```\n{text}\n```\n\n"
+        f"[The report]({tracking.run_url(study.tracked)}/artifacts/report.html), also in `{study.uri}`; "
+        f"[the runs compared]({compare_url})."
+    )
+    tracker.set_tags({NOTE: said})
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:
             tracker.log({f"response_ppl/{key.preset}": cells["response_ppl"].mean}, step=largest)
+    for row in config.variants:
+        mine, base = rows.get(results.Key(largest, row.name)), rows.get(results.Key(largest, row.preset))
+        if mine and base and (less := results.effect(mine, base)):
+            tracker.log({f"response_ppl_against_{row.preset}_percent/{row.name}": less.mean}, step=largest)
     return result | {"report": storage.join(study.uri, "report.html"), "text": text}
 
 
 def shown(result: Mapping[str, Any]) -> str:
-    """What the job prints at its end."""
-    lines = [result["text"], "", f"report: {result['report']}"]
-    if result["unfinished"]:
-        lines.append(f"without a result: {', '.join(result['unfinished'])}")
-    return "\n".join([*lines, f"runs: {result['runs_url']}", f"compare: {result['compare_url']}"])
+    """The tables, and what has no place in them, as the job prints them at its end."""
+    if not result["unfinished"]:
+        return str(result["text"])
+    return f"{result['text']}\n\nwithout a result: {', '.join(result['unfinished'])}"

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from arplus import storage, tracking
-from arplus.cluster import ray_private
+from arplus.cluster import job, ray_private
 from arplus.config import to_dict
 from arplus.errors import ArplusError, RunError
 from arplus.runs import attempt
@@ -152,6 +152,7 @@ class _Adapter(Searcher):
     ) -> None:
         super().__init__()
         self.study = study
+        self.tags = job.tags(study.config.run)
         self.source = source
         self.slots = slots
         self.scheduler = scheduler
@@ -182,6 +183,7 @@ class _Adapter(Searcher):
             "record": self.study.folder.trial(trial.name).uri,
             "study": self.study.name,
             "parent_run_id": self.study.tracked.run_id,
+            "tags": self.tags,
             **self.slots._asdict(),
         }
 
@@ -191,7 +193,7 @@ class _Adapter(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Notes how a run ended; Tune ends its process after this."""
-        trial = self.live.pop(trial_id)
+        trial, leader = self.live.pop(trial_id), self.study.best
         self.study.tracked_run(trial)
         if error or result is None:
             trial.outcome, trial.problem = "failed", "its process ended again and again; the log says why"
@@ -209,6 +211,8 @@ class _Adapter(Searcher):
         if trial.outcome in ("diverged", "failed"):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
         self._note(trial, result or {})
+        if trial.ended:
+            self._reduce(trial, leader)
         self.source.tell(trial)
 
     def stop(self) -> None:
@@ -240,6 +244,20 @@ class _Adapter(Searcher):
             trial.results.append({key: result[key] for key in ("examples", "response_ppl", OBJECTIVE)})
         self._save(trial)
 
+    def _reduce(self, trial: Trial, leader: Trial | None) -> None:
+        """Leaves one that has ended, and is not the best so far, its best weights: ASHA lets none of them go on.
+
+        Its own process does so to one that ends now, as it saves once more after this; one that was the best so far
+        has no process by now, or if ASHA has stopped it, may have; that one waits for the study's end.
+        """
+        other = leader if self.study.best is trial else trial
+        if other is None or self.study.config.run.keep_checkpoints == "all":
+            return
+        other.kept = "best"
+        self.study.save(other)
+        if other is not trial and other.outcome == "finished":
+            self.study.folder.run(other.name).checkpoints.keep_best_weights()
+
     def _save(self, trial: Trial) -> None:
         self.study.save(trial)
         ended = sum(t.outcome != "running" for t in self.study.trials.values())
@@ -264,6 +282,9 @@ def study_session(study: Study) -> Iterator[tracking.Tracker]:
         raise
     except SupersededError:
         status = None  # all runs are the other job's now
+        raise
+    except Exception as error:
+        tracker.note_failure(error)
         raise
     finally:
         if status is not None:

@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import storage, tracking
-from arplus.cluster import node, preflight
-from arplus.config import LrFindConfig, flat
+from arplus.cluster import job, preflight
+from arplus.config import LrFindConfig
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
 from arplus.errors import RunError, UsageError
+from arplus.evaluation.sheets import as_csv
 from arplus.runs import attempt
-from arplus.study.publish import as_csv
 from arplus.study.record import StudyFolder
 from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
 from arplus.training.loop import seed_dropout
+from arplus.training.publish import NOTE, params
 from arplus.training.trainer import load, loaders, on_all_ranks, resolve
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     run = replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage))
     config = replace(config, run=run)
     dataset = Dataset.open(run.data)
+    dataset.check_labels(run.model)
     scaling = preflight.scaling(run)
     preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
     folder = StudyFolder(storage.join(run.storage, run.run_name))
@@ -62,8 +64,8 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     if attempt.read(uri) is not None or storage.exists(folder.facts.uri):
         raise UsageError(f"--run-name {run.run_name}: {uri} is a run or a study; take another name")
     assert run.mlflow is not None
-    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | node.code_tags()
-    tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=flat(config))
+    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | job.tags(run)
+    tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=params(run))
     with tracking.Tracker.beside(tracked, uri) as tracker:
         tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")
         points = _run(config, scaling, uri)
@@ -84,7 +86,14 @@ def find(config: LrFindConfig) -> dict[str, Any]:
         for name, text in files.items():
             folder.write(name, text)
             tracker.log_text(name, text)
-        tracker.set_tags({f"lr.{key}": f"{value:.3g}" for key, value in result["lr"].items()})
+        lr = {key: f"{value:.3g}" for key, value in result["lr"].items()}
+        said = (
+            f"Learning-rate range test of `{run.preset}` on `{run.data}`. **The loss falls steepest at "
+            f"{lr['suggestion']}**; rates from {lr['low']} to {lr['high']} are worth a sweep: "
+            f"`jobs/tune.py {run.preset} --lr-bounds {storage.join(uri, FILE)} …`. "
+            f"[The curve]({tracking.run_url(tracked)}/artifacts/lr_range.svg)."
+        )
+        tracker.set_tags({NOTE: said} | {f"lr.{key}": value for key, value in lr.items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
 
 
@@ -173,7 +182,7 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
     config: LrFindConfig = arguments["config"]
     run = config.run
-    device = workers.set_up()
+    device = workers.set_up(run.placement.gpus_per_worker)
     try:
         dataset, model, _ = on_all_ranks(lambda: storage.with_retries(run.data, load, run, None))
     except RunEndedError as ended:

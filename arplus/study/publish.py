@@ -1,7 +1,5 @@
 """What a study leaves: its files on storage and in MLflow, and its best model in the model registry."""
 
-import csv
-import io
 import logging
 import shutil
 import tempfile
@@ -10,9 +8,9 @@ from typing import Any
 
 from arplus import storage, tracking
 from arplus.data.dataset import Dataset
-from arplus.errors import ArplusError, ResourceError
+from arplus.errors import ArplusError
 from arplus.study.record import Study
-from arplus.training.trainer import log_best
+from arplus.training.publish import log_best, register
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +31,8 @@ def conclude(
         tracker.log_text(name, text)
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """Rows as comma-separated values; a column that a row lacks is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
 def publish_best(study: Study, dataset: Dataset) -> str | None:
-    """Logs the best run's model as its artifact and registers it under the study's name; gives the model's URI.
+    """Logs the best run's model as its artifact and registers it, by default under the study's name; the model's URI.
 
     None, with a warning, where that fails: it is the last that a study does, and can be done again.
     """
@@ -57,10 +46,7 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=tracking.keep_of(study.uri))
     try:
         storage.with_retries(uri, log_best, kept, uri, dataset)
-        if kept.close():
-            raise ResourceError("its files did not reach MLflow")
-        shutil.rmtree(folder)
-        tracking.register_model(run, "checkpoint", study.name, ALIAS, tags)
+        return register(run, study.config.run.register or study.name, ALIAS, tags, missing=kept.close())
     except ArplusError as error:
         kept.close()
         log.warning(
@@ -69,4 +55,6 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
             error,
         )
         return None
-    return f"models:/{study.name}@{ALIAS}"
+    finally:
+        if not kept.dropped:
+            shutil.rmtree(folder, ignore_errors=True)

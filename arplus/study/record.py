@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
 from arplus import storage, tracking
-from arplus.cluster import node
+from arplus.cluster import job
 from arplus.config import (
     Role,
     StudyConfig,
@@ -35,6 +35,7 @@ from arplus.errors import UsageError
 from arplus.runs import resume
 from arplus.runs.attempt import SupersededError
 from arplus.runs.folder import FinalMetrics, RunFolder
+from arplus.training.publish import params
 from arplus.training.trainer import resolve
 
 C = TypeVar("C", bound=StudyConfig)
@@ -77,6 +78,8 @@ class Trial:
     evaluation: Evaluation | None = None
     """Of a run that was evaluated too, as an ablation's are."""
     mlflow_run_id: str | None = None
+    kept: Literal["all", "best", "none"] = "all"
+    """Which checkpoints the study leaves it; best is the best one without its optimizer state."""
 
     @property
     def ended(self) -> bool:
@@ -165,8 +168,8 @@ class Study:
             run.mlflow or tracking.default_uri(run.storage),
             run.experiment,
             run.run_name,
-            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | node.code_tags(),
-            params=flat(config),
+            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | job.tags(run),
+            params={k: v for k, v in flat(config).items() if k not in flat(run)} | params(run),
             resume_run_id=before.mlflow_run_id if before else None,
         )
         mine = StudyFacts(kind, fingerprint, tracked.run_id, owner=uuid4().hex, config=to_dict(config))
@@ -221,6 +224,14 @@ class Study:
         """Raises :class:`SupersededError` where another job has taken the study over, and with it all runs."""
         if self.folder.facts.read().owner != self.facts.owner:
             raise SupersededError(f"{self.uri}: another job has taken this study over; this one stops")
+
+    def drop_checkpoints(self) -> None:
+        """Leaves those that have ended no checkpoint, but the best run all of its own; unless every one is to stay."""
+        for trial in self.trials.values():
+            if trial.ended and trial is not self.best and self.config.run.keep_checkpoints != "all":
+                self.folder.run(trial.name).checkpoints.delete_all()
+                trial.kept = "none"
+                self.save(trial)
 
     def tracked_run(self, trial: Trial) -> tracking.RunRef | None:
         """A run's MLflow run; None where it has not got as far."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from arplus.study.record import Trial
 
 BASE = "arplus"
-"""The row that every other one is compared with."""
+"""The row that every other preset is compared with."""
 
 
 class Cell(NamedTuple):
@@ -32,6 +32,7 @@ class Key(NamedTuple):
     sessions: int
     """Size of the training set."""
     preset: str
+    """Its name: a preset's, or a variant's."""
 
 
 def figures(trial: Trial) -> dict[str, float]:
@@ -55,7 +56,7 @@ def rows(trials: Iterable[Trial]) -> dict[Key, dict[str, Cell]]:
     seeds: dict[Key, list[dict[str, float]]] = {}
     for trial in trials:
         if trial.evaluation is not None:
-            key = Key(trial.evaluation.sessions, trial.values["preset"])
+            key = Key(trial.evaluation.sessions, trial.values.get("variant", trial.values["preset"]))
             seeds.setdefault(key, []).append(figures(trial))
     return {key: _cells(found) for key, found in sorted(seeds.items())}
 
@@ -71,14 +72,20 @@ def within_noise(mine: Cell, other: Cell) -> bool | None:
 
     A rule of thumb: with two or three seeds the deviations themselves are rough.
     """
-    if mine.deviation is None or other.deviation is None:
-        return None
-    error = math.sqrt(mine.deviation**2 / mine.seeds + other.deviation**2 / other.seeds)
-    return abs(mine.mean - other.mean) <= 2 * error
+    less = difference(mine, other)
+    return None if less.deviation is None else abs(less.mean) <= 2 * less.deviation
+
+
+def difference(mine: Cell, other: Cell) -> Cell:
+    """A figure less another row's, with the standard error of that difference as its deviation."""
+    error = None
+    if mine.deviation is not None and other.deviation is not None:
+        error = math.sqrt(mine.deviation**2 / mine.seeds + other.deviation**2 / other.seeds)
+    return Cell(mine.mean - other.mean, error, min(mine.seeds, other.seeds))
 
 
 def effect(row: Mapping[str, Cell], base: Mapping[str, Cell], name: str = "response_ppl") -> Cell | None:
-    """By how many per cent a row's figure is above that of AR+, with the deviation of the difference's mean."""
+    """By how many per cent a row's figure is above that of another, with the deviation of the difference's mean."""
     mine, other = row.get(name), base.get(name)
     if mine is None or other is None:
         return None

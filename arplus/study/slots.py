@@ -1,11 +1,13 @@
 """How many runs of a study fit on the cluster side by side."""
 
+import math
 from typing import Literal, NamedTuple
 
-from arplus.cluster import connection
+from arplus.cluster.placement import Room, find_room
 from arplus.cluster.preflight import FEED_CPUS, cpu_nodes, driver_cpus, fair_share
-from arplus.config import MIN_WORKER_CPUS, StudyConfig
+from arplus.config import MIN_WORKER_CPUS, StudyConfig, VocabularySizes
 from arplus.errors import ResourceError
+from arplus.training.footprint import checkpoint_bytes
 
 
 class Slots(NamedTuple):
@@ -20,29 +22,40 @@ class Slots(NamedTuple):
 
 def find_slots(config: StudyConfig, runs: int) -> Slots:
     """Slots for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
-    cpus, gpus = connection.offer(config.run.device, config.run.world_sizes[-1] * (config.concurrency or 1))
-    return fit(config, runs, cpus, gpus, driver=driver_cpus(), nodes=cpu_nodes())
+    room = find_room(config.run, config.run.world_sizes[-1] * (config.concurrency or 1))
+    return fit(config, runs, *room, driver=driver_cpus(), nodes=cpu_nodes())
 
 
-def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float = 0.0, nodes: int = 1) -> Slots:
-    """As many runs as there are GPUs for, a GPU a worker; without GPUs, as many as have a whole CPU a worker, or one.
+def fit(
+    config: StudyConfig,
+    runs: int,
+    cpus: float,
+    gpus: int,
+    within: float = math.inf,
+    *,
+    driver: float = 0.0,
+    nodes: int = 1,
+) -> Slots:
+    """As many runs as there are GPUs, or shares of them, for; without GPUs, as many as have whole CPUs, or one.
 
     One whole CPU of one of the ``nodes`` is left to all runs' data feeds together: their tasks wait for each other and
-    end. ``driver`` is what the job's own driver holds. Raises :class:`ResourceError` with the sum shown where
-    not even one run fits, or not the ``--concurrency`` asked for.
+    end. Workers have the CPUs ``within`` the nodes that qualify. ``driver`` is what the job's own
+    driver holds. Raises :class:`ResourceError` with the sum shown where not even one run fits, or not the
+    ``--concurrency`` asked for.
     """
-    workers, taken = config.run.world_sizes[-1], FEED_CPUS + driver
+    workers, free = config.run.world_sizes[-1], min(cpus - FEED_CPUS - driver, within)
 
     def share(n: int) -> float:
-        return config.run.cpus_per_worker or fair_share(cpus - taken, nodes, n * workers, n * workers)
+        return config.run.cpus_per_worker or fair_share(free, nodes, n * workers, n * workers)
 
     def fits(n: int, least: float = MIN_WORKER_CPUS) -> bool:
-        enough = share(n) >= least and n * workers * share(n) + taken <= cpus + 1e-6
-        return enough and (not gpus or n * workers <= gpus)
+        enough = share(n) >= least and n * workers * share(n) <= free + 1e-6
+        return enough and (not gpus or n * workers <= gpus * config.run.placement.runs_per_gpu)
 
     wanted = config.concurrency or 1
     if not fits(wanted):
-        raise ResourceError(_refusal(config, wanted, max(share(wanted), MIN_WORKER_CPUS), cpus, gpus, driver))
+        least = max(share(wanted), MIN_WORKER_CPUS)
+        raise ResourceError(_refusal(config, wanted, least, Room(cpus, gpus, within), driver))
     if config.concurrency is None:
         least = MIN_WORKER_CPUS if gpus or config.run.cpus_per_worker else 1.0
         while wanted < runs and fits(wanted + 1, least):
@@ -51,18 +64,35 @@ def fit(config: StudyConfig, runs: int, cpus: float, gpus: int, *, driver: float
     return Slots(wanted, int(share(wanted) * 1e4) / 1e4, "gpu" if gpus else "cpu")
 
 
-def _refusal(config: StudyConfig, runs: int, share: float, cpus: float, gpus: int, driver: float) -> str:
+def stored_bytes(config: StudyConfig, runs: int, slots: Slots, sizes: VocabularySizes) -> int:
+    """Bytes that the newest checkpoint of each run takes at most, where the weights alone stay of one that has ended.
+
+    ``--keep-checkpoints`` and the best one come on top, as for a single run.
+    """
+    one = checkpoint_bytes(config.run.model, sizes, config.run.optimizer.only)
+    if config.run.keep_checkpoints == "all":
+        return runs * one
+    whole = min(runs, slots.side_by_side + 1)  # those that train, and the best
+    return whole * one + (runs - whole) * one // 3
+
+
+def _refusal(config: StudyConfig, runs: int, share: float, room: Room, driver: float) -> str:
+    cpus, gpus, within = room
     workers = config.run.world_sizes[-1]
     flags = f"--workers {config.run.workers}" + (f" --concurrency {runs}" if config.concurrency else "")
-    if gpus and runs * workers > gpus:
+    chosen = config.run.placement
+    if gpus and runs * workers > gpus * chosen.runs_per_gpu:
+        each, kind = chosen.gpus_per_worker, f" that qualify by {chosen.flags}" if chosen.flags else ""
         return (
-            f"{flags}: {runs} run(s) side by side × {workers} workers × 1 GPU = {runs * workers} GPUs, and the cluster "
-            f"has {gpus} alive; lower --workers or --concurrency, or take --device gpu, which waits for more, or "
-            "--device cpu"
+            f"{flags}: {runs} run(s) side by side × {workers} workers × {each:g} GPU = {runs * workers * each:g} GPUs, "
+            f"and the cluster has {gpus} alive{kind}; lower --workers or --concurrency, or take --device gpu, which "
+            "waits for more, or --device cpu"
         )
     total = runs * workers * share + FEED_CPUS + driver
+    there = f", {within:g} of them where workers may be ({chosen.flags})" if within < cpus else ""
     driven = f" + {driver:g} CPUs for the job's driver (--entrypoint-num-cpus)" if driver else ""
     return (
         f"{flags}: {runs} run(s) side by side × {workers} workers × {share:g} CPUs + {FEED_CPUS} CPU for the data feed"
-        f"{driven} = {total:g} CPUs, and the cluster has {cpus:g}; lower --workers, --concurrency or --cpus-per-worker"
+        f"{driven} = {total:g} CPUs, and the cluster has {cpus:g}{there}; lower --workers, --concurrency or "
+        "--cpus-per-worker"
     )

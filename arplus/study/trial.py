@@ -17,12 +17,12 @@ import ray.train
 from ray import tune
 from ray.util.queue import Empty, Queue
 
-from arplus import tracking
+from arplus import storage, tracking
 from arplus.documents import Document
 from arplus.errors import ArplusError
 from arplus.runs.attempt import StoppedError
 from arplus.runs.checkpoint import compared
-from arplus.runs.folder import FinalMetrics
+from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.study.record import OBJECTIVE, Trial
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
@@ -52,8 +52,8 @@ class Validations(ray.train.UserCallback):
 class TrialProcess(tune.Trainable):
     """The trial.
 
-    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id`` and what a
-    :class:`arplus.study.slots.Slots` says.
+    Its config holds ``record`` (URI of the :class:`Trial`), ``study`` (its name), ``parent_run_id``, ``tags`` of its
+    job, and what a :class:`arplus.study.slots.Slots` says.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class TrialProcess(tune.Trainable):
         self.queue = Queue(actor_options={"num_cpus": 0})
         self.part = StudyContext(
             parent_run_id=config["parent_run_id"],
-            tags={"study": config["study"], "trial": trial.name},
+            tags={**config["tags"], "study": config["study"], "trial": trial.name},
             side_by_side=config["side_by_side"],
         )
         self.told_to_stop = threading.Event()
@@ -93,6 +93,8 @@ class TrialProcess(tune.Trainable):
             log.warning("%s: did not end within %.0f s", self.run.run_name, STOP_S)
         self.queue.shutdown(force=True)
         trial = self.record.read()
+        if trial.kept == "best" and not self.thread.is_alive():
+            RunFolder(storage.join(self.run.storage, self.run.run_name)).checkpoints.keep_best_weights()
         if trial.outcome == "stopped" and trial.mlflow_run_id is not None:
             # The study has decided so; for the run itself it was the end of a process.
             assert self.run.mlflow is not None

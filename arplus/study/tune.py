@@ -18,12 +18,14 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
-from arplus.study import execute, lr_find
-from arplus.study.publish import as_csv, conclude
+from arplus.evaluation.sheets import as_csv
+from arplus.study import execute, lr_find, verdict
+from arplus.study.publish import conclude
 from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import Search
-from arplus.study.slots import find_slots
-from arplus.training.footprint import checkpoint_bytes
+from arplus.study.slots import find_slots, stored_bytes
+from arplus.training.estimate import study_report
+from arplus.training.publish import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config.run, precision="bf16") if varied else config.run
-    needed = checkpoint_bytes(config.run.model, dataset.sizes, config.run.optimizer.only)
-    preflight.check_nodes(asked, dataset, config.trials * needed)
+    preflight.check_nodes(asked, dataset, stored_bytes(config, config.trials, slots, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         search = Search(config, dimensions, dict(enumerate(study.trials.values(), 1)))
@@ -62,6 +63,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
         scheduler = asha if config.scheduler == "asha" else None
         execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
+        study.drop_checkpoints()
         return _conclude(config, study, tracker, dataset)
 
 
@@ -85,6 +87,7 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
 def _dataset(config: TuneConfig) -> Dataset:
     dataset = Dataset.open(config.run.data)
     dataset.check_splits("valid", why="trials are compared by the response perplexity on it")
+    dataset.check_labels(config.run.model)
     return dataset
 
 
@@ -101,7 +104,11 @@ def plan(config: TuneConfig) -> str:
     budget = config.examples or config.run.epochs * examples
     run = with_budget(config.run, budget, config.validations, examples)
     lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
-    return "\n".join([*lines, f"a validation every {run.validate_every:,} steps"])
+    lines += [f"a validation every {run.validate_every:,} steps", ""]
+    early = config.scheduler == "asha"
+    return "\n".join(
+        [*lines, *study_report([(run, budget)] * config.trials, dataset, config.concurrency, ends_early=early)]
+    )
 
 
 def with_budget(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
@@ -192,12 +199,16 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
     for trial in study.trials.values():
         study.save(trial)
+    judged = verdict.judge(study)
+    verdict.annotate(study, judged)
     result: dict[str, Any] = {
         "study": study.name,
         "best": best.name,
         "values": best.values,
         "response_ppl": best.score,
         "config": storage.join(study.uri, "best_config.json"),
+        "checkpoint": study.folder.run(best.name).uri,
+        "verdict": verdict.as_json(judged),
         "model": None,
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),
@@ -211,9 +222,30 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
     tracker.set_tags(
-        {"best": best.name, "best.run": run.run_id} | {f"best.{k}": _value(v) for k, v in best.values.items()}
+        {"best": best.name, "best.run": run.run_id, NOTE: _described(config, study, judged, result)}
+        | {f"best.{k}": _value(v) for k, v in best.values.items()}
     )
     return result
+
+
+def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None, result: Mapping[str, Any]) -> str:
+    """The sweep's page: who won, by how much, whether it is noise, and where things are."""
+    ranked = verdict.ranking(study)
+    best, others = ranked[0], ranked[1:]
+    said = f"**{best.name} won with a response perplexity of {best.score:.3f}** ({_shown(best.values)})"
+    if others and best.score and others[0].score:
+        said += f", {100 * (others[0].score / best.score - 1):.2f} % below {others[0].name}: {judged or 'not judged'}"
+    names = list(dict.fromkeys(name for trial in ranked for name in trial.values))
+    rows = [["trial", *names, "response PPL", "outcome"], ["---"] * (len(names) + 3)]
+    rows += [[t.name, *(_value(t.values.get(n)) for n in names), f"{t.score:.3f}", t.outcome] for t in ranked[:10]]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    model = f"Its model is `{result['model']}`. " if result["model"] else ""
+    return (
+        f"{said}. Every trial had one seed; another one may change more than the examples do.\n\n{table}\n\n"
+        f"{len(study.trials)} trials over {', '.join(f'`{item}`' for item in config.space)} on `{config.run.data}`. "
+        f"{model}Train with its settings: `jobs/train.py --config {result['config']}`. "
+        f"[Compare the trials]({result['compare_url']})."
+    )
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -6,19 +6,20 @@ from a background thread; what a server missed can be filled in afterwards::
 
     python -m arplus.tracking replay RECORD --mlflow URI
 
-Modules: ``run`` (what a run is, and where it lives) · ``client`` (the only module that imports mlflow) · ``tracker``
-(logging) · ``replay``.
+Modules: ``run`` (what a run is, and where it lives) · ``client`` and ``registry`` (models), which alone import mlflow ·
+``tracker`` (logging) · ``replay``.
 """
 
 from arplus.tracking.client import (
     SystemMonitor,
+    annotate,
     check_reachable,
     end_children,
     end_run,
     find_run,
-    register_model,
     start_run,
 )
+from arplus.tracking.registry import Flavor, fetched, flavor_files, is_model_uri, pin, register_model, server_of
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
     RunRef,
@@ -32,21 +33,28 @@ from arplus.tracking.run import (
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
+    "Flavor",
     "RunRef",
     "Status",
     "SystemMonitor",
     "Tracker",
+    "annotate",
     "check_reachable",
     "compare_url",
     "default_uri",
     "end_children",
     "end_run",
+    "fetched",
     "find_run",
+    "flavor_files",
+    "is_model_uri",
     "keep_of",
     "open_command",
+    "pin",
     "register_model",
     "replay",
     "run_url",
+    "server_of",
     "start_run",
     "study_url",
 ]

@@ -5,10 +5,12 @@ MLflow is imported on first use: it takes seconds, and most of what imports this
 
 import contextlib
 import fcntl
+import getpass
 import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +32,8 @@ _REACH_S = 15.0
 _SQLITE_S = 180.0
 """Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
 _DIGEST_LENGTH = 36
+_KIND, _TRAINING, _INFERRED = "mlflow.experimentKind", "custom_model_development", "_inferred"
+"""The experiment's tag that opens its pages for model training; by default they are those of agents."""
 
 
 class _RefusingError(ResourceError, RefusedError):
@@ -150,7 +154,9 @@ def start_run(
             run = RunRef(uri, experiment_id, resume_run_id)
         else:
             experiment_id = _experiment_id(client, uri, experiment)
-            family = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+            family = {"mlflow.user": _user()}
+            if parent_run_id is not None:
+                family["mlflow.parentRunId"] = parent_run_id
             created = client.create_run(experiment_id, tags=family, run_name=run_name)
             run = RunRef(uri, experiment_id, created.info.run_id)
         _describe(client, run.run_id, tags, params)
@@ -198,24 +204,36 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags={_KIND: _TRAINING}))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)  # another process was faster
     if found.lifecycle_stage != "active":
         raise UsageError(f"--experiment {name}: was deleted in MLflow; restore it there or choose another name")
+    if found.tags.get(_KIND, _INFERRED).endswith(_INFERRED):  # nobody chose another
+        client.set_experiment_tag(found.experiment_id, _KIND, _TRAINING)
     return str(found.experiment_id)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
     """Logs tags, and those params that the run lacks: MLflow's params can be set once only."""
     from mlflow.entities import Param, RunTag
 
-    known = client.get_run(run_id).data.params
+    known = client.get_run(run_id).data
+    for key in known.tags:
+        if key.startswith("failure."):  # of the attempt before, which this one goes on from
+            client.delete_tag(run_id, key)
     client.log_batch(
         run_id,
-        params=[Param(k, str(v)[:_PARAM_LENGTH]) for k, v in params.items() if k not in known],
+        params=[Param(k, str(v)[:_PARAM_LENGTH]) for k, v in params.items() if k not in known.params],
         tags=[RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()],
     )
 
@@ -235,6 +253,26 @@ def end_run(run: RunRef, status: str, tags: Mapping[str, str]) -> None:
     with explain(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
         client.set_terminated(run.run_id, status)
         client.log_batch(run.run_id, tags=ended)
+
+
+def annotate(runs: Mapping[RunRef, tuple[Mapping[str, str], Mapping[str, float]]]) -> None:
+    """Sets tags and metrics of runs that have ended, all on one server; what is refused is left, with a warning.
+
+    Raises :class:`ResourceError` for a server that does not answer.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    now = time.time_ns() // 1_000_000
+    uri = next(iter(runs)).uri
+    with explain(uri):
+        client = connect(uri)
+        for run, (tags, metrics) in runs.items():
+            with _unless_refused(f"MLflow run {run.run_id}: cannot be described"):
+                client.log_batch(
+                    run.run_id,
+                    metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+                    tags=[RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()],
+                )
 
 
 def end_children(parent: RunRef, status: str = "KILLED") -> int:
@@ -268,29 +306,6 @@ def _unless_refused(what: str) -> Iterator[None]:
         if not is_final(error):
             raise
         logger.warning("%s: %s", what, brief(error))
-
-
-def register_model(run: RunRef, artifact: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
-    """Registers the artifact folder of a run as a version of the model ``name``, and points ``alias`` to it.
-
-    Gives the version. A run that has one already keeps it.
-    """
-    from mlflow.exceptions import MlflowException
-
-    with explain(run.uri):
-        client = connect(run.uri)
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # Not by the name, which may hold quotes.
-        versions = [v for v in client.search_model_versions(f"run_id = '{run.run_id}'") if v.name == name]
-        if not versions:
-            source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
-            versions = [client.create_model_version(name, source, run.run_id, tags=dict(tags))]
-        client.set_registered_model_alias(name, alias, versions[0].version)
-        return str(versions[0].version)
 
 
 # ---------------------------------------------------------------------------------------------------------- sending

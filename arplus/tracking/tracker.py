@@ -126,6 +126,10 @@ class Tracker:
         """Sets tags; a tag set again takes the new value."""
         self._put(*({"tag": k, "value": str(v)[:TAG_LENGTH]} for k, v in tags.items()))
 
+    def note_failure(self, error: Exception) -> None:
+        """Says on the run's page why it failed."""
+        self.set_tags({"failure.reason": brief(error)})
+
     def mark(self, status: Status) -> None:
         """Sets the run's status at once, for a process that may not live until :meth:`close`, which may set another."""
         self._put({"status": status})
@@ -172,7 +176,9 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            self.note_failure(error)
         if kind is None:
             self.close("FINISHED")
         else:

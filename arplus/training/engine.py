@@ -2,7 +2,7 @@
 
 Every loss is (sum, count), and the count is that of the *global* batch. So one worker with one batch, one worker with
 two micro-batches and two workers compute the same gradient (huggingface/transformers#34242, pytorch/torchtitan#2206).
-There is one backward for λ0·L_D + λ1·L_LM, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
+There is one backward for λ0·L_D + λ1·L_LM + λ2·L_W, because ZeRO-2 and 3 refuse to reduce a shared parameter twice
 (deepspeedai/DeepSpeed#2103).
 
 A step of ours does not wait for the GPU: what it computed stays there until :meth:`Engine.read`. (DeepSpeed's stages 1
@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
     """What one optimizer step computed, over the global batch and before the update."""
 
     loss: float
-    """L = λ0 · L_D + λ1 · L_LM."""
+    """L = λ0 · L_D + λ1 · L_LM, and + λ2 · L_W where a weight is predicted."""
     dialogue: float
     """L_D, nats per target."""
     auxiliary: float
@@ -63,16 +63,20 @@ class StepResult(NamedTuple):
     """Global gradient norm before clipping."""
     lr: float
     """Learning rate of this step."""
+    weight: float | None = None
+    """L_W, nats per example; None where no weight is predicted."""
+    mean_a: float | None = None
+    """Mean of the predicted weights a."""
 
 
 class Unread(NamedTuple):
     """The same on this worker's device, not yet waited for nor summed over the workers."""
 
-    nats: Tensor
-    """L_D and L_LM summed over this worker's targets, (2,) float64."""
+    sums: Tensor
+    """This worker's :meth:`Losses.together`, float64."""
     grad_norm: Tensor
-    targets: int
-    """Those of the global batch."""
+    counts: list[int]
+    """What each of these is divided by: targets or examples of the global batch."""
     lr: float
 
 
@@ -161,14 +165,17 @@ class Engine:
         """
         self.engine.train()
         # DeepSpeed averages gradients over the workers; the loss is already divided by the global count.
-        scale = dist.get_world_size() / step.targets
-        nats = torch.zeros(2, dtype=torch.float64, device=self.device)
+        scale, objective = dist.get_world_size() / step.targets, self.config.objective
+        counts = self.config.model.loss_counts(step.targets, step.examples)
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(step.micro_batches):
             losses = self._forward(batch)
-            loss = self.config.objective.total(losses.sum_dialogue, losses.sum_auxiliary) * scale
+            loss = objective.total(losses.sum_dialogue, losses.sum_auxiliary) * scale
+            if losses.sum_weight is not None:
+                loss = loss + objective.lambda2 * losses.sum_weight * (dist.get_world_size() / step.examples)
             # An infinite loss may have a finite gradient. Times 1, or NaN, it has none, on any worker.
             self.engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
-            nats += torch.stack([losses.sum_dialogue, losses.sum_auxiliary]).detach()
+            sums += losses.together()
             if i + 1 < len(step.micro_batches):
                 self.engine.step()
         lr = self.lr
@@ -176,7 +183,7 @@ class Engine:
         self.schedule.after_step()
         if self.stage > 0:
             self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
-        self.unread.append(Unread(nats, self.grad_norm, step.targets, lr))
+        self.unread.append(Unread(sums, self.grad_norm, counts, lr))
 
     @property
     def wants_reading(self) -> bool:
@@ -193,22 +200,22 @@ class Engine:
         """
         unread, self.unread = self.unread, []
         own_number = torch.full((1,), number, dtype=torch.float64, device=self.device)
-        together = torch.cat([own_number, *(step.nats for step in unread)])
+        together = torch.cat([own_number, *(step.sums for step in unread)])
         dist.all_reduce(together)
         norms = [step.grad_norm.double().reshape(1) for step in unread]
         number_sum, *values = torch.cat([together, *norms]).tolist()  # in one reading, since each waits for the GPU
-        n, results = len(unread), []
-        for i, step in enumerate(unread):
-            dialogue, auxiliary = (nats / step.targets for nats in values[2 * i :][:2])
-            norm = values[2 * n + i]
-            total = self.config.objective.total(dialogue, auxiliary)
+        results, objective = [], self.config.objective
+        found, read_norms = iter(values), values[len(values) - len(unread) :]
+        for i, (step, norm) in enumerate(zip(unread, read_norms, strict=True)):
+            dialogue, auxiliary, *weight_and_a = (next(found) / count for count in step.counts)
+            total = objective.total(dialogue, auxiliary, *weight_and_a[:1])
             if not math.isfinite(total):
                 said = f"loss {total} (L_D {dialogue}, L_LM {auxiliary}) at learning rate {step.lr}"
                 raise NonFiniteLossError(said, i)
             if not math.isfinite(norm):
                 raise NonFiniteLossError(f"gradient norm {norm} at learning rate {step.lr}", i)
             self.schedule.after_loss(total)
-            results.append(StepResult(total, dialogue, auxiliary, norm, step.lr))
+            results.append(StepResult(total, dialogue, auxiliary, norm, step.lr, *weight_and_a))
         return results, int(number_sum)
 
     @torch.no_grad()

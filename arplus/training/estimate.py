@@ -1,6 +1,8 @@
 """``--dry-run``: what a training job would do, computed without starting anything."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -8,6 +10,7 @@ from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySize
 from arplus.data.dataset import Dataset
 from arplus.model.cost import forward_backward_flops, live_parameters, train_only
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
 from arplus.training.footprint import activation_bytes, worker_bytes
 
 
@@ -17,6 +20,7 @@ def report(config: TrainConfig) -> str:
     Without a data set it takes the paper's vocabulary sizes and rules. Raises :class:`UsageError` where ``--data`` is
     not a prepared data set.
     """
+    config = replace(config, model=features.resolved(config.model))
     dataset = Dataset.open(config.data) if config.data else None
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()
@@ -41,6 +45,33 @@ def report(config: TrainConfig) -> str:
     return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
 
 
+def study_report(
+    runs: Sequence[tuple[TrainConfig, int]], dataset: Dataset, concurrency: int | None, *, ends_early: bool
+) -> list[str]:
+    """Hours and cost of a study's runs, each with the examples that it trains on, as lines; ``runs`` is not empty."""
+    first = runs[0][0]
+    flops = {model: forward_backward_flops(model, dataset.sizes) for model in {run.model for run, _ in runs}}
+    hours, assumed = zip(*(_worker_hours(run, flops[run.model], examples) for run, examples in runs), strict=True)
+    total = sum(hours)
+    workers, shared = first.world_sizes[-1], first.placement.runs_per_gpu if first.world_sizes[-1] == 1 else 1
+    price = first.estimate.price
+    cost = "" if price is None else f", cost: {total * price:,.2f} at {price:g} each"
+    lines = [f"worker-hours of {len(runs)} runs: {total:,.1f}{cost}"]
+    if concurrency is not None:
+        least = total / workers / concurrency
+        lines += [f"hours with {concurrency} runs side by side: {_span(least, least * shared)}"]
+    if shared > 1:
+        lines += [
+            f"GPU-hours with {shared} runs per GPU: {_span(total / shared, total)}, as they slow each other or not"
+        ]
+    lines += _sharing(first, dataset.sizes, dataset.rules)
+    early = ", no run that ends early" if ends_early else ""
+    return [
+        *lines,
+        f"  (assumed: {assumed[0]}{early}; no loss by more workers, no start-up, validation or interruption)",
+    ]
+
+
 def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:
     """A table of the train state a worker, by ZeRO stage and number of workers, and the activations on top."""
     state = worker_bytes(config, sizes)
@@ -62,11 +93,42 @@ def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) ->
         f"  (activations: {' / '.join(str(config.micro_batch_size(w)) for w in shown)} examples of "
         f"{rules.max_context_ids} context characters, the longest there are, in fp32; about half in bf16; "
         "--gradient-accumulation-steps divides them)",
+        *_sharing(config, sizes, rules),
+    ]
+
+
+def _sharing(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:
+    """What a GPU holds that several runs share, or why those of this one cannot; nothing where none is shared."""
+    if (runs := config.placement.runs_per_gpu) == 1:
+        return []
+    if problem := config.gpu_sharing_problem():
+        return [f"on GPUs this would be refused: --gpus-per-worker {problem}"]
+    one = worker_bytes(config, sizes)[config.zero_stage_of(1), 1]
+    one += activation_bytes(config.model, sizes, rules, config.micro_batch_size(1))
+    return [
+        f"memory of a GPU that {runs} runs share (--gpus-per-worker {config.placement.gpus_per_worker:g}): "
+        f"{runs * one / 2**30:.2f} GiB, and what CUDA itself takes for {runs} processes"
     ]
 
 
 def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
     """The hours of a run over so many examples, their cost where there is a price, and what both assume."""
+    worker_hours, assumed = _worker_hours(config, flops, examples)
+    most, least = worker_hours / config.world_sizes[0], worker_hours / config.world_sizes[-1]
+    price = config.estimate.price
+    cost = "" if price is None else f", cost: {worker_hours * price:,.2f} at {price:g} each"
+    return [
+        f"hours: {_span(least, most)}, worker-hours: {worker_hours:,.1f}{cost}",
+        f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
+    ]
+
+
+def _span(least: float, most: float) -> str:
+    return f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
+
+
+def _worker_hours(config: TrainConfig, flops: float, examples: int) -> tuple[float, str]:
+    """The hours in which one worker trains on so many examples of ``flops`` each, and what that assumes."""
     estimate = config.estimate
     if estimate.examples_per_second is not None:
         rate = estimate.examples_per_second
@@ -78,11 +140,4 @@ def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
             f"{rate:,.0f} examples/s a worker: {estimate.mfu:.0%} of the {peak} TFLOP/s of an {estimate.gpu}, "
             "a guess; --estimate.examples-per-second takes a measured rate instead"
         )
-    worker_hours = examples / rate / 3600
-    most, least = worker_hours / config.world_sizes[0], worker_hours / config.world_sizes[-1]
-    span = f"{least:,.1f}" + ("" if least == most else f" to {most:,.1f}")
-    cost = "" if estimate.price is None else f", cost: {worker_hours * estimate.price:,.2f} at {estimate.price:g} each"
-    return [
-        f"hours: {span}, worker-hours: {worker_hours:,.1f}{cost}",
-        f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
-    ]
+    return examples / rate / 3600, assumed

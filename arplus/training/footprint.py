@@ -57,6 +57,7 @@ def activation_bytes(
     with torch.device("meta"):
         network = PersonaTransformer(model, sizes)
     train_only(network, only)
+    network.frozen = _Shapes(model)
     weights = {p.untyped_storage() for p in network.parameters()}
     kept = set()
 
@@ -67,6 +68,21 @@ def activation_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(_longest(model, rules, examples))
     return sum(storage.nbytes() for storage in kept - weights)
+
+
+class _Shapes:
+    """The pretrained model that features are of, without values: what it computes is kept, its own layers are not."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.width, self.layers = model.features.width or 0, len(model.features.layer_indices)
+
+    def contextual(self, packed: Packed) -> list[torch.Tensor]:
+        """The hidden states of the chosen layers."""
+        return [self.pointwise(packed) for _ in range(self.layers)]
+
+    def pointwise(self, packed: Packed, start: int = 0) -> torch.Tensor:
+        """The embeddings."""
+        return torch.zeros(len(packed.ids), self.width, device="meta")
 
 
 def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes, only: Collection[str] = ()) -> int:
@@ -106,4 +122,5 @@ def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
         response=response,
         target_N=response.ids,
         infilled=packed(rules.max_response_ids) if model.auxiliary == "infilling" else None,
+        persona_related_B=torch.zeros(examples, dtype=torch.int32, device="meta"),
     )

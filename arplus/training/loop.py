@@ -221,7 +221,7 @@ def validate(
 
     None once ``ended``, which is asked every :data:`POLL_EVERY_BATCHES` batches on all workers.
     """
-    nats = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    own = torch.zeros(len(config.model.loss_counts(1, 1)), dtype=torch.float64, device=engine.device)
     targets = examples = 0  # targets of all workers, and this one's examples
     with closing(loader.batches(epoch=0)) as steps:
         for number, step in enumerate(steps):
@@ -229,13 +229,13 @@ def validate(
                 return None
             targets += step.targets
             for batch in step.micro_batches:
-                nats += torch.stack(engine.evaluate(batch))
+                own += engine.evaluate(batch).together()
                 examples += len(batch.example_id_B)
-    sums = torch.cat([nats, nats.new_tensor([examples])])
+    sums = torch.cat([own, own.new_tensor([examples])])
     dist.all_reduce(sums)
-    dialogue, auxiliary, examples = sums.tolist()
+    dialogue, auxiliary, *weight_and_a, examples = sums.tolist()
     assert examples == loader.sampler.split.examples, "validation must see every example exactly once"
-    return {
+    found = {
         "dialogue_loss": dialogue / targets,
         "auxiliary_loss": auxiliary / targets,
         "loss": config.objective.total(dialogue, auxiliary) / targets,
@@ -243,6 +243,10 @@ def validate(
         **({} if config.objective.lambda0 else {"auxiliary_ppl": math.exp(min(auxiliary / targets, 700.0))}),
         "examples": examples,
     }
+    for name, value in zip(("weight_loss", "mean_a"), weight_and_a, strict=False):
+        found[name] = value / examples
+    found["loss"] += config.objective.lambda2 * found.get("weight_loss", 0.0)
+    return found
 
 
 def seed_dropout(seed: int, step: int) -> None:

@@ -153,11 +153,19 @@ class Meter:
             "perf/memory_gib": memory_bytes() / 2**30,
             "perf/workers": dist.get_world_size(),
             "perf/eta_seconds": (self.total_steps - progress.step) / rate,
+            **self._weight(),
             **self._mfu(elapsed),
             **self._ranks(),
         }
         self._clear()
         return metrics
+
+    def _weight(self) -> dict[str, float]:
+        """L_W and the mean a, where a weight is predicted."""
+        losses, means = ([getattr(r, name) for r in self.results] for name in ("weight", "mean_a"))
+        if losses[0] is None:
+            return {}
+        return {"train/weight_loss": sum(losses) / len(losses), "train/mean_a": sum(means) / len(means)}
 
     def _mfu(self, elapsed: float) -> dict[str, float]:
         """Model FLOPs utilisation: this worker's real arithmetic over what its device could have done."""

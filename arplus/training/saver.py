@@ -4,14 +4,15 @@ import threading
 from collections.abc import Callable
 
 from arplus import storage
-from arplus.runs import checkpoint
+from arplus.runs import checkpoint, retention
 from arplus.runs.checkpoint import TrainState
+from arplus.runs.retention import Keep
 
 
 class Saver:
     """Writes train states, one at a time; an error stays in :attr:`error` and no further one is written."""
 
-    def __init__(self, run_uri: str, *, attempt: int, keep: int, check: Callable[[], object]) -> None:
+    def __init__(self, run_uri: str, *, attempt: int, keep: Keep, check: Callable[[], object]) -> None:
         """``check`` raises when the run is no longer this attempt's; it is asked before each of the steps of a save."""
         self.run_uri = run_uri
         self.attempt = attempt
@@ -53,4 +54,4 @@ class Saver:
         self.check()
         if best is not None:
             checkpoint.mark_best(self.run_uri, newest, best)
-        checkpoint.retain(self.run_uri, self.keep, attempt=self.attempt)
+        retention.retain(self.run_uri, self.keep, attempt=self.attempt)

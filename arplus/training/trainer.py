@@ -15,28 +15,30 @@ from typing import Any, TypeVar, cast
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import ScalingConfig, TrainingFailedError
+from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from arplus import storage, tracking
 from arplus.cluster import elastic, node, preflight
-from arplus.config import TrainConfig, VocabularySizes, flag, flat
+from arplus.cluster.job import tags as job_tags
+from arplus.config import TrainConfig, VocabularySizes, flag
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
 from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker, serve
-from arplus.errors import ArplusError, ResourceError, RunError, UsageError
-from arplus.evaluation.replies import sample_replies
+from arplus.errors import ArplusError, ResourceError, UsageError
 from arplus.model.cost import ADDED_LATER, component_of, train_only
 from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
+from arplus.pretrained import start as pretrained
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
 from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
-from arplus.training import workers
+from arplus.training import failure, publish, workers
 from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
 from arplus.training.footprint import checkpoint_bytes
 from arplus.training.hooks import RunContext, RunEndedError, StudyContext, close_hooks, final_metrics, make_hooks
@@ -65,6 +67,7 @@ def train(
     dataset, scaling = _check(config, part)
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
+    check_start(config, dataset, new=start.checkpoint is None)
     tracked = _tracked(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
@@ -79,8 +82,7 @@ def train(
         versions=node.versions(),
         part=part,
     )
-    tracker = tracking.Tracker.beside(tracked, run.uri)
-    _log_inputs(tracker, run, config, dataset)
+    tracker = _log_inputs(job, run, dataset)
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
@@ -92,10 +94,7 @@ def train(
         kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_stop_signal(stop, told_to_stop), kept:
             final = _run_workers(job, scaling, callbacks)
-        run.final.write(final)
-        tracker.log_text(run.final.name, run.final.text(final))
-        if part is None:
-            storage.with_retries(run.uri, log_best, tracker, run.uri, dataset)
+        _log_results(tracker, job, dataset, final)
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -103,16 +102,47 @@ def train(
     except SupersededError:
         status = None  # the MLflow run is the other job's now
         raise
+    except Exception as error:
+        tracker.set_tags(failure.tags(error) | {publish.NOTE: publish.describe(config, dataset, tracked, error=error)})
+        raise
     finally:
-        if tracker.close(status) == 0:
-            shutil.rmtree(_copies(tracker), ignore_errors=True)
+        if (missing := tracker.close(status)) == 0:
+            shutil.rmtree(publish.copies(tracker), ignore_errors=True)
+    _register(job, final, missing)
     return final
+
+
+def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]:
+    """Where a finished run's best checkpoint and its MLflow page are, and the command that evaluates it."""
+    config = resolve(config)
+    uri, mlflow = storage.join(config.storage, config.run_name), config.mlflow or tracking.default_uri(config.storage)
+    page = None
+    with contextlib.suppress(ArplusError):  # a server that has gone away has been warned of
+        page = tracking.find_run(mlflow, final.mlflow_run_id)
+    return {
+        "checkpoint": checkpoint.find(uri),
+        "MLflow": page and tracking.run_url(page),
+        "served by": tracking.open_command(mlflow),
+        "next": f"python jobs/evaluate.py --checkpoint {uri} --data {config.data}",
+    }
+
+
+def _register(job: RunContext, final: FinalMetrics, missing: int) -> None:
+    if job.part is not None or job.config.register is None:
+        return
+    ppl = final.best_response_ppl
+    tags = {"run": final.run_name, "response_ppl": "not measured" if ppl is None else f"{ppl:.4f}"}
+    try:
+        log.info("registered: %s", publish.register(job.tracked, job.config.register, None, tags, missing))
+    except ArplusError as error:
+        log.warning("the model is not registered in MLflow: %s; the same command again registers it", error)
 
 
 def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, ScalingConfig]:
     """The data set, and the workers that the cluster has room for."""
     # A study has read the data before; anyone else is to hear at once where it cannot be.
     dataset = storage.with_retries(config.data, Dataset.open, config.data) if part else Dataset.open(config.data)
+    dataset.check_labels(config.model)
     scaling = preflight.scaling(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))
@@ -143,9 +173,8 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: St
             config.experiment,
             config.run_name,
             tags={"preset": config.preset, "fingerprint": dataset.fingerprint}
-            | node.code_tags()
-            | (part.tags if part else {}),
-            params=flat(config),
+            | (part.tags if part else job_tags(config)),
+            params=publish.params(config),
             parent_run_id=part.parent_run_id if part else None,
             resume_run_id=start.mlflow_run_id,
         )
@@ -160,13 +189,26 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: St
         return tracking.RunRef(absolute_uri(uri), "", start.mlflow_run_id)
 
 
-def _log_inputs(tracker: tracking.Tracker, run: RunFolder, config: TrainConfig, dataset: Dataset) -> None:
-    """The settings, and which data it is, with its card."""
+def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.Tracker:
+    """The run's tracker, which has the settings, and which data it is, with its card."""
+    tracker, config = tracking.Tracker.beside(job.tracked, run.uri), job.config
+    tracker.set_tags({publish.NOTE: publish.describe(config, dataset, tracker.run)})
     tracker.log_text(run.config.name, run.config.text(config))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     card = storage.join(config.data, "data_card.html")
     if page := storage.with_retries(card, storage.find_bytes, card):
         tracker.log_text("data_card.html", page.decode())
+    return tracker
+
+
+def _log_results(tracker: tracking.Tracker, job: RunContext, dataset: Dataset, final: FinalMetrics) -> None:
+    """The final metrics, here and in MLflow, and there what a run that is no part of a study found, and its model."""
+    run, alone = RunFolder(job.run_uri), job.part is None
+    run.final.write(final)
+    tracker.log_text(run.final.name, run.final.text(final))
+    tracker.set_tags({publish.NOTE: publish.describe(job.config, dataset, tracker.run, final, sent=alone)})
+    if alone:
+        storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset)
 
 
 def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> FinalMetrics:
@@ -180,17 +222,30 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
             job.run_uri,
             timeout_minutes=config.collective_timeout_minutes,
             max_failures=config.max_failures,
-            callbacks=callbacks,
+            callbacks=[*callbacks, failure.FailureNotes(job.run_uri, job.attempt)],
         )
     except TrainingFailedError as error:
         log.error("%s", error)
-        raise RunError(
+        last = RunFolder(job.run_uri).read_attempt()
+        facts = last.failure if last and isinstance(error, WorkerGroupError) else {}
+        said = failure.sentence(facts) if facts else failure.reason(error)
+        raise failure.WorkersFailedError(
             f"run {config.run_name}: its workers failed once more than --max-failures {config.max_failures} allows "
-            "(the last failure is above); the same command goes on from the newest checkpoint"
+            f"(the last time {said}); the same command goes on from the newest checkpoint",
+            facts,
         ) from error
     if isinstance(outcome, Exception):
         raise outcome
     return cast(FinalMetrics, outcome)
+
+
+def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> None:
+    """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
+    with torch.device("meta"):
+        model = PersonaTransformer(config.model, dataset.sizes)
+    features.attach(model, dataset.characters, dataset.rules)
+    for line in pretrained.initialise(model, dataset.characters, config.init) if new else ():
+        log.info("%s", line)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -203,13 +258,25 @@ def resolve(config: TrainConfig) -> TrainConfig:
         with torch.device("meta"):
             model = PersonaTransformer(config.model, VocabularySizes())
         train_only(model, config.optimizer.only)  # an error is told before anything starts
-    return replace(
+    mlflow = config.mlflow
+    if config.init_from and tracking.is_model_uri(config.init_from):  # the workers do not have this job's variables
+        mlflow = mlflow or tracking.default_uri(config.storage)
+    config = replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
         experiment=config.experiment or "arplus",
-        init_from=config.init_from and storage.absolute(config.init_from),
+        init_from=config.init_from and tracking.pin(config.init_from, mlflow),
+        mlflow=mlflow,
+    )
+    if config.init.pretrained is None and config.model.features.path is None:
+        return replace(config, init=pretrained.resolve(config.init))
+    before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
+    return replace(
+        config,
+        init=pretrained.resolve(config.init, before.init if before else None),
+        model=features.resolved(config.model, before.model if before else None),
     )
 
 
@@ -240,29 +307,6 @@ def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tupl
     return loader("train", True), loader("valid", False)
 
 
-def log_best(tracker: tracking.Tracker, run_uri: str, dataset: Dataset) -> None:
-    """Sample replies of the best checkpoint, and the checkpoint itself, as artifacts of the run."""
-    folder, state = checkpoint.load_found(run_uri)
-    tracker.log_text("sample_replies.txt", sample_replies(state, dataset))
-    for name in checkpoint.FILES:
-        if name not in (checkpoint.MOMENTS, checkpoint.MANIFEST):
-            tracker.log_file(_local(storage.join(folder, name), _copies(tracker)), "checkpoint")
-
-
-def _copies(tracker: tracking.Tracker) -> Path:
-    """Where files of a remote run are kept until MLflow has them."""
-    return tracker.record.with_suffix("")
-
-
-def _local(uri: str, folder: Path) -> str:
-    """The path of a file; of one that is not on this machine, that of a copy in ``folder``."""
-    if storage.is_local(uri):
-        return storage.resolve(uri)[1]
-    copy = str(folder / uri.rsplit("/", 1)[1])
-    storage.write_bytes(copy, storage.read_bytes(uri))
-    return copy
-
-
 def _worker(arguments: dict[str, Any]) -> FinalMetrics | Exception:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
     job: RunContext = arguments["job"]
@@ -278,9 +322,11 @@ def _worker(arguments: dict[str, Any]) -> FinalMetrics | Exception:
 
 def _run(job: RunContext) -> FinalMetrics:
     config, run = job.config, RunFolder(job.run_uri)
-    device = workers.set_up(job.part.side_by_side if job.part else 1)
+    device = workers.set_up(config.placement.gpus_per_worker, job.part.side_by_side if job.part else 1)
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    mine, start = on_all_ranks(lambda: _begin(job, run), only_rank_0=True)
+    places = [""] * dist.get_world_size()
+    dist.all_gather_object(places, failure.here())
+    mine, start = on_all_ranks(lambda: _begin(job, run, places), only_rank_0=True)
     dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
     progress = TrainProgress(fingerprint=dataset.fingerprint) if state is None else state.progress
     if start is not None and run.holds(start):
@@ -302,15 +348,21 @@ def _run(job: RunContext) -> FinalMetrics:
         close_hooks(hooks)
 
 
-def _begin(job: RunContext, run: RunFolder) -> tuple[Attempt, str | None]:
+def _begin(job: RunContext, run: RunFolder, places: list[str]) -> tuple[Attempt, str | None]:
     """The attempt of this start, and the checkpoint to go on from: the job's newest, else the one it started from."""
-    mine = run.start_attempt(job.attempt)
+    mine = run.start_attempt(job.attempt, places)
     found = run.checkpoints.newest(after=job.attempt.number)
     start, step = (found[0], found[1].progress.step) if found else (job.start, None)
     if mine.number > job.attempt.number + 1:
         where = "from where the job started" if step is None else f"from step {step}"
-        workers = dist.get_world_size()
-        log.warning("the workers were started again (attempt %d), %d of them: going on %s", mine.number, workers, where)
+        said = f" after {failure.sentence(mine.failure)}" if mine.restarted_by_failure else ""
+        log.warning(
+            "the workers were started again (attempt %d)%s, %d of them: going on %s",
+            mine.number,
+            said,
+            dist.get_world_size(),
+            where,
+        )
     return mine, start
 
 
@@ -318,12 +370,14 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
     dataset = Dataset.open(config.data)
     torch.manual_seed(config.seed)
-    model = PersonaTransformer(config.model, dataset.sizes)
+    model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
     state = checkpoint.load(start, moments=True) if start else None
     if state is not None:
         model.load_weights(state.weights)
     elif config.init_from is not None:
-        _initialise(model, config.init_from, dataset.sizes)
+        _initialise(model, config, dataset.sizes)
+    if state is None:
+        pretrained.initialise(model, dataset.characters, config.init)
     return dataset, model, state
 
 
@@ -343,8 +397,10 @@ def on_all_ranks(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
     return found[0][0] if only_rank_0 else mine[0]
 
 
-def _initialise(model: PersonaTransformer, uri: str, sizes: VocabularySizes) -> None:
-    state = checkpoint.load(uri)
+def _initialise(model: PersonaTransformer, config: TrainConfig, sizes: VocabularySizes) -> None:
+    uri = str(config.init_from)
+    with tracking.fetched(uri, config.mlflow) as folder:
+        state = checkpoint.load(folder)
     if state.sizes != sizes:
         raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
     added = {

@@ -69,14 +69,20 @@ def run(
     return outcome.result()
 
 
-def set_up(side_by_side: int = 1) -> torch.device:
-    """Sets logging, threads and kernels up in a worker; its device. ``side_by_side`` runs share the machine."""
+def set_up(gpu_share: float, side_by_side: int = 1) -> torch.device:
+    """Sets logging, threads and kernels up in a worker; its device. ``side_by_side`` runs share the machine.
+
+    A worker that has a share of a GPU takes no more of its memory: torch keeps what it once took, and the others, not
+    the greedy one, would run out of it.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     connection.quiet()
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     leave_cudnn_out()
     device = ray.train.torch.get_device()
+    if device.type == "cuda" and gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_share, device)
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
         sharing = ray.train.get_context().get_local_world_size() * side_by_side

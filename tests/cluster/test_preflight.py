@@ -140,7 +140,7 @@ def test_other_versions(config: TrainConfig, dataset: Dataset, monkeypatch: pyte
 def test_the_code_has_a_version_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     here = node.code_tags()
     assert here["code"] == node.versions()["arplus"]
-    assert len(here["git_commit"]) == 40, "the tests run in a checkout"
+    assert len(here["mlflow.source.git.commit"]) == 40, "the tests run in a checkout"
     monkeypatch.setenv("PATH", "")
     assert node.code_tags() == {"code": here["code"]}
 

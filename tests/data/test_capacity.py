@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.small_models import make_batch, make_model, small
+from helpers.small_models import WEIGHTED, gradients, make_batch, make_model, small
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from arplus import kernels
@@ -16,6 +16,7 @@ RULES = ExampleRules(max_utterance_characters=30)
 def shapes(batch: Batch) -> list[object]:
     """All that a compiled model sees of a batch before its values."""
     found: list[object] = [batch.speaker_N.shape, batch.target_N.shape]
+    found.append(batch.persona_related_B is not None and batch.persona_related_B.shape)
     for packed in (batch.context, batch.profiles, batch.persona, batch.response, batch.infilled):
         if packed is not None:
             s = packed.sequences
@@ -24,7 +25,7 @@ def shapes(batch: Batch) -> list[object]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
-@pytest.mark.parametrize("preset", sorted(PAPER_ROWS))
+@pytest.mark.parametrize("preset", sorted({*PAPER_ROWS, *WEIGHTED}))
 def test_losses_and_gradients_stay(preset: str, backend: str) -> None:
     config = small(preset)
     model = make_model(config).double()
@@ -33,10 +34,8 @@ def test_losses_and_gradients_stay(preset: str, backend: str) -> None:
     needed = Capacity.needed(batch)
 
     def found(of: Batch) -> list[torch.Tensor]:
-        model.zero_grad()
         losses = model(of)
-        (losses.sum_dialogue + losses.sum_auxiliary).backward()
-        return [*(loss.detach() for loss in losses), *(p.grad.clone() for p in model.parameters())]
+        return [*losses.together(), *(gradient.clone() for gradient in gradients(model, losses).values())]
 
     expected = found(batch)
     for capacity in (needed, Capacity(*(n + 70 for n in needed))):
@@ -45,7 +44,7 @@ def test_losses_and_gradients_stay(preset: str, backend: str) -> None:
 
 
 def test_batches_of_one_capacity_are_of_one_shape_and_none_is_dropped() -> None:
-    config = small("arplus")
+    config = small("arplus-weighted")
     batches = [make_batch(config, examples, seed) for seed in range(30) for examples in (5, 6)]
     batches.append(make_batch(config, 9, seed=99))
     filler = Filler(RULES, examples=9)

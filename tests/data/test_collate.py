@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 import torch
 from helpers.prepared import random_examples
+from helpers.small_models import WEIGHTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arplus.config import AR, PAPER_ROWS, ModelConfig, VocabularySizes, special_ids
+from arplus.config import AR, PAPER_ROWS, PRESETS, ModelConfig, VocabularySizes, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window, frame, infill
 from arplus.data.examples import SCHEMA
 from arplus.data.packing import unpack
@@ -26,7 +27,7 @@ IDS = special_ids(SIZES.characters)
 PERSONA_IDS = special_ids(SIZES.persona_words)
 
 SPECS = [
-    BatchSpec(sizes=SIZES, persona_words=words, infilling=infilling)
+    BatchSpec(sizes=SIZES, persona_words=words, infilling=infilling, labels=words and infilling)
     for words in (True, False)
     for infilling in (True, False)
 ]
@@ -56,6 +57,7 @@ def examples(draw: st.DrawFn) -> dict[str, Any]:
         "profile_character_counts": [len(profile) for profile in spelled],
         "target_words": draw(st.lists(word, min_size=6, max_size=9)),
         "target_characters": draw(st.lists(character, min_size=9, max_size=14)),
+        "persona_related": draw(st.booleans()),
     }
 
 
@@ -108,6 +110,7 @@ def oracle(rows: list[dict[str, Any]], spec: BatchSpec, rng: ExampleRng) -> dict
         "response": [r[:-1] for r in responses],
         "target_N": [r[1:] for r in responses],
         "infilled": None,
+        "persona_related_B": [int(row["persona_related"]) for row in rows] if spec.labels else None,
     }
     if spec.infilling:
         numbers = [rng.uniform(np.array([row["example_id"]])) for row in rows]
@@ -133,6 +136,7 @@ def found(batch: Batch) -> dict[str, Any]:
         "response": lists(batch.response),
         "target_N": lists(batch.response, batch.target_N),
         "infilled": batch.infilled and lists(batch.infilled),
+        "persona_related_B": None if batch.persona_related_B is None else batch.persona_related_B.tolist(),
     }
 
 
@@ -182,12 +186,13 @@ def test_a_missing_speaker_is_caught() -> None:
         Window(pa.Table.from_pylist([row], SCHEMA), SPECS[0])
 
 
-@pytest.mark.parametrize("name", list(PAPER_ROWS))
+@pytest.mark.parametrize("name", [*PAPER_ROWS, *WEIGHTED])
 def test_a_spec_reads_what_the_model_reads(name: str) -> None:
-    model: ModelConfig = PAPER_ROWS[name].model
+    model: ModelConfig = PRESETS[name].model
     spec = BatchSpec.of(model, SIZES)
-    assert spec.persona_words == (name not in ("ar", "no-memn2n"))
-    assert spec.infilling == (name not in ("ar", "no-bart-mlm"))
+    assert spec.persona_words == (name not in ("ar", "no-memn2n", "ar-weighted"))
+    assert spec.infilling == (name not in ("ar", "no-bart-mlm", "ar-weighted"))
+    assert ("persona_related" in spec.columns) == (name in WEIGHTED)
     assert set(spec.columns) <= set(SCHEMA.names)
     assert ("profile_words" in spec.columns) != ("profile_characters" in spec.columns)
 

@@ -1,12 +1,14 @@
 """A data set is what its manifest says, and a manifest is read whole or refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.prepared import make_manifest
 
+from arplus.config import PRESETS
 from arplus.data.dataset import Dataset, RowGroup
 from arplus.data.manifest import FORMAT, DataFile, SplitFacts
 from arplus.errors import UsageError
@@ -56,6 +58,20 @@ def test_an_unknown_split_is_an_error_that_lists_the_splits(folder: Path) -> Non
         Dataset.open(str(folder)).split("dev")
 
 
+def test_data_without_labels_trains_no_predictor(folder: Path) -> None:
+    plain, weighted = (PRESETS[name].model for name in ("arplus", "arplus-weighted"))
+    for labels, problem in (
+        ({}, "--data .*: has no labels for --model.persona-weight predicted.*; prepare it again"),
+        ({"train": {"asked": 0}}, "no training example is about the responder's persona.*; train with --model"),
+    ):
+        replace(MANIFEST, persona_related=labels).write(str(folder))
+        dataset = Dataset.open(str(folder))
+        dataset.check_labels(plain)
+        with pytest.raises(UsageError, match=problem):
+            dataset.check_labels(plain, weighted)
+    dataset.check_labels(weighted, training=False)
+
+
 def test_a_folder_without_manifest_or_of_another_format_is_refused(folder: Path) -> None:
     rewrite(folder, format=FORMAT + 1)
     with pytest.raises(UsageError, match=rf"format {FORMAT + 1}; this version reads {FORMAT}"):
@@ -72,7 +88,7 @@ def test_a_folder_without_manifest_or_of_another_format_is_refused(folder: Path)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"records": "many"}, "records: input should be a valid integer"),
+        ({"records": "many"}, "records: must be a valid integer"),
         ({"splits": {"train": {"sessions": 1, "files": []}}}, "splits.*field required"),
         ({"rules": {"max_utterance_letters": 15}}, "unknown key 'rules.max_utterance_letters'"),
         ({"colour": "red"}, "unknown key 'colour'"),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from arplus.config import ExampleRules
 from arplus.data.examples import LIST_COLUMNS, Encoded, encode_sessions
+from arplus.data.labels import RULES
+from arplus.data.personas import Persona, contradicts, persona_question, split_place
 from arplus.data.ragged import ranges
 from arplus.data.records import Profile, Session
 from arplus.data.sessions import to_table
@@ -23,6 +25,17 @@ def encode(sessions: list[Session], **options: Any) -> Encoded:
     keys = b"".join(s.record_hash for s in sessions)
     table = to_table(sessions, np.arange(len(sessions)), keys)
     return encode_sessions(table, CHARACTERS, WORDS, ExampleRules(**options))
+
+
+def rule_of(question: str, reply: str, words: list[str]) -> int:
+    """The rules for labels as the guide says them, one after the other."""
+    gender, place, *tags = words
+    if persona_question(question):
+        return 1
+    if contradicts(reply, Persona(gender, place, tuple(tags))) is not None:
+        return 2
+    names = [*split_place(place), *(tag for tag in tags if len(tag) >= 2)]
+    return 3 if any(name and name in reply for name in names) else 0
 
 
 def oracle(sessions: list[Session], utterance: int, context: int, drop: bool) -> tuple[list[dict], Counter[str]]:
@@ -70,6 +83,7 @@ def oracle(sessions: list[Session], utterance: int, context: int, drop: bool) ->
                     "profile_character_counts": [len(items) for items in spelled],
                     "target_words": words(keyed),
                     "target_characters": [c for item in keyed for c in letters(item)],
+                    "rule": rule_of(cut[i], cut[i + 1], persona[0]),
                 }
             )
     return rows, left_out
@@ -82,12 +96,15 @@ PROFILES = st.builds(
     st.sampled_from(["", "福建厦门", "未知"]),
     st.lists(WORD | st.just("我的"), max_size=3),
 )
+TEXT = st.lists(
+    st.sampled_from([*"的我𠮷a龘?", "是", "男生", "福建", "厦门", "是男是女", "我在福", "女朋友"]), max_size=8
+).map("".join)
 
 
 @st.composite
 def sessions(draw: st.DrawFn) -> Session:
     profiles = draw(st.lists(PROFILES, min_size=1, max_size=4))
-    utterances = draw(st.lists(st.text(alphabet="的我𠮷a龘?", max_size=8), min_size=1, max_size=12))
+    utterances = draw(st.lists(TEXT, min_size=1, max_size=12))
     speakers = [draw(st.integers(0, len(profiles) - 1)) for _ in utterances]
     key = draw(st.binary(min_size=16, max_size=16))
     has_reference = len(utterances) > 1 and draw(st.booleans())
@@ -113,6 +130,11 @@ def test_examples_are_those_of_the_oracle(batch: list[Session], utterance: int, 
     assert got.session.tolist() == [row["session"] for row in expected]
     for name in LIST_COLUMNS:
         assert got.table[name].to_pylist() == [row[name] for row in expected], name
+    assert got.rule.tolist() == [row["rule"] for row in expected]
+    assert got.table["persona_related"].to_pylist() == [row["rule"] > 0 for row in expected]
+    counts = Counter((got.session.tolist()[i] % 2, rule) for i, rule in enumerate(got.rule.tolist()) if rule)
+    found = got.persona_related_of(np.arange(len(batch), dtype=np.int8) % 2)
+    assert {(split, 1 + list(RULES).index(rule)): n for split, c in found.items() for rule, n in (+c).items()} == counts
     assert all(i >= 0 for i in got.table["example_id"].to_pylist())
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from arplus.data.personas import Persona, askable
-from arplus.evaluation.consistency import PersonaMetrics, agrees, asks, contradicts, persona_question
+from arplus.data.personas import Persona, askable, contradicts, persona_question
+from arplus.evaluation.consistency import PersonaMetrics, agrees, asks
 
 CHENGDU = Persona("女", "四川成都", ("美食",))
 

@@ -1,6 +1,9 @@
 """Evaluation sees every example of a split once, and says what it measured by its right name."""
 
+import csv
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +47,7 @@ def whole_split(dataset: Dataset, model: PersonaTransformer) -> Batch:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("preset_name", ["arplus", "ar"])
+@pytest.mark.parametrize("preset_name", ["arplus", "ar-weighted"])
 def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
     state = random_state(preset_name)
     uri = checkpoint.write(str(tmp_path / "checkpoint"), state)
@@ -60,8 +63,8 @@ def test_the_perplexity_is_that_of_all_targets_at_once(dataset: Dataset, tmp_pat
     assert result["paper_compatible"]["paper_ppl"] > 2 * expected, "it adds half of another loss"
     standard = {"response_ppl", "unigram_ppl", "bleu", "f1", "distinct_1", "distinct_2", "mean_length"}
     assert set(result["standard"]) == standard
-    for group in ("standard", "paper-compatible", "persona"):
-        assert group in table(found)
+    groups = ["standard", "paper-compatible", "persona", *["predictor"] * (preset_name == "ar-weighted")]
+    assert [line for line in table(found).splitlines() if line.replace("-", "").isalpha()] == groups
 
 
 def evaluator(dataset: Dataset, folder: Path, split: str = "test", **settings: object) -> Evaluator:
@@ -148,8 +151,41 @@ def test_questions_are_asked_again_under_another_examples_persona(
         assert sum(first[i] != again[i] for i in range(n)) >= 0.7 * n
 
 
+@pytest.mark.parametrize("preset_name", ["arplus", "ar", "arplus-weighted", "ar-weighted"])
+def test_the_personas_weight_is_what_is_asked_for(dataset: Dataset, tmp_path: Path, preset_name: str) -> None:
+    """Whatever the model was trained with; what it predicts is measured all the same."""
+    state = random_state(preset_name)
+    if weighted := preset_name.endswith("weighted"):
+        state.weights["predictor.w"].normal_(generator=torch.Generator().manual_seed(0))
+    found = {
+        weight: evaluator(dataset, tmp_path, state=state, persona_weight=weight).tally(0)
+        for weight in ("auto", 0.0, 0.5, 1.0)
+    }
+    losses = {weight: tally.standard.loss_sum for weight, tally in found.items()}
+    assert len(set(losses.values())) == (4 if weighted else 3)
+    assert weighted or losses["auto"] == losses[1.0]
+    for tally in found.values():
+        assert tally.predictor == found["auto"].predictor
+        assert ("predictor" in tally.result()) == weighted
+    if weighted:
+        measured = found["auto"].predictor.result()
+        assert measured["share"] == 47 / EXAMPLES
+        assert 0.3 < measured["auc"] < 0.7, "labels that have nothing to do with the examples"
+
+
+def test_data_of_before_has_no_labels(dataset: Dataset, tmp_path: Path) -> None:
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state("arplus-weighted"))
+    shutil.copytree(dataset.uri, tmp_path / "old")
+    manifest = tmp_path / "old" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    del facts["persona_related"]
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match=r"has no labels for --model.persona-weight predicted.*prepare it again"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=str(tmp_path / "old")))
+
+
 def test_models_compute_by_their_devices_kernels(dataset: Dataset, tmp_path: Path) -> None:
-    one = evaluator(dataset, tmp_path)
+    one = evaluator(dataset, tmp_path, persona_weight=0.5)
     responder = Responder(one.state, raw_profile("男", "四川 成都", ""), Sampling(), seed=0)
     for model in (one.model, responder.model):
         assert isinstance(model.head.ops, CpuOperations)
@@ -164,6 +200,23 @@ def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monk
     half = one.tally(0)
     assert half.standard.loss_sum != plain.standard.loss_sum
     assert half.standard.loss_sum == pytest.approx(plain.standard.loss_sum, rel=5e-3)
+
+
+def test_every_reply_is_written_with_its_loss(dataset: Dataset, tmp_path: Path) -> None:
+    one = evaluator(dataset, tmp_path, replies="replies.csv", seed=5)
+    tally = one.tally(0)
+    examples = one.sampler.read(0, 0, ["context", "response", "target_words", "example_id"]).to_pylist()
+    assert len(tally.replies) == EXAMPLES
+    for row, example in zip(tally.replies, examples, strict=True):
+        assert (row["split"], row["example"]) == ("test", example["example_id"])
+        assert row["reference"] == one.state.characters.decode(example["response"])
+        assert row["context"].count(" / ") == example["context"].count(one.special.sep) - 1
+        assert row["persona"].startswith("性别 ")
+    targets = [len(example["response"]) + 1 for example in examples]
+    loss = sum(row["loss"] * n for row, n in zip(tally.replies, targets, strict=True)) / sum(targets)
+    assert math.exp(loss) == pytest.approx(tally.standard.result()["response_ppl"], rel=1e-6)
+    replies = [one.state.characters.encode(row["reply"]).tolist() for row in tally.replies]
+    assert sum(map(len, replies)) == tally.standard.matches.reply_tokens
 
 
 @pytest.mark.parametrize("preset_name", ["arplus", "ar"])
@@ -190,9 +243,10 @@ def test_the_same_seed_gives_the_same_replies(dataset: Dataset, tmp_path: Path) 
 def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None:
     """A model with words as personas and one with characters see the same examples in the same order."""
     arplus, ar = (checkpoint.write(str(tmp_path / name), random_state(name)) for name in ("arplus", "ar"))
-    config = EvaluateConfig(checkpoint=arplus, against=ar, data=dataset.uri, split=("test", "valid"))
-    result = evaluate(config)
-    other = evaluate(replace(config, checkpoint=ar, against=None))
+    file = tmp_path / "replies.csv"
+    config = EvaluateConfig(checkpoint=arplus, against=ar, data=dataset.uri, split=("test", "valid"), seed=3)
+    result = evaluate(replace(config, replies=str(file)))
+    other = evaluate(replace(config, checkpoint=ar, against=None, replies=str(tmp_path / "other.jsonl")))
     assert result["against"]["splits"] == other["splits"]
     assert set(result["comparison"]) == {"test", "valid"}
     for split, comparison in result["comparison"].items():
@@ -201,6 +255,15 @@ def test_two_checkpoints_on_two_splits(dataset: Dataset, tmp_path: Path) -> None
             assert found["other"] == pytest.approx(other["splits"][split]["standard"][name], rel=1e-5)
             assert found["low"] <= found["difference"] <= found["high"]
     assert "within noise" in table(result)
+    rows = {(row["split"], int(row["example"])): row for row in csv.DictReader(file.open(encoding="utf-8-sig"))}
+    assert len(rows) == EXAMPLES + 20
+    for row in map(json.loads, (tmp_path / "other.jsonl").read_text().splitlines()):
+        mine = rows[row["split"], row["example"]]
+        assert (mine["against_reply"], float(mine["against_loss"])) == (row["reply"], row["loss"])
+        assert (mine["context"], mine["persona"], mine["reference"]) == tuple(
+            row[name] for name in ("context", "persona", "reference")
+        )
+        assert mine["seed"] == "3"
 
 
 def test_other_vocabularies_and_unknown_splits_are_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from arplus.config import special_ids
-from arplus.evaluation.metrics import BLEU_SIGNATURE, StandardMetrics
+from arplus.evaluation.metrics import BLEU_SIGNATURE, PredictorMetrics, StandardMetrics
 from arplus.evaluation.paper_metrics import PaperMetrics
 
 IDS = special_ids(109)  # characters 0 … 99
@@ -88,6 +88,23 @@ def test_response_ppl_is_weighted_by_targets():
     assert metrics.result() == {"response_ppl": pytest.approx(3**0.2 * 5**0.8)}
     metrics.add_loss(1e9, 1)
     assert metrics.result()["response_ppl"] == math.inf
+
+
+def test_a_predictor_is_measured_by_hand():
+    whole, other = PredictorMetrics(), PredictorMetrics()
+    whole.add(np.array([math.log(3), 0.0]), np.array([1, 0]))
+    other.add(np.array([0.0, -math.log(4), math.log(4)]), np.array([1, 0, 0]))
+    assert (whole + other).result() == pytest.approx(
+        {
+            "share": 0.4,
+            "auc": (2 + 1.5) / 6,  # of six pairs: one equal, and 4/5 is above 3/4 and 1/2
+            "mean_a_at_1": (0.75 + 0.5) / 2,
+            "mean_a_at_0": (0.5 + 0.2 + 0.8) / 3,
+        }
+    )
+    assert PredictorMetrics().result() == {}
+    none = PredictorMetrics([0.0], [0])
+    assert none.result() == {"share": 0.0, "mean_a_at_0": 0.5}, "as on real data"
 
 
 def test_replies_and_references_must_be_as_many():

@@ -41,7 +41,12 @@ def words(command: str) -> list[str]:
 
 
 def run(
-    command: str, *, folder: Path = ROOT, stdin: str = "", environment: dict[str, str] | None = None
+    command: str,
+    *,
+    folder: Path = ROOT,
+    stdin: str = "",
+    environment: dict[str, str] | None = None,
+    timeout: float = 200,
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``jobs/…``, by default away from Ray."""
     return subprocess.run(
@@ -51,7 +56,7 @@ def run(
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout,
     )
 
 

@@ -71,6 +71,7 @@ def global_batch(model: ModelConfig, seed: int, index: int = 0, of: int = 1) -> 
         response=response,
         target_N=torch.tensor([i for b in own for i in [*responses[b][1:], ids.eos]]),
         infilled=Packed.of([[*responses[b], ids.eos] for b in own]) if model.auxiliary == "infilling" else None,
+        persona_related_B=torch.tensor([b % 3 == 0 for b in own], dtype=torch.int32),
     )
 
 
@@ -101,6 +102,8 @@ def plain_run(config: TrainConfig, steps: int) -> tuple[list[float], dict[str, t
         batch = global_batch(config.model, i)
         losses = model(batch)
         loss = (lambda0 * losses.sum_dialogue + lambda1 * losses.sum_auxiliary) / len(batch.target_N)
+        if losses.sum_weight is not None:
+            loss = loss + config.objective.lambda2 * losses.sum_weight / 8
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, o.max_grad_norm)
@@ -120,7 +123,7 @@ def engine_steps(config: TrainConfig, first: int, last: int) -> list[Step]:
             dist.get_rank() * config.gradient_accumulation_steps,
             (dist.get_rank() + 1) * config.gradient_accumulation_steps,
         )
-        steps.append(Step([global_batch(config.model, i, m, parts) for m in own], targets))
+        steps.append(Step([global_batch(config.model, i, m, parts) for m in own], targets, 8))
     return steps
 
 
@@ -195,7 +198,7 @@ def after_a_bad_step(configs: list[TrainConfig], bad: str) -> list[tuple[str, in
     from arplus.training.engine import Engine, NonFiniteLossError
 
     def infinite(_: Any, __: Any, losses: Losses) -> Losses:
-        return Losses(losses.sum_dialogue + torch.inf, losses.sum_auxiliary)  # its gradient is finite
+        return losses._replace(sum_dialogue=losses.sum_dialogue + torch.inf)  # its gradient is finite
 
     found = []
     for c in configs:

@@ -27,8 +27,6 @@ BUCKET = "s3://arplus"
 BATCH = 32
 EPOCHS = 2
 COLOUR = re.compile(r"\x1b\[\d+m")
-RAYS_OWN = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t")
-"""Starts a line that `ray job submit` adds to the job's own output."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,8 @@ class Submission:
         return found
 
     def result(self) -> dict[str, Any]:
-        """The last line of the job's own output, which is JSON."""
-        lines = [line for line in self.output.splitlines() if line and not RAYS_OWN.match(line)]
+        """What a job of training prints, in one line of JSON."""
+        lines = [line for line in self.output.splitlines() if line.startswith("{")]
         result = json.loads(lines[-1])
         assert isinstance(result, dict)
         return result

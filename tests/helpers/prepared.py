@@ -44,6 +44,7 @@ def random_examples(ids: range, seed: int = 0) -> pa.Table:
                 "profile_character_counts": [len(s) for s in spelled],
                 "target_words": [0, *words[0][:1], 1, *words[0][1:2], 2, *words[0][2:]],
                 "target_characters": spelled[0],
+                "persona_related": i % 3 == 0,
             }
         )
     return pa.Table.from_pylist(rows, SCHEMA)
@@ -83,7 +84,8 @@ def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: 
         splits[split] = SplitFacts(sessions=start, examples=start, files=described)
     CHARACTERS.save(str(folder / "vocabulary" / "characters.txt"))
     PERSONA_WORDS.save(str(folder / "vocabulary" / "persona_words.txt"))
-    make_manifest(splits, fingerprint=fingerprint).write(str(folder))
+    labels = {name: {"asked": -(-split.examples // 3)} for name, split in splits.items()}
+    make_manifest(splits, fingerprint=fingerprint, persona_related=labels).write(str(folder))
     return Dataset.open(str(folder))
 
 

@@ -9,10 +9,16 @@ import torch
 from arplus.config import PRESETS, ModelConfig, SpecialIds, TrainConfig, VocabularySizes, preset, special_ids, tiny
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.network import PersonaTransformer
+from arplus.model.objective import Losses
 
 SIZES = VocabularySizes(characters=60, persona_words=50)
+WEIGHTED = ("ar-weighted", "arplus-weighted")
+"""The presets that predict a persona weight."""
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unshared": ("arplus", {"shared_stacks": False, "memory_tying": "layer-wise", "memory_hops": 3}),
+    "unshared-gelu": ("no-rezero", {"shared_stacks": False, "ff_bottleneck": None, "activation": "gelu"}),
+    "unshared-ar": ("ar", {"shared_stacks": False, "activation": "gelu-tanh"}),
     "adapters": ("arplus", {"adapter": 6}),
     "adapters-no-rezero": ("no-rezero", {"adapter": 6}),
 }
@@ -97,6 +103,7 @@ def make_batch(config: ModelConfig, examples: int = 5, seed: int = 1, dtype: tor
         response=Packed.of([[ids.bos, *reply] for reply in replies]),
         target_N=torch.tensor([i for reply in replies for i in (*reply, ids.eos)], dtype=torch.int64),
         infilled=Packed.of(infilled) if config.auxiliary == "infilling" else None,
+        persona_related_B=torch.arange(examples) % 2 if config.persona_weight == "predicted" else None,
     )
     return cast(batch, dtype)
 
@@ -108,9 +115,19 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
         value = getattr(batch, f.name)
         if isinstance(value, Packed):
             changed[f.name] = value._replace(ids=value.ids.to(dtype))
-        elif f.name in ("speaker_N", "target_N"):
+        elif f.name in ("speaker_N", "target_N", "persona_related_B") and value is not None:
             changed[f.name] = value.to(dtype)
     return dataclasses.replace(batch, **changed)
+
+
+def gradients(model: PersonaTransformer, losses: Losses) -> dict[str, torch.Tensor]:
+    """The gradient of L_D + L_LM (+ L_W) for every parameter."""
+    model.zero_grad()
+    (losses.sum_dialogue + losses.sum_auxiliary + (0 if losses.sum_weight is None else losses.sum_weight)).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    missing = [name for name, gradient in found.items() if gradient is None]
+    assert not missing
+    return found
 
 
 def parts(values_N: torch.Tensor, of: Sequences) -> list[torch.Tensor]:
@@ -144,4 +161,5 @@ def take(batch: Batch, index: Iterable[int], blocks: list[int] | None = None, wi
         response=taken(batch.response),
         target_N=joined(batch.target_N, batch.response.sequences),
         infilled=None if batch.infilled is None else taken(batch.infilled),
+        persona_related_B=None if batch.persona_related_B is None else batch.persona_related_B[index],
     )

@@ -1,24 +1,27 @@
 """The persona memory and the embeddings against their formulas, written out in loops."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
-from helpers.small_models import SIZES, make_batch, make_model, parts, small
+from helpers.small_models import make_batch, make_model, parts, small
 
 from arplus.model.batch import Packed, Sequences
 from arplus.model.embedding import SequenceInput, sinusoid
-from arplus.model.memory import PersonaMemory
 
 
+@pytest.mark.parametrize("tying", ["adjacent", "layer-wise"])
 @torch.no_grad()
-def test_memory_follows_the_formulas_hop_by_hop():
+def test_memory_follows_the_formulas_hop_by_hop(tying):
     """For contexts with no query token, one, two and nine, and personas of none to three words."""
-    torch.manual_seed(0)
-    config = small("arplus")
-    memory = PersonaMemory(config, SIZES).double()
+    config = dataclasses.replace(small("arplus"), memory_tying=tying)
+    memory = make_model(config).memory.double()
     tables = [table.weight for table in memory.tables]
+    hops, query_map = list(itertools.pairwise(tables)), torch.eye(config.d_model, dtype=torch.float64)
+    if tying == "layer-wise":
+        hops, query_map = [tables] * 3, memory.query_map.weight
     cases = list(itertools.product([0, 1, 2, 9], [[3, 9, 4], [7], [], [5, 5]]))
     contexts = Sequences.of(torch.tensor([J + 1 for J, _ in cases]), [3, 13])
     query_ND = torch.randn(int(contexts.offsets[-1]), config.d_model, dtype=torch.float64)
@@ -28,7 +31,7 @@ def test_memory_follows_the_formulas_hop_by_hop():
     for (J, words), context, got in zip(cases, parts(query_ND, contexts), found, strict=True):
         q = context[:J].clone()
         o = torch.zeros(d, dtype=torch.float64)
-        for a, c in itertools.pairwise(tables):
+        for a, c in hops:
             u = torch.zeros(d, dtype=torch.float64)
             for j in range(1, J + 1):
                 l_j = torch.tensor([(1 - j / J) - (k / d) * (1 - 2 * j / J) for k in range(1, d + 1)])
@@ -36,7 +39,7 @@ def test_memory_follows_the_formulas_hop_by_hop():
             if words:
                 p = torch.stack([a[w] @ u for w in words]).softmax(0)
                 o = sum(p_i * c[w] for p_i, w in zip(p, words, strict=True))
-            q = q + o
+            q = q @ query_map.T + o
         torch.testing.assert_close(got, o, atol=1e-5, rtol=1e-4)
 
 

@@ -100,6 +100,13 @@ def test_another_rows_preset_is_refused(preset, match):
         infer(state, small(preset))
 
 
+def test_a_preset_with_a_weight_predictor_is_refused():
+    """That code's own cannot run."""
+    state = reference_state(make_model(small("ar")), aliases=True)
+    with pytest.raises(UsageError, match=r"this preset needs predictor\.w, predictor\.c, which the file lacks"):
+        load_reference(state, small("ar-weighted"), SIZES)
+
+
 def test_a_file_of_something_else_is_refused():
     with pytest.raises(UsageError, match="is it a state_dict of the paper's code"):
         infer({"encoder.weight": torch.zeros(2, 2)}, small("ar"))

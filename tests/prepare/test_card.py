@@ -41,6 +41,7 @@ MANIFEST = make_manifest(
     sessions=2,
     overlaps={"random": 1},
     examples_left_out={"empty_response": 4},
+    persona_related={"train": {"asked": 2, "claimed": 0, "named": 1}},
 )
 
 
@@ -109,6 +110,8 @@ def test_the_card_says_how_much_the_vocabularies_cover(histograms: statistics.Hi
     assert "in random" in page
     assert '&lt;a&gt;.txt</td><td class="n">1</td><td>not named as records are' in page
     assert 'others</td><td class="n">44</td>' in page
+    assert '<td class="n">3</td><td>33.33% of the examples: 22.22% asked, 0.00% claimed, 11.11% named</td>' in page
+    assert facts["persona_related"] == {"train": {"asked": 2, "claimed": 0, "named": 1}}
     assert "19,900 tags beyond the first 100 of a profile" in page
     assert facts["source"]["files_left_out"]["files"] == 45
     assert facts["profiles_cut"] == {"tags_left_out": 19_900, "words_cut": 0}

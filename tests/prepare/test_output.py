@@ -82,3 +82,14 @@ def test_what_another_preparation_left_goes_whatever_its_sets_and_a_users_files_
     assert files(tmp_path) == foreign | {FILE}
     assert not (tmp_path / "official").exists()
     output.leave(str(tmp_path), lease, finished=False)
+
+
+def test_a_kill_while_the_lease_was_written_keeps_nobody_out(tmp_path: Path) -> None:
+    left = [f".{FILE}.lock", f".{FILE}.0a1b2c3d.tmp"]
+    write(tmp_path, *left)
+    output.leave(str(tmp_path), output.claim(str(tmp_path)), finished=True)
+    assert files(tmp_path) == set()
+    write(tmp_path, *left, "a user's file")
+    with pytest.raises(UsageError, match="is not empty"):
+        output.claim(str(tmp_path))
+    assert files(tmp_path) == {*left, "a user's file"}

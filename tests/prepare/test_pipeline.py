@@ -33,7 +33,8 @@ def records(n: int, seed: int = 0) -> list[dict[str, Any]]:
     r = random.Random(seed)
 
     def text() -> str:
-        return " ".join(r.choice(CHARACTERS) for _ in range(r.randrange(4, 25)))
+        asks = "是 男 是 女 " if r.random() < 0.05 else ""
+        return asks + " ".join(r.choice(CHARACTERS) for _ in range(r.randrange(4, 25)))
 
     def profile() -> dict[str, Any]:
         place = r.choice(["四川 成都", "其他", "海外 美国", "北京", ""])
@@ -111,6 +112,10 @@ def test_counts_add_up(prepared: tuple[Path, Manifest]) -> None:
     pairs += sum(manifest.examples_left_out.values())
     once = sum(len(item["dialog"]) // 2 for item in CORPUS)
     assert once < pairs <= once + 30 * 4  # the 30 that differ in profiles only are sessions of their own
+    related = {split: sum(row["persona_related"] for row in rows(output, split)) for split in SPLITS}
+    assert 0.02 < related["train"] / manifest.splits["train"].examples < 0.1
+    assert {split: rules["asked"] for split, rules in manifest.persona_related.items()} == related
+    assert f"about the persona: train{related['train']:>20}  " in report(manifest)
     assert "1,635" in report(manifest)
     assert not (output / "_temporary").exists()
 

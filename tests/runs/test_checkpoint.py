@@ -1,4 +1,4 @@
-"""A checkpoint is read as it was written, or refused; those that are no longer needed go."""
+"""A checkpoint is read as it was written, or refused."""
 
 import hashlib
 import json
@@ -212,26 +212,6 @@ def test_a_run_without_checkpoint_says_what_to_give(run: str, there: list[str]) 
 
 
 @pytest.mark.parametrize(
-    ("best", "newest", "kept"),
-    [
-        (None, 2, [40, 50]),
-        (20, 2, [20, 40, 50]),
-        (50, 2, [40, 50]),
-        (20, 1, [20, 50]),
-        (None, 9, [10, 20, 30, 40, 50]),
-    ],
-)
-def test_retain_keeps_the_best_and_the_newest(run: str, best: int | None, newest: int, kept: list[int]) -> None:
-    for step in (10, 20, 30, 40, 50):
-        uri = checkpoint.save(run, state(step))
-        if step == best:
-            checkpoint.mark_best(run, uri, 60.25)
-    checkpoint.retain(run, newest, attempt=0)
-    assert list(map(step_of, checkpoint.list_complete(run))) == kept
-    assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == [f"step-{step:08d}" for step in kept]
-
-
-@pytest.mark.parametrize(
     ("there", "changes", "best"),
     [
         (None, {}, 20),
@@ -254,42 +234,6 @@ def test_a_best_that_was_not_marked_in_time_is(
     progress = TrainProgress(fingerprint="abc", best_response_ppl=58.5, validation={"response_ppl": 58.5})
     checkpoint.restore_best(any_run, uri, replace(progress, **changes))
     assert step_of(storage.read_json(storage.join(any_run, "best.json"))["checkpoint"]) == best
-
-
-def test_retain_works_on_s3(s3_server: Any, tmp_path: Path) -> None:
-    run = s3_server.uri(f"retain/{tmp_path.name}")
-    uris = [checkpoint.save(run, state(step)) for step in (10, 20, 30)]
-    checkpoint.mark_best(run, uris[0], 60.25)
-    checkpoint.retain(run, 1, attempt=0)
-    assert checkpoint.list_complete(run) == [uris[0], uris[2]]
-    assert len(storage.list_files(storage.join(run, "checkpoints"))) == 2 * (len(FILES) + 1)
-
-
-def test_retain_that_dies_leaves_no_half_checkpoint(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (10, 20):
-        checkpoint.save(run, state(step))
-    delete = storage.delete
-
-    def dying(uri: str) -> None:
-        if not uri.endswith("manifest.json"):
-            raise KeyboardInterrupt
-        delete(uri)
-
-    monkeypatch.setattr(storage, "delete", dying)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.retain(run, 1, attempt=0)
-    assert list(map(step_of, checkpoint.list_complete(run))) == [20]
-
-
-def test_retain_leaves_what_is_no_checkpoint(run: str) -> None:
-    for step in (10, 20):
-        uri = checkpoint.save(run, state(step))
-    names = ["notes.txt", "mine/manifest.json", "step-00000020/tracking/manifest.json", "step-00000015/tracking/a.json"]
-    for name in names:
-        storage.write_bytes(storage.join(run, "checkpoints", name), b"{}")
-    checkpoint.retain(run, 1, attempt=0)
-    assert checkpoint.list_complete(run) == [uri]
-    assert sorted(path.name for path in Path(run, "checkpoints").iterdir()) == ["mine", "notes.txt", "step-00000020"]
 
 
 def test_a_validated_checkpoint_is_newer_than_the_same_step_before(run: str) -> None:

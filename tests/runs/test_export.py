@@ -78,3 +78,28 @@ def test_an_export_may_be_written_again_but_not_over_its_source(tmp_path: Path) 
         with pytest.raises(UsageError, match=f"--output {target}: would replace the --checkpoint itself"):
             export(ExportConfig(checkpoint=given, output=target))
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("golden", "form"),
+    [
+        ("x_unshared", {"shared_stacks": False, "repeats": 3}),
+        ("x_layer_wise", {"memory_tying": "layer-wise", "memory_hops": 3}),
+    ],
+)
+def test_other_forms_of_the_papers_code_are_recognised(tmp_path: Path, golden: str, form: dict[str, Any]) -> None:
+    for name, size in (("characters", 50), ("persona_words", 60)):
+        Vocabulary([chr(0x4E00 + i) for i in range(size)]).save(str(tmp_path / name))
+    exported = export(
+        ExportConfig(
+            from_reference=str(Path(__file__).parents[1] / "golden" / f"{golden}.safetensors"),
+            layers=3,
+            heads=2,
+            character_vocabulary=str(tmp_path / "characters"),
+            persona_vocabulary=str(tmp_path / "persona_words"),
+            output=str(tmp_path / "exported"),
+        )
+    )
+    state = checkpoint.load(exported)
+    assert form.items() <= vars(state.config.model).items()
+    checkpoint.build_model(state)

@@ -32,7 +32,7 @@ def test_final_metrics_are_flat_in_the_file(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"respones_ppl": 3.0}, "unknown key 'respones_ppl' \\(did you mean 'best_response_ppl'\\?\\)"),
-        ({"steps": "many"}, "--steps: input should be a valid integer.* \\(got 'many'\\)"),
+        ({"steps": "many"}, "--steps: must be a valid integer.* \\(got 'many'\\)"),
         ({"valid/loss": "low"}, "--valid.* \\(got 'low'\\)"),
     ],
 )

@@ -8,7 +8,7 @@ from helpers.checkpoints import state
 
 from arplus import storage
 from arplus.errors import UsageError
-from arplus.runs import checkpoint
+from arplus.runs import checkpoint, retention
 from arplus.runs.checkpoint import TrainProgress
 
 
@@ -56,7 +56,7 @@ def test_a_run_whose_best_is_lost_stands_for_its_newest_whole_one(
     said = [r.getMessage() for r in caplog.records if "is taken instead" in r.getMessage()]
     assert len(said) >= 1
     assert any(uri in text for text in said)
-    checkpoint.retain(run, 2, attempt=0)
+    retention.retain(run, 2, attempt=0)
     assert whole in checkpoint.list_complete(run)
 
 

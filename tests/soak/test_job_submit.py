@@ -1,16 +1,21 @@
-"""`ray job submit` as the README says, with a token, on two nodes, one of which is killed: about 13 minutes."""
+"""`ray job submit` as the README says, with a token, on two nodes, one of which is killed: about 16 minutes."""
 
 import json
 import logging
 import os
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import local_cluster
 from helpers.local_cluster import BUCKET, ROOT, Cluster, Submission
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from arplus import storage
 
@@ -97,6 +102,69 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(cluster: Cluster, data
     assert second.end() == 0, second.output
     assert "going on with run stopped from step" in second.output
     local_cluster.assert_ended_right(cluster, second, data, "stopped")
+
+
+def test_a_retried_job_goes_on_on_a_new_cluster(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    """As KubeRay's ``backoffLimit`` does it: head and nodes are gone, and the manifest's command runs on others.
+
+    All that stays is the storage, and MLflow.
+    """
+    (patch,) = yaml.safe_load((ROOT / "cluster/kuberay/train/kustomization.yaml").read_text())["patches"]
+    entrypoint = next(c["value"] for c in yaml.safe_load(patch["patch"]) if c["path"] == "/spec/entrypoint")
+    for before, after in {
+        "python /app/": "",
+        "s3://example-bucket/personaldialog": data,
+        "s3://example-bucket/runs": f"{BUCKET}/runs",
+        "--workers 4 --device gpu": "--tiny --workers 2 --cpus-per-worker 2",
+        "--batch-size 1024": "--batch-size 32 --epochs 2 --checkpoint-every 15 --log-every 2 --audit",
+    }.items():
+        assert before in entrypoint
+        entrypoint = entrypoint.replace(before, after)
+    first = Submission(tmp_path / "first", *entrypoint.split())
+    first.wait_for_steps(20)
+    cluster.kill("head")
+    cluster.kill("node")
+    assert first.end() != 0
+    cluster.up()
+    second = Submission(tmp_path / "second", *entrypoint.split())
+    assert second.end() == 0, second.output
+    assert "going on with run arplus-1 from step" in second.output
+    local_cluster.assert_ended_right(cluster, second, data, "arplus-1")
+
+
+def test_a_fresh_clone_submits_where_only_ray_is_installed(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    """``pip install 'ray[default]'`` and `git clone`: none of our own packages, and nothing that `make setup` makes."""
+    site, clone = tmp_path / "site", tmp_path / "clone"
+    site.mkdir()
+    installed = [distribution(name) for name in with_dependencies("ray", ("default",))]
+    tops = {file.parts[0]: found for found in installed for file in found.files or () if ".." not in file.parts}
+    for top, found in tops.items():
+        (site / top).symlink_to(str(found.locate_file(top)))
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    program = f"import sys; sys.path.append({str(site)!r}); from ray.scripts.scripts import main; main()"
+    words = ["job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", "arplus", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, *words, "--data", data],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "live parameters" in done.stdout
+    assert not (site / "torch").exists()
+
+
+def with_dependencies(name: str, extras: tuple[str, ...] = (), found: set[str] | None = None) -> set[str]:
+    """An installed distribution, and all that it needs."""
+    found = set() if found is None else found
+    found.add(name)
+    for line in distribution(name).requires or ():
+        need = Requirement(line)
+        wanted = need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        if wanted and canonicalize_name(need.name) not in found:
+            with_dependencies(canonicalize_name(need.name), tuple(need.extras), found)
+    return found
 
 
 def test_no_secret_is_found_anywhere(cluster: Cluster, data: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from helpers.prepared import write_dataset
 
-from arplus.config import PAPER_ROWS, AblateConfig, TrainConfig, preset, tiny, to_dict, with_values
+from arplus.config import PAPER_ROWS, AblateConfig, Row, TrainConfig, preset, tiny, to_dict, with_values
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
 from arplus.study import ablate, execute
@@ -45,7 +45,7 @@ def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
     rows = [row for size in sizes for row in ablate._rows(config, size, study())]
     assert len(rows) == len({row.name for row in rows}) == 8
     assert {row.seed for row in rows} == {5, 6}
-    assert {(row.preset, row.lr) for row in rows} == {("arplus", 2e-3), ("ar", 1.5e-4)}, "the paper's rates"
+    assert {(row.row.name, row.lr) for row in rows} == {("arplus", 2e-3), ("ar", 1.5e-4)}, "the paper's rates"
     common = with_values(config, {"lr": "common", "optimizer.lr": 7e-4}, source="test")
     assert {row.lr for row in ablate._rows(common, sizes[0], study())} == {7e-4}
 
@@ -56,9 +56,9 @@ def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
     tried = ablate._rate_rows(config, size)
     assert [row.lr for row in tried[:4]] == pytest.approx([1.5e-4, 6.08e-4, 2.47e-3, 1e-2], rel=1e-2)
     assert {row.seed for row in tried} == {config.run.seed}
-    scores = {row.name: done(row, 30 + abs(row.lr - tried[2].lr)) for row in tried if row.preset == "arplus"}
+    scores = {row.name: done(row, 30 + abs(row.lr - tried[2].lr)) for row in tried if row.row.name == "arplus"}
     found = ablate._rows(config, size, study(**scores))
-    assert [(row.preset, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
+    assert [(row.row.name, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
     assert found[0] == tried[2], "the first seed's run is not made again"
 
 
@@ -107,15 +107,58 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     )
 
 
+def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
+    """At every rate and in every size, and whatever it says of the rate is its own."""
+    items = ("dropped=no-albert,model.dropout=0.3", "slow=arplus,optimizer.lr=5e-4,batch-size=10")
+    config = AblateConfig(run=tiny(preset("arplus")), variant=items, seeds=2, lr="tuned", rates=3)
+    config = with_values(config, {}, source="test")
+    assert [row.name for row in config.rows] == ["no-albert", "arplus", "dropped", "slow"], "their presets, no other"
+    assert config.runs == 3 * (3 + 1) + 2, "the one with a rate of its own is not tuned"
+    size = dataset.split("train")
+    tried = ablate._rate_rows(config, size)
+    assert {spec.row.name for spec in tried} == {"no-albert", "arplus", "dropped"}
+    assert len({spec.name for spec in tried}) == 9
+    slow = ablate._rows(config, size, study())
+    assert [(spec.row.name, spec.lr, spec.seed) for spec in slow] == [("slow", 5e-4, 0), ("slow", 5e-4, 1)]
+    run = ablate.settings(config, slow[1])
+    assert (run.preset, run.optimizer.lr, run.batch_size, run.max_steps) == ("arplus", 5e-4, 10, 60)
+    run = ablate.settings(config, next(spec for spec in tried if spec.row.name == "dropped"))
+    assert run.model == replace(tiny(preset("no-albert")).model, dropout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ("init.character-vectors=no.txt", "--variant x: .*no.txt: no such file"),
+        ("init-from=nowhere", "--variant x: .*nowhere: no complete checkpoint there"),
+        ("optimizer.only=hands", "--variant x: --optimizer.only.*hands"),
+    ],
+)
+def test_files_that_a_variant_lacks_are_told_before_anything_runs(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = replace(tiny(preset("arplus")), data=dataset.uri, run_name="s")
+    with pytest.raises(UsageError, match=problem):
+        ablate.ablate(AblateConfig(run=run, variant=(f"x=arplus,{values}",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_of_several_values_is_named_once_for_each() -> None:
+    item = "frozen=arplus,model.adapter=8,optimizer.only=adapters,optimizer.only=norms and gates"
+    (row,) = with_values(AblateConfig(), {"variant": (item,)}, source="test").variants
+    assert row.values == {"model.adapter": 8, "optimizer.only": ("adapters", "norms and gates")}
+
+
 def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) -> None:
     config = AblateConfig(run=replace(tiny(preset("arplus")), batch_size=8, epochs=3))
     for name, row in PAPER_ROWS.items():
-        found = ablate.settings(config, RunSpec(name, 10, 40, 1, 3e-4))
+        found = ablate.settings(config, RunSpec(Row(name, name), 10, 40, 1, 3e-4))
         assert found.model == tiny(row).model
         assert (found.optimizer.lr, found.optimizer.eps) == (3e-4, row.optimizer.eps)
         assert (found.seed, found.batch_size, found.feed.max_examples) == (1, 8, 40)
         assert (found.epochs, found.max_steps) == (3, 15)
-    assert ablate.settings(replace(config, examples=60), RunSpec("ar", 10, 40, 1, 3e-4)).max_steps == 8
+    assert ablate.settings(replace(config, examples=60), RunSpec(Row("ar", "ar"), 10, 40, 1, 3e-4)).max_steps == 8
 
 
 @pytest.mark.parametrize(
@@ -125,6 +168,16 @@ def test_a_run_has_its_rows_network_and_the_studys_settings(dataset: Dataset) ->
         ({"sessions": "10,10"}, "--sessions: must be different numbers"),
         ({"row": ("arplus", "no-bert")}, "--row: names no preset"),
         ({"row": ("ar", "ar")}, "--row: names a preset twice"),
+        ({"variant": ("x",)}, "--variant: x: must be NAME=PRESET,setting=value"),
+        ({"variant": ("x/y=ar,model.dropout=0",)}, "--variant: x/y=.*: must be NAME=PRESET,setting=value"),
+        ({"variant": ("ar=arplus,model.dropout=0",)}, "--variant: .*: ar is a preset"),
+        ({"variant": ("x=plus,model.dropout=0",)}, r"--variant: .*: names no preset .* \(got 'plus'\)"),
+        ({"variant": ("x=ar,model.drop=0",)}, r"--variant: .*'model.drop' \(did you mean 'model.dropout'"),
+        ({"variant": ("x=ar,model.dropout",)}, "--variant: .*: model.dropout has no value"),
+        ({"variant": ("x=ar,seed=1",)}, "--variant: .*: seed is what --seeds sets"),
+        ({"variant": ("x=ar,run-name=y",)}, "--variant: .*: unknown key 'run-name'"),
+        ({"variant": ("x=ar,model.heads=3",)}, "--variant: x: --model.heads: must divide d_model"),
+        ({"variant": ("x=ar,model.dropout=0",) * 2}, "--variant: x is the name of two variants"),
         ({"model": to_dict(preset("ar").model)}, "takes no --model settings"),
         ({"optimizer": {"lr": 1e-3}}, "--optimizer.lr: needs --lr common; with --lr paper"),
         ({"optimizer": {"lr": 1e-3}, "lr": "tuned"}, "--optimizer.lr: needs --lr common; with --lr tuned"),
@@ -151,3 +204,4 @@ def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:
     text = ablate.plan(AblateConfig(run=TrainConfig(data=dataset.uri), lr="tuned", sessions="20,all"))
     assert f"{7 * 2 * 6} runs: 7 rows × 2 sizes × 3 seeds and 4 rates for the first" in text
     assert "200 examples, 600 a run" in text
+    assert "\nworker-hours of 84 runs: 0.0\n" in text

@@ -131,11 +131,39 @@ def test_the_papers_figures_stand_beside_ours() -> None:
 
 
 def test_the_text_has_every_row() -> None:
-    text = report.text(rows(TRIALS))
+    text = report.text(AblateConfig(), rows(TRIALS))
     assert text.index("1,000 sessions") < text.index("100 sessions")
     assert "41 ± 1" in text
     for column in STANDARD_COLUMNS:
         assert column.title in text
+
+
+def test_variants_have_a_table_of_their_own_against_their_presets() -> None:
+    config = AblateConfig(variant=("loud=ar,model.dropout=0.5", "quiet=arplus,model.dropout=0"))
+    loud = [replace(trial("ar", seed, 41.0 + seed)) for seed in range(3)]
+    quiet = [replace(trial("arplus", seed, 31.0 + seed)) for seed in range(2)]
+    more = [replace(t, values={"preset": "ar", "variant": "loud"}) for t in loud]
+    more += [replace(t, values={"preset": "arplus", "variant": "quiet"}) for t in quiet]
+    found = rows([*TRIALS, *more])
+    text = report.text(config, found)
+    standard, third = text.split("What the paper found ineffective")
+    assert "loud" not in standard
+    lines = [re.split("  +", line.strip())[:2] for line in third.splitlines()]
+    start = lines.index(["AR", "41 ± 1"])
+    assert lines[start + 1 : start + 6] == [
+        ["loud", "42 ± 1 ≈"],  # of AR, not of AR+
+        ["difference ± 2 errors", "+1 ± 1.6"],  # 2 · √(1/3 + 1/3)
+        ["AR+", "31 ± 1"],
+        ["quiet", "31.5 ± 0.71 ≈"],
+        ["difference ± 2 errors", "+0.5 ± 1.5"],
+    ]
+    page = report.page(config, found, study_url="u", compare_url="c", unfinished={})
+    (tags := Tags()).feed(page)
+    assert tags.open == []
+    assert page.count("<svg") == 2
+    assert "loud: AR, model.dropout = 0.5" in page
+    assert page.count("difference</small>") == 2
+    assert "<td>+1 ± 1.6</td>" in page
 
 
 def test_a_single_row_has_no_figure() -> None:

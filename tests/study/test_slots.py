@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from arplus.config import TuneConfig, with_values
+from arplus.config import TuneConfig, VocabularySizes, with_values
 from arplus.errors import ResourceError
-from arplus.study.slots import fit
+from arplus.study.slots import Slots, fit, stored_bytes
 
 CONFIG = TuneConfig()
 
@@ -27,6 +27,11 @@ CONFIG = TuneConfig()
         ({"workers": 2}, 99, 64, 8, (4, 1.0)),
         ({"workers": 4}, 99, 5, 8, (2, 0.5)),
         ({"workers": "1:4"}, 99, 64, 8, (2, 1.0)),  # room for the most that a run may have
+        ({"gpus_per_worker": 0.25}, 99, 64, 2, (8, 1.0)),  # four share each GPU
+        ({"gpus_per_worker": 0.25}, 6, 64, 2, (6, 1.0)),
+        ({"gpus_per_worker": 0.25}, 99, 5, 2, (8, 0.5)),
+        ({"gpus_per_worker": 0.6}, 99, 64, 2, (2, 1.0)),
+        ({"gpus_per_worker": 0.25}, 99, 2, 0, (1, 1.0)),  # on CPUs nothing changes
     ],
 )
 def test_runs_side_by_side(
@@ -37,7 +42,18 @@ def test_runs_side_by_side(
     assert room == (*expected, "gpu" if gpus else "cpu")
     used = room.side_by_side * config.run.world_sizes[-1]
     assert used * room.cpus_per_worker + 1 <= cpus
-    assert not gpus or used <= gpus
+    assert not gpus or used * config.run.placement.gpus_per_worker <= gpus
+
+
+def test_workers_stay_within_the_nodes_that_qualify() -> None:
+    """Of 16 CPUs 4 are where workers may be; the feed has one of the others."""
+    config = with_values(CONFIG, {"label_selector": ["zone=a"]}, source="test")
+    assert fit(config, 99, 16, 0, within=4) == (4, 1.0, "cpu")
+    assert fit(config, 99, 5, 0, within=4)[:2] == (4, 1.0)
+    assert fit(config, 99, 4, 0, within=4)[:2] == (3, 1.0)
+    four = with_values(config, {"workers": 4, "cpus_per_worker": 2}, source="test")
+    with pytest.raises(ResourceError, match=r"has 16, 4 of them where workers may be \(--label-selector zone=a\)"):
+        fit(four, 99, 16, 0, within=4)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +79,12 @@ def test_one_of_two_nodes_has_a_whole_cpu_left(
         ({"workers": 8}, 2, 0, r"8 workers × 0.2 CPUs \+ 1 CPU for the data feed = 2.6 CPUs"),
         ({"cpus_per_worker": 4}, 4, 0, r"1 workers × 4 CPUs \+ 1 CPU for the .* = 5 CPUs, and the cluster has 4"),
         ({"concurrency": 9}, 2, 0, r"--workers 1 --concurrency 9: 9 run\(s\) .* = 2.8 CPUs"),
+        (
+            {"gpus_per_worker": 0.5, "concurrency": 5},
+            64,
+            2,
+            r"--concurrency 5: 5 run\(s\) side by side × 1 workers × 0.5 GPU = 2.5 GPUs, and the cluster has 2 alive",
+        ),
         ({"workers": 4}, 64, 2, r"1 run\(s\) side by side × 4 workers × 1 GPU = 4 GPUs, and the cluster has 2"),
     ],
 )  # fmt: skip
@@ -77,3 +99,11 @@ def test_the_jobs_own_driver_takes_its_share() -> None:
     assert fit(CONFIG, 8, 4, 0, driver=1.0) == (2, 1.0, "cpu")
     with pytest.raises(ResourceError, match=r"\+ 1 CPU for the data feed \+ 1 CPUs for the job's driver .* = 2.2 CPUs"):
         fit(CONFIG, 8, 2, 0, driver=1.0)
+
+
+def test_room_is_asked_for_what_is_kept() -> None:
+    one, slots = 12 * 31_142_449, Slots(2, 1.0, "cpu")
+    assert stored_bytes(CONFIG, 63, slots, VocabularySizes()) == 3 * one + 60 * one // 3
+    assert stored_bytes(CONFIG, 2, slots, VocabularySizes()) == 2 * one
+    everything = with_values(CONFIG, {"keep_checkpoints": "all"}, source="test")
+    assert stored_bytes(everything, 63, slots, VocabularySizes()) == 63 * one

@@ -14,9 +14,10 @@ from mlflow.tracking import MlflowClient
 
 from arplus import cli, tracking
 from arplus.cluster import node
-from arplus.config import TuneConfig, preset, tiny, to_dict, with_values
+from arplus.config import EstimateConfig, PlacementConfig, TuneConfig, preset, tiny, to_dict, with_values
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
+from arplus.runs import checkpoint
 from arplus.runs.attempt import SupersededError
 from arplus.study import execute, tune
 from arplus.study.record import Study, resolve_study
@@ -48,7 +49,23 @@ def settings(data: str, storage: Path, **changes: Any) -> TuneConfig:
 @pytest.fixture(scope="module")
 def finished(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneConfig, dict[str, Any]]:
     config = settings(data, tmp_path_factory.mktemp("storage"))
-    return config, tune.sweep(config)
+    drop = Study.drop_checkpoints
+
+    def look_first(study: Study) -> None:
+        BYTES.update({name: stored(Path(study.uri, "runs", name, "checkpoints")) for name in study.trials})
+        drop(study)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "drop_checkpoints", look_first)
+        return config, tune.sweep(config)
+
+
+BYTES: dict[str, int] = {}
+"""What the trials' checkpoints took just before the sweep's end."""
+
+
+def stored(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def folder(config: TuneConfig) -> Path:
@@ -67,6 +84,21 @@ def test_the_better_trial_wins_and_the_other_is_stopped_early(finished: tuple) -
     assert (
         result["response_ppl"] == good["final"]["best_response_ppl"] == min(r["response_ppl"] for r in good["results"])
     )
+
+
+def test_the_best_trial_alone_keeps_its_checkpoints(finished: tuple) -> None:
+    config, _ = finished
+    good, bad = (folder(config) / "runs" / name for name in ("trial-0001", "trial-0002"))
+    whole = stored(checkpoint_of(good))
+    assert stored(good / "checkpoints") == BYTES["trial-0001"] >= 2 * whole
+    assert 0 < BYTES["trial-0002"] < 0.45 * whole, "the best one, without optimizer state"
+    assert stored(bad / "checkpoints") == 0
+    assert {"config.json", "attempt.json", "tracking.jsonl"} <= {file.name for file in bad.iterdir()}
+    assert checkpoint.load(str(good), moments=True).moments
+
+
+def checkpoint_of(run: Path) -> Path:
+    return Path(checkpoint.find(str(run)))
 
 
 def test_resources_are_given_back_after_a_trial_was_stopped(finished: tuple) -> None:
@@ -106,6 +138,18 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     assert parent.data.metrics["best/response_ppl"] == pytest.approx(result["response_ppl"])
     assert parent.data.tags["best"] == "trial-0001"
     assert parent.data.tags["best.optimizer.lr"] == "0.01"
+    judged = result["verdict"]
+    assert (judged["winner"], judged["runner_up"], judged["noise"]) == ("trial-0001", "trial-0002", False)
+    assert judged["low"] <= judged["difference"] <= judged["high"] < 0
+    said = parent.data.tags["mlflow.note.content"]
+    assert said.startswith(
+        f"**trial-0001 won with a response perplexity of {result['response_ppl']:.3f}** (optimizer.lr"
+    )
+    assert "below trial-0002: the difference to trial-0002 is more than noise" in said
+    assert "place 2 of 2" in runs["trial-0002"].data.tags["result"]
+    assert runs["trial-0001"].data.metrics["result/percent_above_best"] == 0
+    assert runs["trial-0002"].data.params["optimizer.lr"] == "1e-06"
+    assert runs["trial-0002"].data.tags["command"] == parent.data.tags["command"]
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
     assert {"best_config.json", "trials.csv", "result.json", "study.json"} <= artifacts
     version = client.get_model_version_by_alias("sweep", "best")
@@ -192,6 +236,20 @@ def test_a_plan_says_what_would_be_tried(data: str, tmp_path: Path) -> None:
     assert "optimizer.lr=choice(0.01,1e-06)" in plan
     assert "examples a trial: 222 of 150 an epoch (28 steps)" in plan
     assert json.loads(plan.split("\n\n")[0]) == json.loads(json.dumps(to_dict(config)))
+
+
+def test_a_plan_says_the_hours_of_all_trials(data: str, tmp_path: Path) -> None:
+    """Two trials of 222 examples, at 0.01 examples a second: 12.3 hours of a worker."""
+    config = settings(data, tmp_path, concurrency=2)
+    estimate = EstimateConfig(examples_per_second=0.01, price=2.0)
+    plan = tune.plan(replace(config, run=replace(config.run, estimate=estimate)))
+    assert "worker-hours of 2 runs: 12.3, cost: 24.67 at 2 each\nhours with 2 runs side by side: 6.2\n" in plan
+    assert "0.01 examples/s a worker, as given, no run that ends early; no loss" in plan
+    assert "GPU" not in plan.partition("what trials differ in")[2]
+    shared = replace(config.run, estimate=estimate, placement=PlacementConfig(gpus_per_worker=0.5))
+    plan = tune.plan(replace(config, run=shared))
+    assert "hours with 2 runs side by side: 6.2 to 12.3\nGPU-hours with 2 runs per GPU: 6.2 to 12.3, as they" in plan
+    assert "memory of a GPU that 2 runs share (--gpus-per-worker 0.5): " in plan
 
 
 def test_a_study_that_another_job_took_over_is_left_alone(finished: tuple) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from arplus.data.personas import ABROAD, CITIES, Persona, askable
-from arplus.evaluation.consistency import agrees, contradicts, persona_question
+from arplus.data.personas import ABROAD, CITIES, Persona, askable, contradicts, persona_question
+from arplus.evaluation.consistency import agrees
 from arplus.synthetic.personas import ANSWERS, QUESTIONS, answer
 
 TOWNS = [province + city for province, cities in CITIES.items() for city in cities.split()]

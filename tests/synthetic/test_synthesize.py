@@ -15,10 +15,10 @@ import pytest
 import zstandard
 
 from arplus.config import SynthesizeConfig, validate
-from arplus.data.personas import Persona
+from arplus.data.personas import Persona, persona_question
 from arplus.data.records import Reject, parse_line
 from arplus.errors import ResourceError, UsageError
-from arplus.evaluation.consistency import agrees, persona_question
+from arplus.evaluation.consistency import agrees
 from arplus.synthetic import write as module
 from arplus.synthetic.phrases import language
 from arplus.synthetic.write import Written, chatterbot_records, generate, synthesize
@@ -343,4 +343,4 @@ def test_the_job(tmp_path):
     assert len((tmp_path / "x.jsonl").read_bytes().splitlines()) == 50
     wrong = subprocess.run([*job, "--output", str(tmp_path / "y"), "--recrds", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "did you mean 'records'" in wrong.stderr
+    assert "did you mean --records" in wrong.stderr

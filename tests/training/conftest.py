@@ -3,6 +3,7 @@
 import multiprocessing
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,5 +49,6 @@ def finished(
     from arplus.training.trainer import train
 
     config = faults.settings(data, tmp_path_factory.mktemp("storage"), run_name="two", profile_steps="3:4")
+    config = replace(config, register="a model", tag=("mine=a=b",))
     assert config.model.dropout > 0
     return config, train(config)

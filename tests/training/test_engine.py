@@ -28,7 +28,7 @@ from arplus.training.engine import bf16_is_used, is_compiled
 STEPS = 12
 
 
-@pytest.mark.parametrize("name", ["arplus", "ar", "second stage"])
+@pytest.mark.parametrize("name", ["arplus", "ar", "unshared", "second stage", "arplus-weighted"])
 def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable, name: str) -> None:
     def made(**changes: Any) -> TrainConfig:
         return second_stage(config(**changes)) if name == "second stage" else config(name, **changes)

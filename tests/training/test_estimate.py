@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from helpers.prepared import write_dataset
 
-from arplus.config import EstimateConfig, TrainConfig, preset, tiny
+from arplus.config import EstimateConfig, PlacementConfig, TrainConfig, preset, tiny
 from arplus.training.estimate import report
+
+ROWS = ("ZeRO 0", "activations")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,18 @@ def test_what_is_frozen_is_counted_and_costs_less() -> None:
     ):
         more, less = (float(re.search(figure, said)[1]) for said in (whole, part))  # type: ignore[index]
         assert less < more, figure
+
+
+def test_a_gpu_that_runs_share_holds_them_all(config: TrainConfig) -> None:
+    one = replace(config, workers=1)
+    shared = replace(one, placement=PlacementConfig(gpus_per_worker=0.25))
+    (line,) = set(report(shared).splitlines()) - set(report(one).splitlines()) - {'  "gpus_per_worker": 0.25,'}
+    found = re.fullmatch(r"memory of a GPU that 4 runs share \(--gpus-per-worker 0.25\): ([\d.]+) GiB, and .*", line)
+    assert found
+    state, activations = (float(re.search(rf"^  {row} +([\d.]+)", report(one), re.M)[1]) for row in ROWS)  # type: ignore[index]
+    assert float(found[1]) == pytest.approx(4 * (state + activations), abs=0.05)
+    two = report(replace(shared, workers=2))
+    assert "on GPUs this would be refused: --gpus-per-worker lets Ray put several workers of one run on one GPU" in two
 
 
 def test_without_data_steps_are_unknown(tmp_path: Path) -> None:

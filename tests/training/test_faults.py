@@ -1,7 +1,9 @@
 """Runs that are killed, stopped, taken over and resumed, on a real Ray: they end as if nothing had happened."""
 
 import random
+import re
 import signal
+import socket
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +75,9 @@ def test_kills_change_nothing(
     assert all(torch.equal(weights[name], value) for name, value in undisturbed.items())
     assert_each_example_once_an_epoch(config)
     assert mlflow_status(config, final.mlflow_run_id) == "FINISHED"
+    tags = MlflowClient(tracking.default_uri(config.storage)).get_run(final.mlflow_run_id).data.tags
+    assert [name for name in sorted(tags) if name.startswith("restart.")] == [f"restart.{2 + i}" for i in range(times)]
+    assert re.search(r"UTC, after worker [01] on \S+/[\d.]+: .*died.*\(its log: /.*\.err\)$", tags["restart.2"])
 
 
 @pytest.mark.soak
@@ -167,3 +172,19 @@ def test_a_run_that_fails_too_often_says_so(data: str, storage: Path) -> None:
     ):
         train(config)
     assert faults.attempts(config) == 1
+    run = attempt.read(str(faults.folder(config)))
+    assert run is not None
+    client = MlflowClient(tracking.default_uri(config.storage))
+    found = client.get_run(run.mlflow_run_id)
+    assert found.info.status == "FAILED"
+    tags = found.data.tags
+    assert "died" in tags["failure.reason"]
+    assert "\n" not in tags["failure.reason"]
+    assert tags["failure.rank"] in "01"
+    assert socket.gethostname() in tags["failure.node"]
+    assert Path(tags["failure.log"]).exists()
+    assert tags["mlflow.note.content"].startswith("**Failed:** ")
+    assert train(replace(config, max_failures=1)).steps == STEPS
+    found = client.get_run(run.mlflow_run_id)
+    assert found.info.status == "FINISHED"
+    assert not [name for name in found.data.tags if name.startswith("failure.")], "it went on and ended well"

@@ -33,7 +33,7 @@ def _alone() -> Iterator[None]:
 
 def filled(step: Step) -> Step:
     """The same step with batches that are filled up, as for a compiled model."""
-    return Step([fill(b, Capacity.needed(b).grown(), 9, ExampleRules()) for b in step.micro_batches], step.targets)
+    return Step([fill(b, Capacity.needed(b).grown(), 9, ExampleRules()) for b in step.micro_batches], *step[1:])
 
 
 def test_mfu_is_the_real_tokens_arithmetic_over_the_peak() -> None:

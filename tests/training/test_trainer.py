@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import faults
 from helpers.faults import EXAMPLES, STEPS, VALID
 from helpers.prepared import write_dataset
@@ -16,15 +17,17 @@ from mlflow.tracking import MlflowClient
 
 from arplus import tracking
 from arplus.cluster import node, preflight
-from arplus.config import TrainConfig
+from arplus.config import EvaluateConfig, TrainConfig, flat
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
+from arplus.evaluation.delivery import destination
+from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import component_of
 from arplus.runs import checkpoint
 from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
-from arplus.training.trainer import _tracked, train
+from arplus.training.trainer import _tracked, load, resolve, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -59,6 +62,20 @@ def test_mlflow_has_the_run(finished: tuple) -> None:
     assert run.data.params["optimizer.lr"] == "0.002"
     assert run.data.tags["fingerprint"] == "test"
     assert run.data.tags["code"] == node.versions()["arplus"]
+    assert run.data.tags["mine"] == "a=b", "of --tag"
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    assert run.data.tags.keys() >= {"command", "ray.job_id", "mlflow.user", "mlflow.source.name"}
+    assert (
+        f"**Response perplexity on validation: {final.best_response_ppl:.3f}**" in run.data.tags["mlflow.note.content"]
+    )
+    assert set(run.data.params) < set(flat(config)), "what is as the preset has it is in config.json alone"
+    assert len(run.data.params) < 25
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    version = client.search_model_versions("name = 'a model'")[0]
+    assert (version.version, version.run_id) == (1, run.info.run_id)
+    with tracking.fetched("models:/a model/1", client.tracking_uri) as copy:
+        assert checkpoint.load(copy).progress.best_response_ppl == final.best_response_ppl
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps[-1] == 2 * EXAMPLES
     assert steps == sorted(steps)
@@ -184,6 +201,21 @@ def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None
     config, _ = finished
     left = [p for p in (Path(config.storage) / "two" / "ray").rglob("*") if p.is_file()]
     assert {p.suffix for p in left if p.stat().st_size} <= {".json"}
+
+
+def test_a_run_starts_from_a_registered_model(finished: tuple, data: str, tmp_path: Path) -> None:
+    uri = tracking.default_uri(finished[0].storage)
+    config = resolve(settings(data, tmp_path, init_from="models:/a model/latest", mlflow=uri))
+    assert config.init_from == "models:/a model/1", "of today's, whenever the run goes on"
+    best = checkpoint.load(str(Path(finished[0].storage) / "two")).weights
+    assert all(torch.equal(best[name], value) for name, value in load(config, None)[1].weights().items())
+    asked = EvaluateConfig(checkpoint="models:/a model/latest", data=data, split=("valid",), mlflow=uri)
+    to = destination(asked)
+    assert (to.run_id, to.mlflow, to.records) == (finished[1].mlflow_run_id, uri, None)
+    found = evaluate(asked)
+    assert found["checkpoint"] == "models:/a model/1"
+    ppl = found["splits"]["valid"]["standard"]["response_ppl"]
+    assert ppl == pytest.approx(finished[1].best_response_ppl, rel=1e-4)
 
 
 def test_weights_of_another_vocabulary_are_refused(finished: tuple, data: str, tmp_path: Path) -> None:

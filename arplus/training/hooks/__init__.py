@@ -6,6 +6,7 @@ A new one is a class of :class:`Hook` and a line in :func:`make_hooks`.
 """
 
 import contextlib
+import time
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.runs.folder import FinalMetrics
 from arplus.training.engine import Engine
+from arplus.training.failure import sentence
 from arplus.training.hooks.base import Hook
 from arplus.training.hooks.checkpoints import AuditTrail, Checkpoints
 from arplus.training.hooks.console import Console, ProgressBar
@@ -47,6 +49,9 @@ def make_hooks(
     if is_first:
         tracker = tracking.Tracker.beside(job.tracked, job.run_uri)
         tracker.set_tags({"attempts": str(mine.number)})
+        if mine.restarted_by_failure:
+            when = time.strftime("%F %T UTC", time.gmtime())
+            tracker.set_tags({f"restart.{mine.number}": f"{when}, after {sentence(mine.failure)}"})
         hooks += [StopRequests(job.run_uri, mine)]
         if job.part is None:
             hooks += [Console(steps)]

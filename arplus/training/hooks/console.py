@@ -60,6 +60,8 @@ def describe(progress: TrainProgress, metrics: dict[str, float], total_steps: in
         f"{m['perf/examples_per_second']:.0f} examples/s",
         f"data wait {m['perf/data_wait_share']:.1%}",
     ]
+    if "train/weight_loss" in m:
+        parts[1] += f" (L_W {m['train/weight_loss']:.4f}, mean a {m['train/mean_a']:.3f})"
     if "perf/mfu" in m:
         parts += [f"MFU {m['perf/mfu']:.1%}"]
     slowest, median = m.get("perf/slowest_rank_seconds", 0.0), m.get("perf/median_rank_seconds", 0.0)

@@ -1,0 +1,202 @@
+"""A pretrained model as transformers reads it: a folder, here or on S3, or a name on the model hub.
+
+A folder is read without the network, code that comes with a model is never run, and weights are safetensors, or a
+``.bin`` that torch reads as tensors alone.
+"""
+
+import contextlib
+import hashlib
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from arplus import storage
+from arplus.config import special_ids
+from arplus.errors import UsageError
+from arplus.text import Vocabulary
+
+T = TypeVar("T")
+
+LEAST_COVERAGE = 0.9
+"""Of the text's characters, which a model's vocabulary must know, or a file of vectors."""
+_HUB_SECONDS = 12.0
+"""Longest wait for the hub's first answer."""
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""The first kind that a folder has is taken."""
+_FILES = ("config.json", "vocab.txt", "tokenizer*", "spiece.model", "*.index.json", *_WEIGHTS)
+_SPECIALS = {
+    "bos": ("[CLS]", "<cls>"),
+    "eos": ("[SEP]", "<sep>"),
+    "sep": ("[SEP]", "<sep>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+"""Our special tokens that have a place in BERT's or XLNet's vocabulary; the others are strangers there."""
+
+
+class Pretrained(NamedTuple):
+    """A model and what its ids mean."""
+
+    network: Any
+    """The bare network (:class:`transformers.PreTrainedModel`), in evaluation mode, in fp32, on the CPU."""
+    vocabulary: Mapping[str, int]
+
+
+def absolute(path: str) -> str:
+    """The path as every process understands it; a hub's name stays."""
+    return storage.absolute(path) if _is_folder(path) else path
+
+
+def digest(path: str, flag: str) -> str:
+    """SHA-256 of the model's weights. ``flag`` is the setting that named it, for errors: see :func:`load`."""
+    with _folder(path, flag) as folder:
+        return _digest(folder, path, flag)
+
+
+def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
+    """Reads a model, of which ``expected`` is the digest.
+
+    Raises :class:`UsageError` where transformers is not installed, where ``path`` is not such a model, where the hub
+    does not answer, and where the weights are others than expected.
+    """
+    with _folder(path, flag) as folder:
+        found = _digest(folder, path, flag)
+        if expected not in (None, found):
+            raise UsageError(
+                f"--{flag} {path}: its weights are not those of before (SHA-256 {found[:12]}…, not {expected[:12]}…): "
+                "bring them back, or take another --run-name"
+            )
+        auto = _transformers(flag).AutoModel
+        try:
+            with torch.random.fork_rng(devices=[]):  # what the file lacks, such as a pooler, is drawn
+                network, about = auto.from_pretrained(
+                    folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                )
+            vocabulary = _vocabulary(folder, flag)
+        except Exception as error:  # transformers and safetensors raise whatever comes up
+            raise UsageError(f"--{flag} {path}: cannot be read as a model ({_first_line(error)})") from None
+        if lacking := sorted(name for name in about["missing_keys"] if not name.startswith("pooler.")):
+            raise UsageError(f"--{flag} {path}: its weights lack {len(lacking)} of its tensors, {lacking[0]} for one")
+        return Pretrained(network.eval(), vocabulary)
+
+
+def their_ids(characters: Vocabulary, theirs: Mapping[str, int]) -> list[int | None]:
+    """For each id of ours theirs: of the character itself, or of its lower case; None for what they do not know."""
+    found = [theirs.get(token, theirs.get(token.lower())) for token in characters.tokens]
+    for name in special_ids(characters.size)._fields:
+        found.append(next((theirs[token] for token in _SPECIALS.get(name, ()) if token in theirs), None))
+    return found
+
+
+def coverage(characters: Vocabulary, ids: Sequence[int | None]) -> float:
+    """The share of the text's characters that have an id; of the vocabulary's where nobody counted the text."""
+    counts = characters.counts if any(characters.counts) else [1] * len(characters.tokens)
+    known = sum(count for count, i in zip(counts, ids, strict=False) if i is not None)
+    return known / max(sum(counts), 1)
+
+
+def _vocabulary(folder: Path, flag: str) -> dict[str, int]:
+    """Tokens and their ids. A ``vocab.txt`` comes first: some ALBERTs have BERT's, which AutoTokenizer does not see."""
+    file = folder / "vocab.txt"
+    if file.exists():
+        return {token: i for i, token in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"))}
+    found: dict[str, int] = _transformers(flag).AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    return found
+
+
+def _digest(folder: Path, path: str, flag: str) -> str:
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in _WEIGHTS)), None)
+    if files is None or not (folder / "config.json").is_file():
+        raise UsageError(
+            f"--{flag} {path}: is not a model's folder: it needs config.json, vocab.txt and model.safetensors or "
+            "pytorch_model.bin"
+        )
+    sha256 = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            while part := opened.read(1 << 24):
+                sha256.update(part)
+    return sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def _folder(path: str, flag: str) -> Iterator[Path]:
+    """The model as files of this machine, while they are read."""
+    if not _is_folder(path):
+        yield _from_hub(path, flag)
+    elif storage.is_local(path):
+        yield Path(storage.resolve(path)[1])
+    else:
+        with tempfile.TemporaryDirectory(prefix="arplus-pretrained-") as copy:
+            for uri in storage.list_files(path):
+                name = uri.removeprefix(f"{path.rstrip('/')}/")
+                if any(Path(name).match(pattern) for pattern in _FILES):
+                    storage.write_bytes(f"{copy}/{name}", storage.read_bytes(uri))
+            yield Path(copy)
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is not a hub's name, such as ``bert-base-chinese`` or ``hfl/chinese-electra-small``."""
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None
+    return not is_name or Path(path).exists()
+
+
+def _from_hub(name: str, flag: str) -> Path:
+    _transformers(flag)
+    import huggingface_hub
+
+    def fetch(**how: Any) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), **how))
+
+    with contextlib.suppress(Exception):  # it is not in the cache, or not whole
+        folder = fetch(local_files_only=True)
+        _digest(folder, name, flag)
+        return folder
+    try:
+        revision = _within(_HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=10).sha)
+        return fetch(revision=revision)
+    except Exception as error:  # of the hub's own, of httpx, of the system
+        raise UsageError(
+            f"--{flag} {name}: is not a folder here, and the model hub does not give it ({_first_line(error)}); name a "
+            "folder with config.json, vocab.txt and weights"
+        ) from None
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What ``work`` gives, or :class:`TimeoutError`: a name server may be waited for longer than any limit says."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="model-hub", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+
+
+def _transformers(flag: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(
+            f"--{flag}: needs transformers, the extra 'pretrained': pip install 'arplus[pretrained]'"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

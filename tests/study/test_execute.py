@@ -1,0 +1,83 @@
+"""What a study leaves of a run that has ended, while others go on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from helpers.checkpoints import final_metrics, state
+
+from arplus.config import TrainConfig, TuneConfig
+from arplus.runs import checkpoint
+from arplus.study import execute
+from arplus.study.record import OBJECTIVE, Study, StudyFacts, StudyFolder
+from arplus.tracking import RunRef
+
+
+def study(folder: Path, **settings: Any) -> Study:
+    run = TrainConfig(storage=str(folder), run_name="s", **settings)
+    facts = StudyFacts(kind="sweep", fingerprint="", mlflow_run_id="", owner="me", config={})
+    found = StudyFolder(str(folder / "s"))
+    found.facts.write(facts)
+    return Study(folder=found, facts=facts, config=TuneConfig(run=run), tracked=RunRef("", "", ""), trials={})
+
+
+def end(mine: Study, ppls: dict[str, float], outcome: str) -> None:
+    """Trials of two checkpoints each, the first of them the best, that end one after the other."""
+    source: Any = SimpleNamespace(tell=lambda trial: None, progress=lambda: "")
+    adapter = execute._Adapter(mine, source, cast(Any, None), [], None)
+    for name, ppl in ppls.items():
+        trial = mine.add(name, {}, mine.config.run)
+        trial.mlflow_run_id = "m"
+        run = mine.folder.run(name)
+        uris = [checkpoint.save(run.uri, state(step)) for step in (10, 20)]
+        checkpoint.mark_best(run.uri, uris[0], ppl)
+        run.final.write(final_metrics(best_response_ppl=ppl))
+        adapter.live[name] = trial
+        result = {"examples": 9, "response_ppl": ppl, OBJECTIVE: ppl, "outcome": outcome}
+        adapter.on_trial_complete(name, result)
+
+
+def left(mine: Study) -> dict[str, tuple[int, bool]]:
+    """Of each trial the number of its checkpoints, and whether one has an optimizer's state."""
+    found = {}
+    for name in mine.trials:
+        uris = mine.folder.run(name).checkpoints.list_complete()
+        found[name] = len(uris), any(checkpoint.load(uri, moments=True).moments for uri in uris)
+    return found
+
+
+def test_the_best_run_so_far_keeps_all_and_the_one_before_it_its_weights(tmp_path: Path) -> None:
+    mine = study(tmp_path)
+    end(mine, {"a": 50.0, "b": 40.0, "c": 45.0}, "finished")
+    assert [trial.kept for trial in mine.trials.values()] == ["best", "all", "best"]
+    assert left(mine) == {"a": (1, False), "b": (2, True), "c": (2, True)}, "c's own process does it"
+    assert mine.folder.trial("c").read().kept == "best", "which reads that here"
+    mine.drop_checkpoints()
+    assert left(mine) == {"a": (0, False), "b": (2, True), "c": (0, False)}
+    assert mine.folder.run("a").final.read().best_response_ppl == 50.0
+    assert mine.folder.trial("a").read().kept == "none"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "running"])
+def test_a_run_that_may_go_on_keeps_all_that_it_needs(tmp_path: Path, outcome: str) -> None:
+    mine = study(tmp_path)
+    end(mine, {"a": 40.0}, "finished")
+    if outcome == "failed":
+        end(mine, {"b": 50.0}, outcome)
+    else:
+        checkpoint.save(mine.folder.run("b").uri, state(10))
+        mine.add("b", {}, mine.config.run)
+    there = left(mine)
+    mine.drop_checkpoints()
+    assert left(mine) == there
+    assert there["b"][1]
+    assert mine.folder.trial("b").read().kept == "all"
+
+
+def test_everything_stays_where_that_is_asked_for(tmp_path: Path) -> None:
+    mine = study(tmp_path, keep_checkpoints="all")
+    end(mine, {"a": 50.0, "b": 40.0}, "finished")
+    mine.drop_checkpoints()
+    assert left(mine) == {"a": (2, True), "b": (2, True)}
+    assert mine.trials["a"].kept == "all"
