@@ -10,7 +10,7 @@ from arplus import cli
 from arplus.config import AblateConfig, LrFindConfig, TrainConfig, TuneConfig
 from arplus.config.names import experiment_name_problem, model_name_problem
 from arplus.errors import UsageError
-from arplus.training.trainer import resolve
+from arplus.training.start import resolve
 
 PARTS = ("", ".", "..", "/", ":", " ", "a", "é", "实验", "　", "%", "?", "#", "@", "'", '"', "\\", "..a", "-", "~", "*")
 NAMES = ["".join(parts) for n in (1, 2, 3) for parts in itertools.product(PARTS, repeat=n)]

@@ -3,11 +3,11 @@
 A configuration is a tree of frozen dataclasses. The command line is made from these types (:mod:`arplus.cli`);
 :func:`from_dict` reads the ``config.json`` that every run writes, and is the one place where values are checked.
 
-Modules: ``model`` (the network) · ``training`` (a run, and the presets) · ``placement`` (GPUs and nodes of workers) ·
-``studies`` (sweeps, ablations and range tests) · ``space`` (what a sweep varies) · ``variants`` (an ablation's rows
-beside presets) · ``jobs`` (all other jobs) · ``names`` (of runs and experiments) · ``gpus`` (their peaks) ·
-``settings`` (what a field says of itself: when it may change, what may be searched) · ``checks`` (plain values and
-back).
+Modules: ``model`` (the network) · ``optimization`` (losses and AdamW) · ``training`` (a run, and the presets) ·
+``placement`` (GPUs and nodes of workers) · ``studies`` (sweeps, ablations and range tests) · ``space`` (what a sweep
+varies) · ``variants`` (an ablation's rows beside presets) · ``jobs`` (all other jobs) · ``names`` (of runs and
+experiments) · ``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be
+searched) · ``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (
@@ -37,6 +37,7 @@ from arplus.config.model import (
     VocabularySizes,
     special_ids,
 )
+from arplus.config.optimization import ObjectiveConfig, OptimizerConfig
 from arplus.config.placement import PlacementConfig
 from arplus.config.settings import INLINE, Required, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
@@ -50,8 +51,6 @@ from arplus.config.training import (
     EstimateConfig,
     FeedConfig,
     InitConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     TrainConfig,
     preset,
     tiny,

@@ -37,7 +37,7 @@ from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
 from arplus.training.estimate import study_report
 from arplus.training.publish import NOTE
-from arplus.training.trainer import check_start, resolve
+from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
 from arplus.training.loop import seed_dropout
 from arplus.training.publish import NOTE, params
-from arplus.training.trainer import load, loaders, on_all_ranks, resolve
+from arplus.training.start import load, resolve
+from arplus.training.trainer import loaders, on_all_ranks
 
 log = logging.getLogger(__name__)
 

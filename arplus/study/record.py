@@ -36,7 +36,7 @@ from arplus.runs import resume
 from arplus.runs.attempt import SupersededError
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.training.publish import params
-from arplus.training.trainer import resolve
+from arplus.training.start import resolve
 
 C = TypeVar("C", bound=StudyConfig)
 Outcome = Literal["running", "finished", "stopped", "diverged", "failed"]

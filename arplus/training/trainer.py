@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,21 +19,17 @@ from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 from arplus import storage, tracking
 from arplus.cluster import elastic, node, preflight
 from arplus.cluster.job import tags as job_tags
-from arplus.config import TrainConfig, VocabularySizes, flag
+from arplus.config import TrainConfig
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
 from arplus.data.loader import RankLoader
 from arplus.data.sampler import EpochSampler
 from arplus.data.windows import WindowMaker, serve
-from arplus.errors import ArplusError, ResourceError, UsageError
-from arplus.model.cost import ADDED_LATER, component_of, train_only
-from arplus.model.network import PersonaTransformer
-from arplus.pretrained import features
-from arplus.pretrained import start as pretrained
+from arplus.errors import ArplusError, ResourceError
 from arplus.runs import attempt, checkpoint
 from arplus.runs.attempt import Attempt, StoppedError, SupersededError
-from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.runs.checkpoint import TrainProgress
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
@@ -43,6 +38,7 @@ from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
 from arplus.training.footprint import checkpoint_bytes
 from arplus.training.hooks import RunContext, RunEndedError, StudyContext, close_hooks, final_metrics, make_hooks
 from arplus.training.loop import fit, total_steps
+from arplus.training.start import check_start, load, resolve
 
 log = logging.getLogger(__name__)
 
@@ -239,47 +235,6 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     return cast(FinalMetrics, outcome)
 
 
-def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> None:
-    """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
-    with torch.device("meta"):
-        model = PersonaTransformer(config.model, dataset.sizes)
-    features.attach(model, dataset.characters, dataset.rules)
-    for line in pretrained.initialise(model, dataset.characters, config.init) if new else ():
-        log.info("%s", line)
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """The configuration with every name and path filled in, as it is written beside the run."""
-    if not config.data:
-        raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
-    for field, problem in config.name_problems():
-        raise UsageError(f"--{flag(field)}: {problem}")
-    if config.optimizer.only:
-        with torch.device("meta"):
-            model = PersonaTransformer(config.model, VocabularySizes())
-        train_only(model, config.optimizer.only)  # an error is told before anything starts
-    mlflow = config.mlflow
-    if config.init_from and tracking.is_model_uri(config.init_from):  # the workers do not have this job's variables
-        mlflow = mlflow or tracking.default_uri(config.storage)
-    config = replace(
-        config,
-        data=storage.absolute(config.data),
-        storage=storage.absolute(config.storage),
-        run_name=config.run_name or config.preset,
-        experiment=config.experiment or "arplus",
-        init_from=config.init_from and tracking.pin(config.init_from, mlflow),
-        mlflow=mlflow,
-    )
-    if config.init.pretrained is None and config.model.features.path is None:
-        return replace(config, init=pretrained.resolve(config.init))
-    before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
-    return replace(
-        config,
-        init=pretrained.resolve(config.init, before.init if before else None),
-        model=features.resolved(config.model, before.model if before else None),
-    )
-
-
 def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
     """The training and the validation batches of one worker; a collective call."""
     spec = BatchSpec.of(config.model, dataset.sizes)
@@ -366,21 +321,6 @@ def _begin(job: RunContext, run: RunFolder, places: list[str]) -> tuple[Attempt,
     return mine, start
 
 
-def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransformer, TrainState | None]:
-    """The data set, the model with its weights, and the state that it starts from; without a collective call."""
-    dataset = Dataset.open(config.data)
-    torch.manual_seed(config.seed)
-    model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
-    state = checkpoint.load(start, moments=True) if start else None
-    if state is not None:
-        model.load_weights(state.weights)
-    elif config.init_from is not None:
-        _initialise(model, config, dataset.sizes)
-    if state is None:
-        pretrained.initialise(model, dataset.characters, config.init)
-    return dataset, model, state
-
-
 def on_all_ranks(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
     """What ``work`` gives on this worker, or on rank 0; :class:`RunEndedError` on all where one has our errors."""
     mine: tuple[Any, Exception | None] = (None, None)
@@ -395,22 +335,3 @@ def on_all_ranks(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
         if error is not None:
             raise RunEndedError(error)
     return found[0][0] if only_rank_0 else mine[0]
-
-
-def _initialise(model: PersonaTransformer, config: TrainConfig, sizes: VocabularySizes) -> None:
-    uri = str(config.init_from)
-    with tracking.fetched(uri, config.mlflow) as folder:
-        state = checkpoint.load(folder)
-    if state.sizes != sizes:
-        raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
-    added = {
-        name: value
-        for name, value in model.weights().items()
-        if name not in state.weights and component_of(name) in ADDED_LATER
-    }
-    try:
-        model.load_weights(added | state.weights)
-    except UsageError as error:
-        raise UsageError(f"--init-from {uri}: {error}") from None
-    if added and not (dist.is_initialized() and dist.get_rank()):
-        log.info("--init-from %s: has no %s, which start afresh", uri, ", ".join(added))

@@ -259,15 +259,9 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(ops: Operations, f
             nats.backward()
     for i, (found, expected) in enumerate(zip(half, inputs, strict=True)):
         assert found.grad is None if i in frozen else found.grad.equal(expected.grad)
-    if not isinstance(ops, cpu.CpuOperations):  # oneDNN's products are not counted
-        assert counter.get_total_flops() == (3 - len(frozen)) * 2 * 2 * 7 * 8 * 30
-
-
-def test_a_frozen_layer_costs_no_product(ops: Operations) -> None:
-    x, weight, bias = torch.randn(7, 12, requires_grad=True), torch.randn(9, 12), torch.randn(9)
-    expected = torch.autograd.grad(PLAIN.linear(x, weight, bias).square().sum(), x)
-    found = torch.autograd.grad(ops.linear(x, weight, bias).square().sum(), x)
-    torch.testing.assert_close(found, expected)
+    # Of oneDNN's products none is counted, which leaves the weight's.
+    products = 1 not in frozen if isinstance(ops, cpu.CpuOperations) else 3 - len(frozen)
+    assert counter.get_total_flops() == products * 2 * 2 * 7 * 8 * 30
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,7 +20,7 @@ from arplus.model.network import PersonaTransformer
 from arplus.pretrained.features import attach, resolved
 from arplus.runs.folder import RunFolder
 from arplus.text import Vocabulary
-from arplus.training.trainer import load, resolve
+from arplus.training.start import load, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

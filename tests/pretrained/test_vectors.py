@@ -18,7 +18,7 @@ from arplus.pretrained import vectors
 from arplus.pretrained.word2vec import Utterances, make_vectors
 from arplus.runs import checkpoint
 from arplus.text import Vocabulary
-from arplus.training import trainer
+from arplus.training.start import load
 
 ODD = Vocabulary(["我", "\u3000", "1", '"', "好", "\u2028", "x"], [900, 50, 40, 30, 20, 10, 1])
 """Tokens at which a parser may stumble; the last one has no vector."""
@@ -89,10 +89,10 @@ def test_rows_keep_their_direction_and_have_the_scale_of_a_start(tmp_path: Path)
 
 def test_a_run_starts_from_them_and_one_that_goes_on_does_not(dataset: Dataset, tmp_path: Path) -> None:
     run = with_values(smallest_run("ar"), {"data": dataset.uri, "run_name": "r"}, source="test")
-    _, plain, _ = trainer.load(run, None)
+    _, plain, _ = load(run, None)
     uri, _ = file_of(tmp_path, CHARACTERS.tokens, run.model.embedding_size)
     chosen = with_values(run, {"init.character_vectors": uri}, source="test")
-    _, model, _ = trainer.load(chosen, None)
+    _, model, _ = load(chosen, None)
     changed = [n for n, w in model.weights().items() if not torch.equal(w, plain.weights()[n])]
     assert changed == ["characters.weight"]
     assert model.head.weight is model.characters.weight, "AR's head is the same table"
@@ -108,7 +108,7 @@ def test_a_run_starts_from_them_and_one_that_goes_on_does_not(dataset: Dataset, 
     )
     start = checkpoint.save(str(tmp_path / "run"), state)
     Path(uri).unlink()
-    _, model, _ = trainer.load(chosen, start)
+    _, model, _ = load(chosen, start)
     assert torch.equal(model.characters.weight, plain.characters.weight)
 
 

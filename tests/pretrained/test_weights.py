@@ -22,7 +22,7 @@ from arplus.pretrained import start
 from arplus.pretrained.weights import choose, initialise
 from arplus.runs.folder import RunFolder
 from arplus.text import Vocabulary, sizes
-from arplus.training.trainer import load, resolve
+from arplus.training.start import load, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from arplus.runs import attempt, checkpoint
 from arplus.runs.checkpoint import TrainProgress, TrainState
 from arplus.runs.folder import RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
-from arplus.training.trainer import load
+from arplus.training.start import load
 
 
 @pytest.fixture(scope="module")

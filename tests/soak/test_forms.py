@@ -23,6 +23,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unshared": ({"shared_stacks": False}, {}),
     "layer-wise": ({"memory_tying": "layer-wise", "memory_hops": 3}, {}),
     "gelu": (PLAIN, {}),
+    "adapters": ({"adapter": 4}, {}),
     "bert": (PLAIN | {"heads": 4, "embedding_size": 32}, {"pretrained": "bert"}),
     "electra-decoder": (
         PLAIN | {"heads": 4, "embedding_size": 24, "shared_stacks": False},

@@ -27,7 +27,8 @@ from arplus.runs import checkpoint
 from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
-from arplus.training.trainer import _tracked, load, resolve, train
+from arplus.training.start import load, resolve
+from arplus.training.trainer import _tracked, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -1,0 +1,100 @@
+"""What a run starts from: its settings with every name filled in, its data, its weights."""
+
+import logging
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from arplus import storage, tracking
+from arplus.config import TrainConfig, VocabularySizes, flag
+from arplus.data.dataset import Dataset
+from arplus.errors import UsageError
+from arplus.model.cost import ADDED_LATER, component_of, train_only
+from arplus.model.network import PersonaTransformer
+from arplus.pretrained import features
+from arplus.pretrained import start as pretrained
+from arplus.runs import checkpoint
+from arplus.runs.checkpoint import TrainState
+from arplus.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with every name and path filled in, as it is written beside the run.
+
+    Raises :class:`UsageError` for names, models and components that cannot be.
+    """
+    if not config.data:
+        raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+    for field, problem in config.name_problems():
+        raise UsageError(f"--{flag(field)}: {problem}")
+    mlflow = config.mlflow
+    if config.init_from and tracking.is_model_uri(config.init_from):  # the workers do not have this job's variables
+        mlflow = mlflow or tracking.default_uri(config.storage)
+    config = replace(
+        config,
+        data=storage.absolute(config.data),
+        storage=storage.absolute(config.storage),
+        run_name=config.run_name or config.preset,
+        experiment=config.experiment or "arplus",
+        init_from=config.init_from and tracking.pin(config.init_from, mlflow),
+        mlflow=mlflow,
+    )
+    before = None
+    if config.init.pretrained is not None or config.model.features.path is not None:
+        before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
+    config = replace(
+        config,
+        init=pretrained.resolve(config.init, before.init if before else None),
+        model=features.resolved(config.model, before.model if before else None),
+    )
+    if config.optimizer.only:
+        with torch.device("meta"):
+            model = PersonaTransformer(config.model, VocabularySizes())
+        train_only(model, config.optimizer.only)  # an error is told before anything starts
+    return config
+
+
+def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> None:
+    """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
+    with torch.device("meta"):
+        model = PersonaTransformer(config.model, dataset.sizes)
+    features.attach(model, dataset.characters, dataset.rules)
+    for line in pretrained.initialise(model, dataset.characters, config.init) if new else ():
+        log.info("%s", line)
+
+
+def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransformer, TrainState | None]:
+    """The data set, the model with its weights, and the state that it starts from; without a collective call."""
+    dataset = Dataset.open(config.data)
+    torch.manual_seed(config.seed)
+    model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
+    state = checkpoint.load(start, moments=True) if start else None
+    if state is not None:
+        model.load_weights(state.weights)
+    elif config.init_from is not None:
+        _initialise(model, config, dataset.sizes)
+    if state is None:
+        pretrained.initialise(model, dataset.characters, config.init)
+    return dataset, model, state
+
+
+def _initialise(model: PersonaTransformer, config: TrainConfig, sizes: VocabularySizes) -> None:
+    uri = str(config.init_from)
+    with tracking.fetched(uri, config.mlflow) as folder:
+        state = checkpoint.load(folder)
+    if state.sizes != sizes:
+        raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
+    added = {
+        name: value
+        for name, value in model.weights().items()
+        if name not in state.weights and component_of(name) in ADDED_LATER
+    }
+    try:
+        model.load_weights(added | state.weights)
+    except UsageError as error:
+        raise UsageError(f"--init-from {uri}: {error}") from None
+    if added and not (dist.is_initialized() and dist.get_rank()):
+        log.info("--init-from %s: has no %s, which start afresh", uri, ", ".join(added))
