@@ -135,7 +135,7 @@ def _folder(path: str, flag: str) -> Iterator[Path]:
         yield Path(storage.resolve(path)[1])
     else:
         with tempfile.TemporaryDirectory(prefix="arplus-pretrained-") as copy:
-            for uri in storage.list_files(path):
+            for uri in storage.list_files(path, missing_ok=True):
                 name = uri.removeprefix(f"{path.rstrip('/')}/")
                 if any(Path(name).match(pattern) for pattern in _FILES):
                     storage.write_bytes(f"{copy}/{name}", storage.read_bytes(uri))

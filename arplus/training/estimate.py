@@ -27,6 +27,8 @@ def report(config: TrainConfig) -> str:
         parts = live_parameters(PersonaTransformer(config.model, sizes))
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
+    if frozen := features.frozen_parameters(config.model):
+        lines += [f"frozen beside them: {frozen:,} ({4 * frozen / 2**30:.2f} GiB more of each worker's memory)"]
     flops = forward_backward_flops(config.model, sizes)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]

@@ -20,6 +20,7 @@ from arplus.model.network import PersonaTransformer
 from arplus.pretrained.features import attach, resolved
 from arplus.runs.folder import RunFolder
 from arplus.text import Vocabulary
+from arplus.training.estimate import report
 from arplus.training.trainer import load, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +154,16 @@ def test_the_pretrained_model_is_not_trained_nor_saved(tmp_path: Path) -> None:
     assert all(value.equal(before[name]) for name, value in theirs.state_dict().items())
     assert not any("frozen" in name for name in model.state_dict())
     assert "characters.weight" not in model.state_dict()
+
+
+def test_a_dry_run_counts_what_is_trained_and_what_is_frozen(tmp_path: Path) -> None:
+    theirs = pretrained(tmp_path, "Electra")
+    run = dataclasses.replace(
+        preset("arplus"), model=dataclasses.replace(preset("arplus").model, features=FeaturesConfig(path=str(tmp_path)))
+    )
+    said = report(run)
+    assert f"live parameters: {31_142_449 - 1_899_600 + 2 * (32 + 1) * 200:,}\n" in said
+    assert f"frozen beside them: {sum(p.numel() for p in theirs.parameters()):,} (0.00 GiB" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -13,7 +13,7 @@ from helpers.prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 from helpers.pretrained import TOKENS, make_pretrained
 from torch import Tensor
 
-from arplus import cli
+from arplus import cli, storage
 from arplus.config import InitConfig, ModelConfig, TrainConfig, preset
 from arplus.errors import UsageError
 from arplus.model.batch import Sequences
@@ -38,7 +38,7 @@ def fresh(config: ModelConfig) -> PersonaTransformer:
     return PersonaTransformer(config, sizes(CHARACTERS, PERSONA_WORDS)).eval()
 
 
-def started(config: ModelConfig, folder: Path, **init: Any) -> PersonaTransformer:
+def started(config: ModelConfig, folder: Path | str, **init: Any) -> PersonaTransformer:
     model = fresh(config)
     initialise(model, CHARACTERS, InitConfig(pretrained=str(folder), **init))
     return model
@@ -138,6 +138,19 @@ def test_parts_are_taken_apart(tmp_path: Path) -> None:
     assert model.layers[0].feed_forward.contract.weight.equal(last)
 
 
+def test_a_model_on_s3_is_the_one_that_was_put_there(tmp_path: Path, s3_server: Any) -> None:
+    make_pretrained(tmp_path, "Electra")
+    for file in tmp_path.iterdir():
+        storage.write_bytes(s3_server.uri(f"electra/{file.name}"), file.read_bytes())
+    init = resolved(InitConfig(pretrained=s3_server.uri("electra")))
+    assert init.digest == resolved(InitConfig(pretrained=str(tmp_path))).digest
+    model = fresh(fitting("arplus"))
+    initialise(model, CHARACTERS, init)
+    here = started(fitting("arplus"), tmp_path).weights()
+    assert all(value.equal(here[name]) for name, value in model.weights().items())
+    assert "is not a model's folder" in refusal(fitting("arplus"), s3_server.uri("nothing"))
+
+
 def test_which_layers_are_taken() -> None:
     assert choose(1, 12, "last", repeated=False) == choose(1, 12, "spread", repeated=False) == [11]
     assert choose(3, 12, "last", repeated=False) == [9, 10, 11]
@@ -163,7 +176,7 @@ def test_upper_case_is_known_by_its_lower_case_and_the_report_counts(tmp_path: P
 
 def refusal(config: ModelConfig, path: Path | str, **init: Any) -> str:
     with pytest.raises(UsageError) as caught:
-        started(config, Path(path), **init)
+        started(config, path, **init)
     message = str(caught.value)
     assert "\n" not in message
     return message
