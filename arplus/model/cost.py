@@ -44,7 +44,7 @@ def forward_backward_flops(
     The lengths are those of an average PersonalDialog example: context characters with their [SEP], targets with
     [EOS], and the target persona (by default 8 words with a memory, 20 characters without). Counted are the matrix
     products of the algorithm in this package; the backward pass takes twice the forward. Norms, softmax, look-ups
-    and the memory's few vectors are left out (together under 2 %).
+    and the memory's few vectors are left out (together under 2 %), and so are pretrained features.
     """
     d, wide, r, layers = config.d_model, config.ff_size, config.ff_bottleneck, config.layers
     if persona is None:
@@ -53,7 +53,8 @@ def forward_backward_flops(
     memories = [context] if config.memory_hops else [context, persona]
 
     ff = 2 * d * wide if r is None else 2 * (d * r + r * wide)
-    encoder = sum(n * layers * (4 * d * d + ff + 2 * n * d) for n in memories + infilled)
+    encoded = [] if config.features_for == "encoder" else memories + infilled
+    encoder = sum(n * layers * (4 * d * d + ff + 2 * n * d) for n in encoded)
     keys_and_values = sum(n * config.unique_layers * 2 * d * d for n in memories + infilled)
     decoder = 0.0
     for attended in (memories, infilled):

@@ -9,7 +9,7 @@ from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySize
 from arplus.data.dataset import Dataset
 from arplus.model.cost import forward_backward_flops, live_parameters
 from arplus.model.network import PersonaTransformer
-from arplus.pretrained import features
+from arplus.pretrained import features, weights
 from arplus.training.footprint import activation_bytes, worker_bytes
 
 
@@ -24,11 +24,14 @@ def report(config: TrainConfig) -> str:
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()
     with torch.device("meta"):
-        parts = live_parameters(PersonaTransformer(config.model, sizes))
+        network = PersonaTransformer(config.model, sizes)
+    parts = live_parameters(network)
     lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
     if frozen := features.frozen_parameters(config.model):
         lines += [f"frozen beside them: {frozen:,} ({4 * frozen / 2**30:.2f} GiB more of each worker's memory)"]
+    if dataset is not None and config.init.pretrained is not None:
+        lines += ["", weights.initialise(network, dataset.characters, config.init)]
     flops = forward_backward_flops(config.model, sizes)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]

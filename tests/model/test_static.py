@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_models import SIZES, make_batch, small, take
+from helpers.small_models import FORMS, SIZES, make_batch, small, take
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -47,7 +47,7 @@ def step(config: ModelConfig, operations: Operations) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", "no-factor-ff"])
+@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", "no-factor-ff", *FORMS])
 @pytest.mark.parametrize("operations", [Operations, GpuOperations], ids=["plain", "cuda"])
 def test_no_shape_and_no_branch_of_a_step_depends_on_data(preset: str, operations: type[Operations]) -> None:
     step(dataclasses.replace(small(preset), layers=2, dropout=0.1), operations())
@@ -74,9 +74,10 @@ def test_such_an_operation_is_found(operations: type[Operations]) -> None:
         step(config, operations())
 
 
-def test_the_loss_is_one_graph_without_a_break() -> None:
+@pytest.mark.parametrize("preset", ["arplus", "unshared", "unshared-gelu"])
+def test_the_loss_is_one_graph_without_a_break(preset: str) -> None:
     """Dynamo alone, which raises at a break; Inductor's compiler would take minutes."""
-    config = dataclasses.replace(small("arplus"), layers=1, repeats=1)
+    config = dataclasses.replace(small(preset), layers=1, repeats=1)
     model, batch = PersonaTransformer(config, SIZES), take(make_batch(config), range(5), [2, 3], width=24)
     kernels.use(model, torch.device("cuda"))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
