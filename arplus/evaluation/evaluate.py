@@ -70,9 +70,14 @@ class Tally(Sums):
 
     def result(self) -> dict[str, Any]:
         """The metrics by group and name."""
-        parts = (self.standard, self.paper, self.persona, self.predictor)
-        found = {group: part.result() for group, part in zip(GROUPS, parts, strict=True)}
-        return {"examples": self.examples, **{group: result for group, result in found.items() if result}}
+        predictor = self.predictor.result()
+        return {
+            "examples": self.examples,
+            "standard": self.standard.result(),
+            "paper_compatible": self.paper.result(),
+            "persona": self.persona.result(),
+            **({"predictor": predictor} if predictor else {}),
+        }
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -91,10 +96,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tallies = [
         {split.name: _evaluate(replace(config, checkpoint=uri), dataset, split) for split in splits} for uri in uris
     ]
-    result, *others = [
+    results: list[dict[str, Any]] = [
         {"checkpoint": uri, "splits": {name: tally.result() for name, tally in found.items()}}
         for uri, found in zip(uris, tallies, strict=True)
     ]
+    result, *others = results
     result |= {"data": config.data, "fingerprint": dataset.fingerprint, "persona_weight": config.persona_weight}
     for other, found in zip(others, tallies[1:], strict=True):
         result["against"] = other

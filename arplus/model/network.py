@@ -68,11 +68,11 @@ class PersonaTransformer(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """L_D and L_LM of the batch as sums over its targets, ``len(batch.target_N)``; L_W over its examples."""
         memories, z_B = self.encode_and_weigh(batch)
-        nats = self.head(self.hidden_at_targets(batch, memories), batch.target_N)
+        dialogue, auxiliary = self.head(self.hidden_at_targets(batch, memories), batch.target_N)
         if z_B is None:
-            return Losses(*nats)
+            return Losses(dialogue, auxiliary)
         assert batch.persona_related_B is not None, "what predicts is told what to predict"
-        return Losses(*nats, *weight_sums(z_B, batch.persona_related_B))
+        return Losses(dialogue, auxiliary, *weight_sums(z_B, batch.persona_related_B))
 
     def hidden_at_targets(self, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
         """What the head is given for L_D and for L_LM, (2, N, D); ``memories`` are those of :meth:`encode`."""
