@@ -144,8 +144,8 @@ def test_a_model_on_s3_is_the_one_that_was_put_there(tmp_path: Path, s3_server: 
     make_pretrained(tmp_path, "Electra")
     for file in tmp_path.iterdir():
         storage.write_bytes(s3_server.uri(f"electra/{file.name}"), file.read_bytes())
-    init = resolved(InitConfig(pretrained=s3_server.uri("electra")))
-    assert init.digest == resolved(InitConfig(pretrained=str(tmp_path))).digest
+    init = start.resolve(InitConfig(pretrained=s3_server.uri("electra")))
+    assert init.digest == start.resolve(InitConfig(pretrained=str(tmp_path))).digest
     model = fresh(fitting("arplus"))
     initialise(model, CHARACTERS, init)
     here = started(fitting("arplus"), tmp_path).weights()
