@@ -120,7 +120,8 @@ def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
 
 
 def test_same_workers_resume_to_the_bit(spawn: Callable) -> None:
-    for (before, after), whole in spawn(2, cut_and_whole, [config(workers=2, zero_stage=stage) for stage in range(4)]):
+    stages = [config("arplus-weighted", workers=2, zero_stage=stage) for stage in range(4)]
+    for (before, after), whole in spawn(2, cut_and_whole, stages):
         assert before["curve"] + after["curve"] == whole["curve"]
         assert all(norm > 0 for norm in after["norms"])
         for kind in ("weights", "moments"):
