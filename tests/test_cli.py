@@ -298,6 +298,16 @@ def test_problems_of_a_file_name_the_file(file: Any) -> None:
     assert message_of("ar", "--config", path).startswith(f"{path}: --batch-size: must be at least workers")
 
 
+def test_tags_and_mlflows_names_are_taken_as_they_are() -> None:
+    run = train("arplus", "--tag", "team=a", "--tag", "note=b=c", "--init-from", "models:/对话@best")
+    assert (run.tag, run.init_from) == (("team=a", "note=b=c"), "models:/对话@best")
+    for wrong in ("x", "=x", "x="):
+        with pytest.raises(UsageError, match=rf"--tag: must be KEY=VALUE \(got '{wrong}'\)"):
+            train("arplus", "--tag", wrong)
+    with pytest.raises(UsageError, match=r"--register: .* must not be blank or hold / or :"):
+        train("arplus", "--register", "a/1")
+
+
 def test_an_unknown_flag_of_train_is_named_with_the_nearest_one() -> None:
     assert message_of("ar", "--opt.lr", "1").startswith("unknown flag '--opt.lr'; did you mean --optimizer.lr?")
 

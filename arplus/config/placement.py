@@ -31,7 +31,7 @@ class PlacementConfig:
     @property
     def runs_per_gpu(self) -> int:
         """Runs of one worker that fit on a GPU."""
-        return int(1 / self.gpus_per_worker + 1e-6)
+        return int(1 / self.gpus_per_worker)
 
     @property
     def labels(self) -> dict[str, str]:

@@ -73,8 +73,14 @@ class Tally(Sums):
 
     def result(self) -> dict[str, Any]:
         """The metrics by group and name."""
-        results = (self.standard.result(), self.paper.result(), self.persona.result(), self.predictor.result())
-        return {"examples": self.examples, **{g: found for g, found in zip(GROUPS, results, strict=True) if found}}
+        predictor = self.predictor.result()
+        return {
+            "examples": self.examples,
+            "standard": self.standard.result(),
+            "paper_compatible": self.paper.result(),
+            "persona": self.persona.result(),
+            **({"predictor": predictor} if predictor else {}),
+        }
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def forward_backward_flops(
     [EOS], and the target persona (by default 8 words with a memory, 20 characters without). Counted are the matrix
     products of the algorithm in this package; the backward pass takes twice the forward, and once where the matrix is
     frozen (``only`` as in :func:`train_only`). Norms, softmax, look-ups and the memory's few vectors are left out
-    (together under 2 %).
+    (together under 2 %), and so are pretrained features.
     """
     d, wide, r, layers = config.d_model, config.ff_size, config.ff_bottleneck, config.layers
     if persona is None:
@@ -81,7 +81,9 @@ def forward_backward_flops(
     adapters = 2 * 2 * d * (config.adapter or 0)
     multiplied: dict[str, float] = defaultdict(float)  # by component; two multiplied activations are never frozen
     for n in memories + infilled:
-        multiplied["attention"] += n * (layers * 4 + config.unique_layers * 2) * d * d  # the latter are keys and values
+        multiplied["attention"] += n * config.unique_layers * 2 * d * d  # keys and values
+    for n in [] if config.features_for == "encoder" else memories + infilled:
+        multiplied["attention"] += n * layers * 4 * d * d
         multiplied["feed-forward"] += n * layers * ff
         multiplied["adapters"] += n * layers * adapters
         multiplied["activations"] += n * layers * 2 * n * d

@@ -49,10 +49,9 @@ class PersonaTransformer(nn.Module):
         if config.features_for != "replace":
             self.characters = nn.Embedding(sizes.characters, config.embedding_size)
         if config.features_for:
-            width = config.d_model if config.features_for == "encoder" else config.embedding_size
-            self.feature_input = FeatureInput(config.features, len(config.features.layer_indices), width)
+            self.feature_input = FeatureInput(config, len(config.features.layer_indices))
         if config.features_for == "replace":
-            self.response_features = FeatureInput(config.features, 1, config.embedding_size)
+            self.response_features = FeatureInput(config, 1)
         self.context_input = SequenceInput(config)
         if config.memory_hops:
             self.persona_words = nn.Embedding(sizes.persona_words, config.embedding_size)
@@ -134,18 +133,6 @@ class PersonaTransformer(nn.Module):
         of = infilled.sequences
         return self._key_value(self._encode(self.auxiliary_input(self._vectors(infilled), of), of), of)
 
-    def _vectors(self, packed: Packed) -> Tensor:
-        """What stands for the characters of what is encoded, (N, E)."""
-        use = self.config.features_for
-        if use not in ("replace", "add"):
-            return self.characters(packed.ids)
-        features_NE = self._features(packed) / self.context_input.scale  # by which inputs multiply characters alone
-        return features_NE if use == "replace" else self.characters(packed.ids) + features_NE
-
-    def _features(self, packed: Packed) -> Tensor:
-        assert self.frozen is not None
-        return self.feature_input(self.frozen.contextual(packed))
-
     def _weigh(self, x_ND: Tensor, context: Packed) -> tuple[Tensor | None, Tensor | None]:
         """What is predicted of each example, z, and what is weighed by, a; (B,), as far as there are any."""
         z_B = None if self.predictor is None else self.predictor(x_ND, context)
@@ -173,12 +160,7 @@ class PersonaTransformer(nn.Module):
         With a cache, ``response`` is one id per sequence, at position ``start``, and the cache is extended.
         """
         of = response.sequences
-        if self.config.features_for == "replace":  # the pretrained model's own layers would see what is to come
-            assert self.frozen is not None
-            features_NE = self.response_features([self.frozen.pointwise(response, start)])
-            x_ND = self.response_input(features_NE / self.response_input.scale, of, start=start)
-        else:
-            x_ND = self.response_input(self.characters(response.ids), of, start=start)
+        x_ND = self.response_input(self._response_vectors(response, start), of, start=start)
         for i, layer in enumerate(self._applications(self.layers)):
             unique = i % self.config.unique_layers
             x_ND, own = layer.decode(x_ND, of, [memory[unique] for memory in memories], cache[i] if cache else None)
@@ -189,6 +171,27 @@ class PersonaTransformer(nn.Module):
     def new_cache(self) -> Cache:
         """An empty cache for :meth:`decode`."""
         return [None] * self.config.layers
+
+    # ---------------------------------------------------------------------------------------------------- characters
+
+    def _vectors(self, packed: Packed) -> Tensor:
+        """What stands for the characters of what is encoded, (N, E)."""
+        use = self.config.features_for
+        if use == "replace":
+            return self._features(packed)
+        vectors_NE = self.characters(packed.ids)
+        return vectors_NE + self._features(packed) if use == "add" else vectors_NE
+
+    def _response_vectors(self, response: Packed, start: int) -> Tensor:
+        """What stands for those of the response, (N, E): each for itself, as hidden states would see what follows."""
+        if self.config.features_for != "replace":
+            return self.characters(response.ids)
+        assert self.frozen is not None
+        return self.response_features([self.frozen.pointwise(response, start)])
+
+    def _features(self, packed: Packed) -> Tensor:
+        assert self.frozen is not None
+        return self.feature_input(self.frozen.contextual(packed))
 
     # ---------------------------------------------------------------------------------------------------- parameters
 

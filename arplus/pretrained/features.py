@@ -48,6 +48,14 @@ def attach(model: PersonaTransformer, characters: Vocabulary, rules: ExampleRule
     return model
 
 
+def frozen_parameters(config: ModelConfig) -> int:
+    """Parameters of the pretrained model that features are of, which every worker holds beside the network's; or 0."""
+    if config.features.path is None:
+        return 0
+    network = models.load(config.features.path, FLAG, config.features.digest).network
+    return sum(p.numel() for name, p in network.named_parameters() if not name.startswith("pooler."))
+
+
 class FrozenFeatures:
     """See :class:`arplus.model.features.FrozenModel`. It follows its inputs from device to device."""
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 LEAST_COVERAGE = 0.9
 """Of the text's characters, which a model's vocabulary must know, or a file of vectors."""
-_HUB_SECONDS = 12.0
+HUB_SECONDS = 12.0
 """Longest wait for the hub's first answer."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """The first kind that a folder has is taken."""
@@ -135,7 +135,7 @@ def _folder(path: str, flag: str) -> Iterator[Path]:
         yield Path(storage.resolve(path)[1])
     else:
         with tempfile.TemporaryDirectory(prefix="arplus-pretrained-") as copy:
-            for uri in storage.list_files(path):
+            for uri in storage.list_files(path, missing_ok=True):
                 name = uri.removeprefix(f"{path.rstrip('/')}/")
                 if any(Path(name).match(pattern) for pattern in _FILES):
                     storage.write_bytes(f"{copy}/{name}", storage.read_bytes(uri))
@@ -160,7 +160,7 @@ def _from_hub(name: str, flag: str) -> Path:
         _digest(folder, name, flag)
         return folder
     try:
-        revision = _within(_HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=10).sha)
+        revision = _within(HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=10).sha)
         return fetch(revision=revision)
     except Exception as error:  # of the hub's own, of httpx, of the system
         raise UsageError(

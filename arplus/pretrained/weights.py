@@ -89,7 +89,8 @@ def _check_kind(theirs: Any, what: str) -> None:
     if kind == "xlnet":
         raise UsageError(
             f"{what}: is an XLNet, whose attention is relative, without biases and with terms for segments and "
-            "positions, so that its weights have no place in ours; take a BERT, ELECTRA or ALBERT"
+            "positions, so that its weights have no place in ours; take a BERT, ELECTRA or ALBERT, or its features "
+            "(--model.features.path)"
         )
     if kind not in ("bert", "electra", "albert"):
         raise UsageError(f"{what}: is of kind {kind!r}; weights are taken from a BERT, ELECTRA or ALBERT")

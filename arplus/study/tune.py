@@ -208,7 +208,7 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
         "response_ppl": best.score,
         "config": storage.join(study.uri, "best_config.json"),
         "checkpoint": study.folder.run(best.name).uri,
-        "verdict": verdict.as_json(judged),
+        "verdict": judged and asdict(judged),
         "model": None,
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),

@@ -1,7 +1,7 @@
 """Who won a sweep, by how much, and whether that is noise: in words for MLflow's pages, in figures for its tables."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from arplus import storage, tracking
 from arplus.config import EvaluateConfig, Sampling, from_dict
@@ -91,8 +91,3 @@ def annotate(study: Study, verdict: Verdict | None) -> None:
         tracking.annotate(found)
     except ArplusError as error:
         log.warning("the runs' pages do not say how they compare: %s", error)
-
-
-def as_json(verdict: Verdict | None) -> dict[str, object] | None:
-    """What ``result.json`` holds."""
-    return None if verdict is None else asdict(verdict)

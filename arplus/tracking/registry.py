@@ -4,7 +4,6 @@ Apart from ``client`` because each is long enough by itself; these two alone imp
 """
 
 import contextlib
-import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +53,7 @@ def flavor_files(flavor: Flavor, facts: Mapping[str, str]) -> dict[str, bytes]:
         Schema([ColSpec(DataType.string, flavor.output)]),
         ParamSchema([ParamSpec(name, types[type(value)], value) for name, value in flavor.params.items()]),
     )
-    with tempfile.TemporaryDirectory(prefix="arplus-flavor-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="arplus-flavor-") as folder:
         pyfunc.save_model(
             f"{folder}/model",
             loader_module=flavor.loader,
@@ -163,19 +162,3 @@ def _asked(uri: str, mlflow: str | None) -> Iterator[tuple[Any, str]]:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise UsageError(f"{uri}: MLflow at {server} does not have it ({' '.join(str(error).split())})") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """MLflow tells at length what it saves."""
-    loggers = [
-        logging.getLogger(name) for name in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.utils.requirements_utils")
-    ]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -10,7 +10,7 @@ from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySize
 from arplus.data.dataset import Dataset
 from arplus.model.cost import forward_backward_flops, live_parameters, train_only
 from arplus.model.network import PersonaTransformer
-from arplus.pretrained import features
+from arplus.pretrained import features, weights
 from arplus.training.footprint import activation_bytes, worker_bytes
 
 
@@ -33,6 +33,10 @@ def report(config: TrainConfig) -> str:
     if config.optimizer.only:
         trained, of = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(parts.values())
         lines += [f"trained: {trained:,} of {of:,} ({trained / of:.2%})"]
+    if frozen := features.frozen_parameters(config.model):
+        lines += [f"frozen beside them: {frozen:,} ({4 * frozen / 2**30:.2f} GiB more of each worker's memory)"]
+    if dataset is not None and config.init.pretrained is not None:
+        lines += ["", weights.initialise(model, dataset.characters, config.init)]
     flops = forward_backward_flops(config.model, sizes, only=config.optimizer.only)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_models import SIZES, WEIGHTED, gradients, make_batch, small, take
+from helpers.small_models import FORMS, SIZES, WEIGHTED, gradients, make_batch, small, take
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -46,7 +46,7 @@ def step(config: ModelConfig, operations: Operations) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", "no-factor-ff", *WEIGHTED])
+@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", "no-factor-ff", *FORMS, *WEIGHTED])
 @pytest.mark.parametrize("operations", [Operations, GpuOperations], ids=["plain", "cuda"])
 def test_no_shape_and_no_branch_of_a_step_depends_on_data(preset: str, operations: type[Operations]) -> None:
     step(dataclasses.replace(small(preset), layers=2, dropout=0.1), operations())
@@ -73,7 +73,7 @@ def test_such_an_operation_is_found(operations: type[Operations]) -> None:
         step(config, operations())
 
 
-@pytest.mark.parametrize("preset", ["arplus", *WEIGHTED])
+@pytest.mark.parametrize("preset", ["arplus", "unshared", "unshared-gelu", *WEIGHTED])
 def test_the_loss_is_one_graph_without_a_break(preset: str) -> None:
     """Dynamo alone, which raises at a break; Inductor's compiler would take minutes."""
     config = dataclasses.replace(small(preset), layers=1, repeats=1)

@@ -6,20 +6,33 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.prepared import write_dataset
+from helpers.prepared import random_state, write_dataset
 from helpers.pretrained import make_pretrained
 from helpers.small_models import SIZES, make_batch, parts, small, take
 from torch import Tensor
 
-from arplus.config import ExampleRules, FeaturesConfig, ModelConfig, Sampling, TrainConfig, VocabularySizes, preset
+from arplus.config import (
+    ExampleRules,
+    ExportConfig,
+    FeaturesConfig,
+    ModelConfig,
+    Sampling,
+    TrainConfig,
+    VocabularySizes,
+    preset,
+)
 from arplus.errors import UsageError
+from arplus.evaluation.replies import Responder, raw_profile
 from arplus.model.batch import Batch, Packed
 from arplus.model.cost import live_parameters
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained.features import attach, resolved
+from arplus.runs import checkpoint
+from arplus.runs.export import export
 from arplus.runs.folder import RunFolder
 from arplus.text import Vocabulary
+from arplus.training.estimate import report
 from arplus.training.start import load, resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +166,34 @@ def test_the_pretrained_model_is_not_trained_nor_saved(tmp_path: Path) -> None:
     assert all(value.equal(before[name]) for name, value in theirs.state_dict().items())
     assert not any("frozen" in name for name in model.state_dict())
     assert "characters.weight" not in model.state_dict()
+
+
+def test_a_checkpoint_finds_its_model_and_the_card_of_an_export_names_it(tmp_path: Path) -> None:
+    make_pretrained(tmp_path / "electra", "Electra")
+    state = random_state()
+    of = dataclasses.replace(state.config.model, features=FeaturesConfig(path=str(tmp_path / "electra")))
+    of = resolved(of)
+    weights = PersonaTransformer(of, state.sizes).weights()
+    state = dataclasses.replace(state, config=dataclasses.replace(state.config, model=of), weights=weights)
+    written = checkpoint.write(str(tmp_path / "checkpoint"), state)
+    exported = export(ExportConfig(checkpoint=written, output=str(tmp_path / "exported")))
+    responder = Responder(checkpoint.load(exported), raw_profile("女", "", ""), Sampling(), seed=0)
+    assert responder.reply(["一丁"])
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"Its features are of {of.features.path} (weights of SHA-256 `{of.features.digest}`)" in card
+    make_pretrained(tmp_path / "electra", "Electra", seed=2)
+    with pytest.raises(UsageError, match="its weights are not those of before"):
+        checkpoint.build_model(checkpoint.load(exported))
+
+
+def test_a_dry_run_counts_what_is_trained_and_what_is_frozen(tmp_path: Path) -> None:
+    theirs = pretrained(tmp_path, "Electra")
+    run = dataclasses.replace(
+        preset("arplus"), model=dataclasses.replace(preset("arplus").model, features=FeaturesConfig(path=str(tmp_path)))
+    )
+    said = report(run)
+    assert f"live parameters: {31_142_449 - 1_899_600 + 2 * (32 + 1) * 200:,}\n" in said
+    assert f"frozen beside them: {sum(p.numel() for p in theirs.parameters()):,} (0.00 GiB" in said
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -102,6 +102,9 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(cluster: Cluster, data
     assert second.end() == 0, second.output
     assert "going on with run stopped from step" in second.output
     local_cluster.assert_ended_right(cluster, second, data, "stopped")
+    (run,) = cluster.runs("stopped")
+    assert run.data.tags["ray.submission_id"] == second.job_id
+    assert run.data.tags["command"].startswith("jobs/train.py arplus ")
 
 
 def test_a_retried_job_goes_on_on_a_new_cluster(cluster: Cluster, data: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A registered model is a model: MLflow loads, serves and describes it, and every job takes it by name."""
 
 import ast
+import contextlib
 import json
 import os
 import subprocess
@@ -89,7 +90,8 @@ def test_a_model_answers_over_http_as_chat_does(environment):
         with pytest.raises(urllib.error.HTTPError, match="400"):
             ask(url, dataframe_records=[{"gender": "男"}])
     finally:
-        os.killpg(server.pid, 9)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 9)
         server.wait(10)
 
 
