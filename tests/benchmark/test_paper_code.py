@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_ours(seed: int):
     ours = make_model(small("arplus"), seed)
     theirs, batch = same_weights(ours), make_batch(ours.config, 9, seed)
     losses = ours(batch)
-    own = [loss / len(batch.target_N) for loss in losses]
+    own = [loss / len(batch.target_N) for loss in losses[:2]]
     plain = mean_losses(theirs, padded(batch))
     for a, b in zip(own, plain, strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-6)
