@@ -153,10 +153,12 @@ def test_an_epoch_is_every_example_once_whatever_the_workers(runs: Runs) -> None
                     assert all(found[i] == facts for i, facts in examples(batch).items())
 
 
-def test_every_step_counts_the_targets_of_the_global_batch(runs: Runs) -> None:
+def test_every_step_counts_what_is_in_the_global_batch(runs: Runs) -> None:
     for steps in zip(*epoch_of(runs.of(2, 3), 0), strict=True):
         targets = sum(len(batch.target_N) for step in steps for batch in step.micro_batches)
         assert {step.targets for step in steps} == {targets}
+        ids = [i for step in steps for batch in step.micro_batches for i in batch.example_id_B]
+        assert {step.examples for step in steps} == {len(ids)}
 
 
 def test_micro_batches_of_a_step_differ_by_one_example_and_the_last_may_be_empty(runs: Runs) -> None:

@@ -47,6 +47,8 @@ def test_a_large_part_becomes_tensors_in_chunks(dataset: Dataset, monkeypatch: p
     chunks, _ = maker.make(0, 1)
     assert [len(chunk.targets) for chunk in chunks] == [2, 2, 1]
     assert [t for chunk in chunks for t in chunk.targets.tolist()] == whole.targets.tolist()
+    assert [n for chunk in chunks for n in chunk.examples.tolist()] == [8] * 5
+    assert [n for chunk in maker.make(0, 2)[0] for n in chunk.examples.tolist()] == [8, 8, 7]
     found = [batch for chunk in chunks for batch in unpack(chunk.micro_batches)]
     for batch, same in zip(found, unpack(whole.micro_batches), strict=True):
         assert torch.equal(batch.example_id_B, same.example_id_B)

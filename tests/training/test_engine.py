@@ -130,7 +130,7 @@ def test_state_moves_between_worker_counts_and_stages(spawn: Callable) -> None:
 
 
 def test_same_workers_resume_to_the_bit(spawn: Callable) -> None:
-    stages = [config(workers=2, zero_stage=stage) for stage in range(4)]
+    stages = [config("arplus-weighted", workers=2, zero_stage=stage) for stage in range(4)]
     configs = [*stages, *map(second_stage, stages)]
     for c, ((before, after), whole) in zip(configs, spawn(2, cut_and_whole, configs), strict=True):
         assert before["curve"] + after["curve"] == whole["curve"]

@@ -160,6 +160,15 @@ def test_more_workers_than_can_be_fed_are_refused_with_the_sum(data: str, tmp_pa
         train(settings(data, tmp_path, workers=8))
 
 
+def test_a_weight_predictor_needs_labels(data: str, tmp_path: Path) -> None:
+    """Before anything starts."""
+    old = Path(shutil.copytree(data, tmp_path / "old")) / "manifest.json"
+    old.write_text(json.dumps({k: v for k, v in json.loads(old.read_text()).items() if k != "persona_related"}))
+    config = settings(str(old.parent), tmp_path)
+    with pytest.raises(UsageError, match=r"--data .*old: has no labels for --model.persona-weight predicted"):
+        train(replace(config, model=replace(config.model, persona_weight="predicted")))
+
+
 def test_a_worker_on_a_node_of_other_versions_ends_the_run(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
