@@ -26,6 +26,7 @@ def main() -> None:
     result = ablate.ablate(command.config)
     print(ablate.shown(result))
     data = command.config.run.data
+    connection.leave()
     cli.conclude(
         {
             "report": result["report"],

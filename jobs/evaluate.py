@@ -20,6 +20,7 @@ def main() -> None:
     result = evaluate(config)
     print(table(result))
     page = deliver(result, config, to)
+    connection.leave()
     cli.conclude(
         {
             "checkpoint": result["checkpoint"],

@@ -28,6 +28,7 @@ def main() -> None:
     lr = result["lr"]
     print(f"learning rate: {lr['suggestion']:.2e}, where the loss falls steepest after {len(result['points'])} steps")
     print(f"bounds for a sweep: {lr['low']:.2e} … {lr['high']:.2e}")
+    connection.leave()
     cli.conclude(
         {
             "curve": result["plot"],

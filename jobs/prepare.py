@@ -17,6 +17,7 @@ def main() -> None:
     connection.connect()
     manifest = prepare(config)
     print(report(manifest))
+    connection.leave()
     cli.conclude(
         {
             "data set": config.output,

@@ -21,6 +21,7 @@ def main() -> None:
     connection.connect()
     final = train(command.config)
     print(json.dumps(final.flat()))
+    connection.leave()
     cli.conclude(summarise(command.config, final))
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     result = tune.sweep(command.config)
     print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")
     print("\n".join(f"  --{name} {value}" for name, value in result["values"].items()))
+    connection.leave()
     cli.conclude(
         {
             "checkpoint": result["checkpoint"],

@@ -51,6 +51,11 @@ def connect(cpus: int | None = None) -> None:
     log.info("ray: %s CPUs, %s GPUs", *(f"{ray.cluster_resources().get(name, 0):g}" for name in ("CPU", "GPU")))
 
 
+def leave() -> None:
+    """Leaves the cluster: what its workers say later comes to nobody, and a job's last words are the last ones."""
+    ray.shutdown()
+
+
 def _checked(address: str) -> str | None:
     """The HOST:PORT that ``RAY_ADDRESS`` stands for; None for a cluster of one's own.
 

@@ -15,8 +15,6 @@ from arplus.data.dataset import Dataset
 from arplus.data.sampler import EpochSampler
 from arplus.errors import UsageError
 
-log = logging.getLogger(__name__)
-
 SEEN = 5
 """Least times that a character is seen."""
 
@@ -65,6 +63,7 @@ def _train(config: VectorsConfig, text: Utterances) -> Any:
         from gensim.models import Word2Vec
     except ImportError:
         raise UsageError("jobs/vectors.py needs gensim, the extra 'vectors': pip install 'arplus[vectors]'") from None
+    logging.getLogger("gensim.utils").setLevel(logging.WARNING)  # it prints dictionaries; how far it is, others say
     try:
         return Word2Vec(
             text,

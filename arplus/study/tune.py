@@ -63,7 +63,6 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
         scheduler = asha if config.scheduler == "asha" else None
         execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
-        study.drop_checkpoints()
         return _conclude(config, study, tracker, dataset)
 
 
@@ -200,6 +199,7 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     for trial in study.trials.values():
         study.save(trial)
     judged = verdict.judge(study)
+    study.drop_checkpoints()  # which the runner-up's was needed for
     verdict.annotate(study, judged)
     result: dict[str, Any] = {
         "study": study.name,

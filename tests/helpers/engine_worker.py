@@ -14,16 +14,19 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arplus.config import ModelConfig, TrainConfig, VocabularySizes, special_ids
+from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes, special_ids
 from arplus.data.loader import Step
 from arplus.model.batch import Batch, Packed
 from arplus.model.cost import train_only
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
+from arplus.pretrained.features import attach
+from arplus.text import Vocabulary
 from arplus.training.group import process_group
 from helpers.small_models import smallest_run
 
 SIZES = VocabularySizes(characters=60, persona_words=40)
+CHARACTERS = Vocabulary([chr(0x4E00 + i) for i in range(SIZES.characters - 9)])
 
 
 def config(preset_name: str = "arplus", **changes: Any) -> TrainConfig:
@@ -82,7 +85,7 @@ def initial_model(config: TrainConfig) -> PersonaTransformer:
     for name, parameter in model.named_parameters():
         if name.endswith(".r"):
             parameter.data.fill_(0.3)
-    return model
+    return attach(model, CHARACTERS, ExampleRules())
 
 
 def plain_run(config: TrainConfig, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -103,7 +103,7 @@ def seen(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     forks.use()
-    workers.TorchConfig = partial(TorchConfig, backend="gloo")  # type: ignore[misc]
+    vars(workers)["TorchConfig"] = partial(TorchConfig, backend="gloo")  # NCCL needs GPUs that are there
     head, *others = NODES.values()
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -3,11 +3,13 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.engine_worker import (
+    CHARACTERS,
     after_a_bad_step,
     config,
     curves,
@@ -20,9 +22,11 @@ from helpers.engine_worker import (
     second_stage,
     train_parts,
 )
+from helpers.pretrained import SPECIALS, make_pretrained
 
-from arplus.config import TrainConfig
+from arplus.config import FeaturesConfig, TrainConfig
 from arplus.model.cost import component_of
+from arplus.pretrained.features import resolved
 from arplus.training.engine import bf16_is_used, is_compiled
 
 STEPS = 12
@@ -40,6 +44,18 @@ def test_stages_workers_and_accumulation_follow_the_plain_curve(spawn: Callable,
     twice = [made(gradient_accumulation_steps=2, zero_stage=stage) for stage in (0, 3)]
     found += spawn(1, curves, twice, STEPS)
     for curve in found:
+        assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("use", ["replace", "encoder"])
+def test_features_of_a_frozen_model_are_the_same_at_every_stage(spawn: Callable, tmp_path: Path, use: str) -> None:
+    make_pretrained(tmp_path, "Electra", [*SPECIALS, *CHARACTERS.tokens])
+    features: Any = {"path": str(tmp_path), "use": use, "layers": "-1,-2", "combine": "weighted"}
+    start = config()
+    start = replace(start, model=resolved(replace(start.model, features=FeaturesConfig(**features))))
+    reference = torch.tensor(plain_run(start, 8)[0])
+    assert reference[-1] < reference[0] - 0.1
+    for curve in spawn(2, curves, [replace(start, workers=2, zero_stage=stage) for stage in range(4)], 8):
         assert (torch.tensor(curve) - reference).abs().max() <= 1e-4
 
 
