@@ -19,6 +19,11 @@ class ObjectiveConfig:
     lambda2: Annotated[float, Ge(0)] = 0.5
     """λ2, the weight of the loss of --model.persona-weight predicted."""
 
+    @property
+    def compared(self) -> str:
+        """What validations are compared by, in words."""
+        return "Response perplexity" if self.lambda0 else "Perplexity of the auxiliary task"
+
     def total(self, dialogue: Any, auxiliary: Any, weight: Any = 0.0) -> Any:
         """L of L_D, L_LM and L_W, or of sums over the same number."""
         return self.lambda0 * dialogue + self.lambda1 * auxiliary + self.lambda2 * weight

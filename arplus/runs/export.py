@@ -72,7 +72,6 @@ def model_card(state: TrainState) -> str:
     if features.path is not None:
         of_what = f"{features.path} (weights of SHA-256 `{features.digest}`)"
         needed = f"\nIts features are of {of_what}, which `arplus.pretrained.features.attach` adds.\n"
-    what = "Response perplexity" if config.objective.lambda0 else "Perplexity of the auxiliary task"
     best = f"{progress.best_response_ppl:.3f}" if progress.best_response_ppl else "not measured"
     return f"""---
 language: zh
@@ -83,7 +82,7 @@ tags: [dialogue, persona]
 # {config.run_name or config.preset}: a persona-aware Chinese dialogue model
 
 Preset `{config.preset}` of arplus, trained on {progress.examples:,} examples (data fingerprint
-`{progress.fingerprint}`). {what} on validation: {best}. It knows contexts of at most
+`{progress.fingerprint}`). {config.objective.compared} on validation: {best}. It knows contexts of at most
 {state.rules.max_context_utterances} utterances, each cut to {state.rules.max_utterance_characters} characters.
 
 | component | parameters |

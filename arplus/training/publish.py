@@ -68,7 +68,7 @@ def describe(
         return said
     ppl = "not measured" if final.best_response_ppl is None else f"{final.best_response_ppl:.3f}"
     said = (
-        f"**Response perplexity on validation: {ppl}**, the lowest of a run of {final.examples:,} examples in "
+        f"**{config.objective.compared} on validation: {ppl}**, the lowest of a run of {final.examples:,} examples in "
         f"{final.train_seconds / 60:.1f} minutes{' that --patience ended' if final.stopped_early else ''}.\n\n{said}"
     )
     if not sent:

@@ -19,7 +19,7 @@ from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 from arplus import storage, tracking
 from arplus.cluster import elastic, node, preflight
 from arplus.cluster.job import tags as job_tags
-from arplus.config import TrainConfig
+from arplus.config import InitConfig, TrainConfig
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
@@ -126,7 +126,7 @@ def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]
 def _register(job: RunContext, final: FinalMetrics, missing: int) -> None:
     if job.part is not None or job.config.register is None:
         return
-    ppl = final.best_response_ppl
+    ppl = final.best_response_ppl if job.config.objective.lambda0 else None  # else it is of the other task
     tags = {"run": final.run_name, "response_ppl": "not measured" if ppl is None else f"{ppl:.4f}"}
     try:
         log.info("registered: %s", publish.register(job.tracked, job.config.register, None, tags, missing))
@@ -148,7 +148,8 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
             "run; to have some, prepare the data with a larger --valid",
             config.data,
         )
-    if config.optimizer.only and config.init_from is None and config.resume in ("auto", "never"):
+    fresh = config.init_from is None and config.init == InitConfig() and config.resume in ("auto", "never")
+    if config.optimizer.only and fresh:
         log.warning(
             "--optimizer.only without --init-from: the other components stay as random as they start, and behind "
             "ReZero's gates, which start closed, next to nothing is learnt"

@@ -11,6 +11,7 @@ from helpers.prepared import CHARACTERS, PERSONA_WORDS, write_dataset
 from arplus import storage
 from arplus.config import PAPER_ROWS, ExampleRules, TrainConfig, preset, tiny
 from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.model.cost import component_of
 from arplus.model.network import PersonaTransformer
 from arplus.runs import attempt, checkpoint
 from arplus.runs.checkpoint import TrainProgress, TrainState
@@ -238,15 +239,23 @@ def test_every_model_starts_from_what_it_left(config, data, name):
         torch.testing.assert_close(value, left[key] + 1)
 
 
-def test_a_run_starts_from_weights_without_its_adapters_and_says_so(config, data, caplog):
+@pytest.mark.parametrize(
+    ("added", "components"),
+    [
+        ({"adapter": 4}, {"adapters"}),
+        ({"persona_weight": "predicted"}, {"predictor"}),
+        ({"adapter": 4, "persona_weight": "predicted"}, {"adapters", "predictor"}),
+    ],
+)
+def test_a_run_starts_from_weights_without_its_new_parts_and_says_so(config, data, caplog, added, components):
     caplog.set_level(logging.INFO)
     left = {key: value + 1 for key, value in PersonaTransformer(config.model, data.sizes).weights().items()}
-    second = replace(config, model=replace(config.model, adapter=4), init_from=save(config, 3, weights=left))
+    second = replace(config, model=replace(config.model, **added), init_from=save(config, 3, weights=left))
     _, model, state = load(second, None)
     assert state is None
     found = model.weights()
     assert all(found.pop(key).equal(value) for key, value in left.items())
-    assert found["layers.0.attention_adapter.down.weight"].any()
+    assert set(map(component_of, found)) == components
     assert f"has no {', '.join(found)}, which start afresh" in caplog.messages[-1]
     _, again, _ = load(second, None)
     assert all(again.weights()[key].equal(value) for key, value in found.items()), "the same on every worker"

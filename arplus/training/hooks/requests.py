@@ -65,7 +65,7 @@ class Preemption(Hook):
 
 
 class EarlyStopping(Hook):
-    """Ends the run after ``patience`` validations in a row without a better response perplexity; every worker's."""
+    """Ends the run after ``patience`` validations in a row without a lower perplexity; every worker's."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -78,7 +78,7 @@ class EarlyStopping(Hook):
         """Says that this validation was the last one."""
         if dist.get_rank() == 0 and self.is_over(progress):
             log.info(
-                "stopping early at step %d: no better response PPL than %.3f in %d validations (--patience)",
+                "stopping early at step %d: no perplexity below %.3f in %d validations (--patience)",
                 progress.step,
                 progress.best_response_ppl,
                 self.patience,
