@@ -140,6 +140,7 @@ def test_parts_are_taken_apart(tmp_path: Path) -> None:
     assert model.layers[0].feed_forward.contract.weight.equal(last)
 
 
+@pytest.mark.soak
 def test_a_model_on_s3_is_the_one_that_was_put_there(tmp_path: Path, s3_server: Any) -> None:
     make_pretrained(tmp_path, "Electra")
     for file in tmp_path.iterdir():
