@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.prepared import CHARACTERS, PERSONA_WORDS, write_dataset
+from helpers.prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 from helpers.pretrained import TOKENS, make_pretrained
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from arplus.model.batch import Sequences
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained import models, start
 from arplus.pretrained.weights import choose, initialise
+from arplus.runs import checkpoint
 from arplus.runs.folder import RunFolder
 from arplus.text import Vocabulary, sizes
 from arplus.training.estimate import report
@@ -140,6 +142,7 @@ def test_parts_are_taken_apart(tmp_path: Path) -> None:
     assert model.layers[0].feed_forward.contract.weight.equal(last)
 
 
+@pytest.mark.soak
 def test_a_model_on_s3_is_the_one_that_was_put_there(tmp_path: Path, s3_server: Any) -> None:
     make_pretrained(tmp_path, "Electra")
     for file in tmp_path.iterdir():
@@ -289,6 +292,15 @@ def test_every_worker_starts_from_the_same_weights(run: TrainConfig) -> None:
     assert not first["characters.weight"].equal(random["characters.weight"])
     assert first["head.weight"].equal(random["head.weight"])
     assert "parameters are its, the others start as ever; layers 0, 1, 2 of 3; 45 of 49 characters" in report(run)
+
+
+def test_a_run_that_goes_on_does_not_start_again(run: TrainConfig, tmp_path: Path) -> None:
+    trained = fresh(run.model).weights()
+    state = dataclasses.replace(random_state(), config=run, weights=trained)
+    there = checkpoint.save(f"{run.storage}/{run.run_name}", state)
+    shutil.rmtree(tmp_path / "electra")
+    weights = load(run, there)[1].weights()
+    assert all(value.equal(trained[name]) for name, value in weights.items())
 
 
 def test_other_weights_under_the_same_path_are_refused_and_a_run_that_goes_on_needs_none(

@@ -1,4 +1,4 @@
-"""Every other form of the model on the whole road, with two workers at every stage; N minutes on two busy cores."""
+"""Every other form of the model on the whole road, with two workers at every stage."""
 
 from dataclasses import replace
 from pathlib import Path
