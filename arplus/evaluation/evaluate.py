@@ -36,7 +36,7 @@ from arplus.evaluation.replies import readable
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
-from arplus.model.network import Encoded, PersonaTransformer
+from arplus.model.network import PersonaTransformer
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import build_model
 from arplus.sums import Sums
@@ -227,8 +227,8 @@ class Evaluator:
         references = replies.copy()
         for rows, batch in self._batches(window, np.arange(len(window))):
             with autocast(self.device):
-                memories, z_B = self.model.encode_and_weigh(batch)
-                nats_GR[:, rows] = nll_per_example(self.model, batch, memories).cpu()
+                nats_GB, z_B = nll_per_example(self.model, batch)
+                nats_GR[:, rows] = nats_GB.cpu()
                 drawn = generate(self.model, batch, self.sampling, random).tolist()
             ends = batch.response.sequences.offsets[1:-1].cpu()
             for row, reply, reference in zip(rows, drawn, batch.target_N.cpu().tensor_split(ends), strict=True):
@@ -302,17 +302,15 @@ class Evaluator:
         return Persona.from_words([words[1], words[3], *words[5:]])
 
 
-def nll_per_example(model: PersonaTransformer, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
-    """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets."""
+def nll_per_example(model: PersonaTransformer, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """L_D and L_LM of each example of a batch, (2, B), in nats summed over its targets; and z of a predicted weight."""
     target_N = batch.target_N.long()
+    hidden_GND, z_B = model.hidden_and_weigh(batch)
     nats_NG = torch.stack(
-        [
-            cross_entropy(model.head(hidden_ND).float(), target_N, reduction="none")
-            for hidden_ND in model.hidden_at_targets(batch, memories)
-        ],
+        [cross_entropy(model.head(hidden_ND).float(), target_N, reduction="none") for hidden_ND in hidden_GND],
         dim=-1,
     )
-    return batch.response.sequences.sum(nats_NG).T
+    return batch.response.sequences.sum(nats_NG).T, z_B
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -80,18 +80,22 @@ class PersonaTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """L_D and L_LM of the batch as sums over its targets, ``len(batch.target_N)``; L_W over its examples."""
-        memories, z_B = self.encode_and_weigh(batch)
-        dialogue, auxiliary = self.head(self.hidden_at_targets(batch, memories), batch.target_N)
+        hidden_GND, z_B = self.hidden_and_weigh(batch)
+        dialogue, auxiliary = self.head(hidden_GND, batch.target_N)
         if z_B is None:
             return Losses(dialogue, auxiliary)
         assert batch.persona_related_B is not None, "what predicts is told what to predict"
         return Losses(dialogue, auxiliary, *weight_sums(z_B, batch.persona_related_B))
 
-    def hidden_at_targets(self, batch: Batch, memories: list[Encoded] | None = None) -> Tensor:
-        """What the head is given for L_D and for L_LM, (2, N, D); ``memories`` are those of :meth:`encode`."""
-        memories = self.encode(batch) if memories is None else memories
+    def hidden_at_targets(self, batch: Batch) -> Tensor:
+        """What the head is given for L_D and for L_LM, (2, N, D)."""
+        return self.hidden_and_weigh(batch)[0]
+
+    def hidden_and_weigh(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The same, and z (B,) of the predicted weights, as :meth:`encode_and_weigh` gives it."""
         auxiliary = [self.encode_infilled(batch.infilled)] if batch.infilled is not None else []
-        return torch.stack([self.decode(batch.response, each) for each in (memories, auxiliary)])
+        dialogue, z_B = self.encode_and_weigh(batch)
+        return torch.stack([self.decode(batch.response, memories) for memories in (dialogue, auxiliary)]), z_B
 
     # ------------------------------------------------------------------------------------------------------ encoding
 
@@ -120,11 +124,11 @@ class PersonaTransformer(nn.Module):
             encoded_ND = self._encode(x_ND + contexts.spread(o_BD).to(x_ND.dtype), contexts)
             return [self._key_value(encoded_ND, contexts, None if a_B is None else 2 - a_B)], z_B
         personas = batch.persona.sequences
+        persona_ND = self.persona_input(self.characters(batch.persona.ids), personas)
         encoded_ND = self._encode(x_ND, contexts)
-        persona_ND = self._encode(self.persona_input(self.characters(batch.persona.ids), personas), personas)
         z_B, a_B = self._weigh(encoded_ND, batch.context)
         o_c = self._key_value(encoded_ND, contexts, None if a_B is None else 2 - a_B)
-        return [o_c, self._key_value(persona_ND, personas, a_B)], z_B
+        return [o_c, self._key_value(self._encode(persona_ND, personas), personas, a_B)], z_B
 
     def encode_infilled(self, infilled: Packed) -> Encoded:
         """What the auxiliary decoder attends to: the response with a span replaced by [MASK] (Lewis et al. 2019)."""

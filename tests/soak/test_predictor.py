@@ -50,4 +50,19 @@ def test_its_weights_tell_the_replies_apart_and_are_better_than_any_other(folder
     assert predictor["mean_a_at_0"] <= 0.1
     ppl = {weight: result["standard"]["response_ppl"] for weight, result in found.items()}
     assert ppl["auto"] < min(ppl["0"], ppl["1"])
-    assert found["1"]["persona"]["agreement"] > found["0"]["persona"]["agreement"]
+
+
+def test_a_weight_of_0_silences_a_persona(tmp_path: Path) -> None:
+    """Of the demo's model, which was trained at 1: what is left is chance."""
+    done("jobs/synthesize.py --records 40000 --persona-answers 0.9 --chatterbot --seed 1 --output raw", tmp_path)
+    done("jobs/prepare.py --input raw --output data --valid 0.02 --test 0.02", tmp_path)
+    run = "--data data --storage runs --run-name demo --epochs 2 --max-steps 2000 --seed 1"
+    done(f"jobs/train.py arplus --tiny {run}", tmp_path)
+    agreement = []
+    for weight in (0, 1):
+        where = f"--checkpoint runs/demo --data data --split test --persona-weight {weight} --json {weight}.json"
+        done(f"jobs/evaluate.py {where}", tmp_path)
+        found = json.loads((tmp_path / f"{weight}.json").read_text())["splits"]["test"]["persona"]
+        agreement.append(found["agreement"])
+        by_chance = found["agreement_with_shuffled_personas"]
+    assert agreement[0] < by_chance + 0.1 < agreement[1]
