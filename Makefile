@@ -44,7 +44,7 @@ demo: setup
 	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 男 --location 北京 --tags '篮球;电影' --say '你是男生还是女生？' --seed 1
 	$(BIN)/python jobs/chat.py --checkpoint $(DEMO)/runs/demo --gender 女 --location '广东 广州' --tags '美食;旅游' --say '你是男生还是女生？' --seed 1
 	@echo
-	@echo "See the run in MLflow, then open http://127.0.0.1:5000 in a browser:"
+	@echo "See the run in MLflow, then open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning in a browser:"
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(DEMO)/runs/mlflow.db"
 	@echo "Train on your own data (one JSON record a line, the form is in README.md):"
 	@echo "  $(BIN)/python jobs/prepare.py --input YOUR_RECORDS --output data"

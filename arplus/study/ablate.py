@@ -273,7 +273,7 @@ def _conclude(
     said = (
         f"The paper's rows on `{config.run.data}`: {len(rows)} rows of {config.seeds} seeds. A difference to AR+, "
         f"or of a variant to its preset, is noise where {report.NOISE} stands.\n\n```\n{text}\n```\n\n"
-        f"[The report]({tracking.run_url(study.tracked)}/artifacts/report.html), also in `{study.uri}`; "
+        f"[The report]({tracking.run_url(study.tracked, 'artifacts/report.html')}), also in `{study.uri}`; "
         f"[the runs compared]({compare_url})."
     )
     tracker.set_tags({NOTE: said})

@@ -92,7 +92,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
             f"Learning-rate range test of `{run.preset}` on `{run.data}`. **The loss falls steepest at "
             f"{lr['suggestion']}**; rates from {lr['low']} to {lr['high']} are worth a sweep: "
             f"`jobs/tune.py {run.preset} --lr-bounds {storage.join(uri, FILE)} …`. "
-            f"[The curve]({tracking.run_url(tracked)}/artifacts/lr_range.svg)."
+            f"[The curve]({tracking.run_url(tracked, 'artifacts/lr_range.svg')})."
         )
         tracker.set_tags({NOTE: said} | {f"lr.{key}": value for key, value in lr.items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}

@@ -16,6 +16,10 @@ from urllib.parse import quote
 from arplus import storage
 from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact, server_problem
 
+_TRAINING = "workflowType=machine_learning"
+"""Opens MLflow's pages for model training. By default they are those of agents, whatever the experiment's tag says, as
+seen in 3.17; the browser remembers what was opened last."""
+
 
 class RunRef(NamedTuple):
     """One MLflow run, as plain values that travel to the workers and into checkpoints."""
@@ -70,23 +74,25 @@ def _checked(uri: str) -> str:
     return uri
 
 
-def run_url(run: RunRef) -> str:
-    """The run's page: on its server, or for sqlite on the server that :func:`open_command` starts."""
-    server = redact(run.uri) if run.uri.startswith("http") else "http://127.0.0.1:5000"
-    # MLflow 3 opens on a page about agents; only this address shows the run itself.
-    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+def run_url(run: RunRef, page: str = "") -> str:
+    """A page of the run, such as ``artifacts/NAME``; see :func:`study_url`."""
+    return study_url(run, f"/{run.run_id}" + (f"/{page}" if page else ""))
 
 
-def study_url(run: RunRef) -> str:
-    """The page that lists the runs of a run's experiment."""
-    return run_url(run).rpartition("/")[0]
+def study_url(run: RunRef, below: str = "") -> str:
+    """The page that lists the runs of a run's experiment: on its server, for sqlite on that of :func:`open_command`."""
+    # MLflow 3 opens on a page about agents; only this address shows runs themselves.
+    return f"{_server(run)}/#/experiments/{run.experiment_id}/runs{below}?{_TRAINING}"
 
 
 def compare_url(runs: Sequence[RunRef]) -> str:
     """The page on which runs of one experiment are compared."""
-    server = run_url(runs[0]).partition("/#/")[0]
     ids, experiments = json.dumps([run.run_id for run in runs]), json.dumps([runs[0].experiment_id])
-    return f"{server}/#/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}"
+    return f"{_server(runs[0])}/#/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}&{_TRAINING}"
+
+
+def _server(run: RunRef) -> str:
+    return redact(run.uri) if run.uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 def open_command(uri: str) -> str | None:

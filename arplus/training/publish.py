@@ -60,7 +60,7 @@ def describe(
     said = (
         f"`{config.preset}` trained on `{config.data}`: {examples:,} examples, batches of {config.batch_size}, up to "
         f"{config.epochs} epochs, learning rate {config.optimizer.lr:g}, λ1 {config.objective.lambda1:g}. The run's "
-        f"folder is `{uri}`; all settings are in [config.json]({tracking.run_url(run)}/artifacts/config.json)."
+        f"folder is `{uri}`; all settings are in [config.json]({tracking.run_url(run, 'artifacts/config.json')})."
     )
     if error is not None:
         return f"**Failed:** {failure.reason(error)}\n\n{said}"
@@ -74,9 +74,9 @@ def describe(
     if not sent:
         return said
     return (
-        f"{said}\n\nThe best checkpoint is [a model]({tracking.run_url(run)}/artifacts/{ARTIFACT}) of MLflow's, and "
-        f"`runs:/{run.run_id}/{ARTIFACT}` to `jobs/chat.py` and others; "
-        f"[some of its replies]({tracking.run_url(run)}/artifacts/sample_replies.txt)."
+        f"{said}\n\nThe best checkpoint is [a model]({tracking.run_url(run, f'artifacts/{ARTIFACT}')}) of MLflow's, "
+        f"and `runs:/{run.run_id}/{ARTIFACT}` to `jobs/chat.py` and others; "
+        f"[some of its replies]({tracking.run_url(run, 'artifacts/sample_replies.txt')})."
     )
 
 

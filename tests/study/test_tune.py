@@ -155,7 +155,7 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     version = client.get_model_version_by_alias("sweep", "best")
     assert version.run_id == runs["trial-0001"].info.run_id
     assert {a.path for a in client.list_artifacts(version.run_id, "checkpoint")} >= {"checkpoint/weights.safetensors"}
-    assert result["runs_url"].endswith(f"#/experiments/{experiment.experiment_id}/runs")
+    assert result["runs_url"].endswith(f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning")
     assert all(run.info.run_id in result["compare_url"] for run in runs.values())
 
 

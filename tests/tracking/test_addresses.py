@@ -47,17 +47,18 @@ def test_a_folder_is_no_sqlite_file(tmp_path):
 def test_how_to_open_a_run(tmp_path):
     local = RunRef(f"sqlite:///{tmp_path}/mlflow.db", "3", "abc")
     assert f"ui --workers 1 --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in open_command(local.uri)
-    assert run_url(local) == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    assert run_url(local) == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
     remote = RunRef("https://mlflow.example.org", "3", "abc")
     assert open_command(remote.uri) is None
-    assert run_url(remote) == "https://mlflow.example.org/#/experiments/3/runs/abc"
+    assert run_url(remote) == "https://mlflow.example.org/#/experiments/3/runs/abc?workflowType=machine_learning"
 
 
 def test_where_runs_are_compared():
     runs = [RunRef("http://h:5000", "7", "a"), RunRef("http://h:5000", "7", "b")]
-    assert study_url(runs[0]) == "http://h:5000/#/experiments/7/runs"
+    assert study_url(runs[0]) == "http://h:5000/#/experiments/7/runs?workflowType=machine_learning"
     assert compare_url(runs) == (
         "http://h:5000/#/compare-runs?runs=%5B%22a%22%2C%20%22b%22%5D&experiments=%5B%227%22%5D"
+        "&workflowType=machine_learning"
     )
 
 
