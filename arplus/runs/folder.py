@@ -74,7 +74,6 @@ class RunFolder:
         self.read_attempt = patient(attempt.read, uri)
         self.take_over = patient(attempt.take_over, uri)
         self.start_attempt = patient(attempt.start, uri)
-        self.note_failure = patient(attempt.note_failure, uri)
         self.request_stop = patient(attempt.request_stop, uri)
         self.delete_audit = patient(storage.delete, storage.join(uri, "audit"))
 

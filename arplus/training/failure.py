@@ -13,8 +13,8 @@ import torch
 from ray.exceptions import RayError
 
 from arplus.errors import ArplusError, RunError, redact
+from arplus.runs import attempt
 from arplus.runs.attempt import Attempt
-from arplus.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class FailureNotes(ray.train.UserCallback):
         self.job = job
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Notes it. What goes wrong with that is of no matter to the run."""
+        """Notes it, without waiting for storage that is away: the workers are to start again."""
         try:
-            RunFolder(self.run_uri).note_failure(self.job, lambda workers: describe(worker_exceptions, workers))
+            attempt.note_failure(self.run_uri, self.job, lambda workers: describe(worker_exceptions, workers))
         except (ArplusError, OSError) as error:
             log.warning("why workers failed is not noted: %s", error)
 
