@@ -199,7 +199,6 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
     for trial in study.trials.values():
         study.save(trial)
     judged = verdict.judge(study)
-    study.drop_checkpoints()  # which the runner-up's was needed for
     verdict.annotate(study, judged)
     result: dict[str, Any] = {
         "study": study.name,
@@ -213,10 +212,11 @@ def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, datas
         "serve": tracking.open_command(study.tracked.uri),
         "runs_url": tracking.study_url(study.tracked),
         "compare_url": tracking.compare_url(runs),
-        "trials": [asdict(trial) | {"config": None} for trial in study.trials.values()],
+        "trials": [asdict(trial) | {"config": None, "kept": None} for trial in study.trials.values()],
     }
     files = {"best_config.json": storage.as_json(to_dict(settings)), "trials.csv": as_csv(rows(study))}
     conclude(study, tracker, dataset, result, files)
+    study.drop_checkpoints()  # the runner-up's was needed for the verdict, which result.json now holds
     final = best.final.flat() if best.final else {}
     figures = {key: value for key, value in final.items() if isinstance(value, int | float)}
     ended = sum(trial.ended for trial in study.trials.values())
