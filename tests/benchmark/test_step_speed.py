@@ -88,7 +88,7 @@ def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes  # each side measures its peak memory in one of its own
-@pytest.mark.parametrize("bart", [True, False])
+@pytest.mark.parametrize("bart", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_train(bart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if bart:
         pytest.importorskip("transformers", reason="the comparison needs make benchmark-deps")
