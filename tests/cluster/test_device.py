@@ -1,14 +1,11 @@
 """``--device`` on real clusters: what is alive, what is only asked for, and that evaluation waits without hanging."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from helpers.commands import run_worker
 from helpers.prepared import random_state, write_dataset
 
 from arplus.cluster import connection
@@ -34,18 +31,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, forked_workers: None) -> 
 
 def on_a_cluster(settings: dict[str, Any], cpus: int, gpus: int, joining: int) -> dict[str, Any]:
     """What ``device_worker.py`` prints; it hangs where Ray does, and is then ended."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "helpers" / "device_worker.py", *map(str, (cpus, gpus, joining))],
-        input=json.dumps(settings),
-        # Without what this process's own cluster, if it has one, left there: its port, for one.
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_worker("device_worker.py", cpus, gpus, joining, given=json.dumps(settings), timeout=150)
 
 
 @pytest.mark.soak

@@ -1,31 +1,15 @@
 """``--gpus-per-worker``, ``--accelerator-type`` and ``--label-selector`` on a cluster of three kinds of nodes."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-WORKER = Path(__file__).parents[1] / "helpers" / "placement_worker.py"
+from helpers.commands import run_worker
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, forked_workers: None) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, WORKER, tmp_path_factory.mktemp("runs")],
-        # Without what this process's own cluster, if it has one, left there: its port, for one.
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_worker("placement_worker.py", tmp_path_factory.mktemp("runs"), timeout=250)
 
 
 def test_labels_are_matched_as_ray_does(seen: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """The commands as a user types them, with this Python: on a Ray of their own, on the tests' cluster, or on none."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +34,22 @@ def shared() -> dict[str, str]:
 
     ours = {k: v for k, v in os.environ.items() if k.startswith("RAY_")}
     return away() | ours | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+def run_worker(name: str, *arguments: object, timeout: float, given: str | None = None) -> dict[str, Any]:
+    """The JSON that a script beside this one prints last; it starts a cluster of its own, and hangs where Ray does."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name(name), *map(str, arguments)],
+        input=given,
+        # Without what this process's own cluster, if it has one, left there: its port, for one.
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def words(command: str) -> list[str]:
