@@ -30,8 +30,8 @@ def resolved(config: ModelConfig, before: ModelConfig | None = None) -> ModelCon
     path = models.absolute(features.path)
     same = before is not None and before.features.path == path
     source = models.load(path, FLAG, before.features.digest if before and same else features.digest)
-    width, digest = source.network.config.hidden_size, models.digest(path, FLAG)
-    return replace(config, features=replace(features, path=path, width=width, digest=digest))
+    width = source.network.config.hidden_size
+    return replace(config, features=replace(features, path=path, width=width, digest=source.digest))
 
 
 def attach(model: PersonaTransformer, characters: Vocabulary, rules: ExampleRules) -> PersonaTransformer:

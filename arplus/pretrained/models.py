@@ -47,6 +47,8 @@ class Pretrained(NamedTuple):
     network: Any
     """The bare network (:class:`transformers.PreTrainedModel`), in evaluation mode, in fp32, on the CPU."""
     vocabulary: Mapping[str, int]
+    digest: str
+    """SHA-256 of its weights."""
 
 
 def absolute(path: str) -> str:
@@ -84,7 +86,7 @@ def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
             raise UsageError(f"--{flag} {path}: cannot be read as a model ({_first_line(error)})") from None
         if lacking := sorted(name for name in about["missing_keys"] if not name.startswith("pooler.")):
             raise UsageError(f"--{flag} {path}: its weights lack {len(lacking)} of its tensors, {lacking[0]} for one")
-        return Pretrained(network.eval(), vocabulary)
+        return Pretrained(network.eval(), vocabulary, found)
 
 
 def their_ids(characters: Vocabulary, theirs: Mapping[str, int]) -> list[int | None]:
