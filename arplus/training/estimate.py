@@ -37,7 +37,7 @@ def report(config: TrainConfig) -> str:
         lines += [f"frozen beside them: {frozen:,} ({4 * frozen / 2**30:.2f} GiB more of each worker's memory)"]
     if dataset is not None and config.init.pretrained is not None:
         lines += ["", weights.initialise(model, dataset.characters, config.init)]
-    flops = forward_backward_flops(config.model, sizes, only=config.optimizer.only)
+    flops = _flops(config, sizes)
     lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
@@ -54,8 +54,8 @@ def study_report(
 ) -> list[str]:
     """Hours and cost of a study's runs, each with the examples that it trains on, as lines; ``runs`` is not empty."""
     first = runs[0][0]
-    flops = {model: forward_backward_flops(model, dataset.sizes) for model in {run.model for run, _ in runs}}
-    hours, assumed = zip(*(_worker_hours(run, flops[run.model], examples) for run, examples in runs), strict=True)
+    each = (_worker_hours(run, _flops(run, dataset.sizes), examples) for run, examples in runs)
+    hours, assumed = zip(*each, strict=True)
     total = sum(hours)
     workers, shared = first.world_sizes[-1], first.placement.runs_per_gpu if first.world_sizes[-1] == 1 else 1
     price = first.estimate.price
@@ -87,10 +87,7 @@ def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) ->
         mark = " (this run's)" if stage in {config.zero_stage_of(w) for w in workers} else ""
         figures = "".join(f"{state[stage, w] / 2**30:8.2f}" for w in shown)
         lines += [f"  {f'ZeRO {stage}':24}{figures}{mark}"]
-    micro_batches = {
-        w: activation_bytes(config.model, sizes, rules, config.micro_batch_size(w), config.optimizer.only)
-        for w in shown
-    }
+    micro_batches = {w: _activations(config, sizes, rules, w) for w in shown}
     lines += [f"  {'activations':24}" + "".join(f"{micro_batches[w] / 2**30:8.2f}" for w in shown)]
     return [
         *lines,
@@ -107,8 +104,7 @@ def _sharing(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -
         return []
     if problem := config.gpu_sharing_problem():
         return [f"on GPUs this would be refused: --gpus-per-worker {problem}"]
-    one = worker_bytes(config, sizes)[config.zero_stage_of(1), 1]
-    one += activation_bytes(config.model, sizes, rules, config.micro_batch_size(1))
+    one = worker_bytes(config, sizes)[config.zero_stage_of(1), 1] + _activations(config, sizes, rules, 1)
     return [
         f"memory of a GPU that {runs} runs share (--gpus-per-worker {config.placement.gpus_per_worker:g}): "
         f"{runs * one / 2**30:.2f} GiB, and what CUDA itself takes for {runs} processes"
@@ -125,6 +121,14 @@ def _hours(config: TrainConfig, flops: float, examples: int) -> list[str]:
         f"hours: {_span(least, most)}, worker-hours: {worker_hours:,.1f}{cost}",
         f"  (assumed: {assumed}; no loss by more workers, no start-up, validation or interruption)",
     ]
+
+
+def _flops(config: TrainConfig, sizes: VocabularySizes) -> float:
+    return forward_backward_flops(config.model, sizes, only=config.optimizer.only)
+
+
+def _activations(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules, workers: int) -> int:
+    return activation_bytes(config.model, sizes, rules, config.micro_batch_size(workers), config.optimizer.only)
 
 
 def _span(least: float, most: float) -> str:

@@ -9,6 +9,7 @@ from helpers.prepared import write_dataset
 
 from arplus.config import EstimateConfig, PlacementConfig, TrainConfig, preset, tiny
 from arplus.training.estimate import report
+from arplus.training.footprint import BYTES
 
 ROWS = ("ZeRO 0", "activations")
 
@@ -66,6 +67,17 @@ def test_what_is_frozen_is_counted_and_costs_less() -> None:
     ):
         more, less = (float(re.search(figure, said)[1]) for said in (whole, part))  # type: ignore[index]
         assert less < more, figure
+
+
+def test_a_gpu_that_runs_share_holds_less_of_what_is_frozen() -> None:
+    run = replace(preset("arplus"), placement=PlacementConfig(gpus_per_worker=0.25))
+    frozen = replace(run, optimizer=replace(run.optimizer, only=("output head",)))
+    whole, part = (
+        float(re.search(r"share \(.*\): ([\d.]+) GiB", report(each))[1])  # type: ignore[index]
+        for each in (run, frozen)
+    )
+    state = BYTES * 2 * 4 * (31_142_449 - 9_498 * 512) / 2**30  # moments and gradient, at least, of four runs
+    assert whole - part > state + 1, "activations too"
 
 
 def test_a_gpu_that_runs_share_holds_them_all(config: TrainConfig) -> None:
