@@ -91,7 +91,11 @@ def set_up(gpu_share: float, side_by_side: int = 1) -> torch.device:
 
 
 def cores() -> int:
-    """The node's cores: the machine's, or Ray's CPUs of it where they are fewer, as in a container with a quota."""
+    """The cores that this process may use (``taskset``, cpusets), or Ray's CPUs of its node where they are fewer.
+
+    A container with a quota sees all of its host's cores; Ray knows the quota.
+    """
     node = ray.get_runtime_context().get_node_id()
     logical = next(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == node)
-    return min(os.cpu_count() or 1, int(logical))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, int(logical))
