@@ -217,12 +217,22 @@ def read_bytes(uri: str) -> bytes:
 
 def size(uri: str) -> int:
     """Bytes of a file. Raises :class:`UsageError` where there is none."""
+    return int(_file(uri).size)
+
+
+def version(uri: str) -> str:
+    """What is another once a file is written anew. Raises :class:`UsageError` where there is none."""
+    file = _file(uri)
+    return f"{file.size} bytes of {file.mtime_ns} ns"
+
+
+def _file(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
     with translate_errors(uri):
         info = filesystem.get_file_info(path)
-        if info.type != fs.FileType.File:
-            raise UsageError(f"{uri}: no such file")
-        return int(info.size)
+    if info.type != fs.FileType.File:
+        raise UsageError(f"{uri}: no such file")
+    return info
 
 
 def read_range(uri: str, start: int, size: int) -> bytes:

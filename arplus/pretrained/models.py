@@ -6,15 +6,17 @@ A folder is read without the network, code that comes with a model is never run,
 
 import contextlib
 import hashlib
+import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from filelock import FileLock
 
 from arplus import storage
 from arplus.config import special_ids
@@ -25,8 +27,8 @@ T = TypeVar("T")
 
 LEAST_COVERAGE = 0.9
 """Of the text's characters, which a model's vocabulary must know, or a file of vectors."""
-HUB_SECONDS = 12.0
-"""Longest wait for the hub's first answer."""
+HUB_SECONDS = 8.0
+"""Longest wait for the hub's first answer: with what is imported before it, a job ends within 15 s."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """The first kind that a folder has is taken."""
 _FILES = ("config.json", "vocab.txt", "tokenizer*", "spiece.model", "*.index.json", *_WEIGHTS)
@@ -58,8 +60,7 @@ def absolute(path: str) -> str:
 
 def digest(path: str, flag: str) -> str:
     """SHA-256 of the model's weights. ``flag`` is the setting that named it, for errors: see :func:`load`."""
-    with _folder(path, flag) as folder:
-        return _digest(folder, path, flag)
+    return _digest(_folder(path, flag), path, flag)
 
 
 def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
@@ -68,25 +69,25 @@ def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
     Raises :class:`UsageError` where transformers is not installed, where ``path`` is not such a model, where the hub
     does not answer, and where the weights are others than expected.
     """
-    with _folder(path, flag) as folder:
-        found = _digest(folder, path, flag)
-        if expected not in (None, found):
-            raise UsageError(
-                f"--{flag} {path}: its weights are not those of before (SHA-256 {found[:12]}…, not {expected[:12]}…): "
-                "bring them back, or take another --run-name"
+    folder = _folder(path, flag)
+    found = _digest(folder, path, flag)
+    if expected not in (None, found):
+        raise UsageError(
+            f"--{flag} {path}: its weights are not those of before (SHA-256 {found[:12]}…, not {expected[:12]}…): "
+            "bring them back, or take another --run-name"
+        )
+    auto = _transformers(flag).AutoModel
+    try:
+        with torch.random.fork_rng(devices=[]):  # what the file lacks, such as a pooler, is drawn
+            network, about = auto.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
-        auto = _transformers(flag).AutoModel
-        try:
-            with torch.random.fork_rng(devices=[]):  # what the file lacks, such as a pooler, is drawn
-                network, about = auto.from_pretrained(
-                    folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-                )
-            vocabulary = _vocabulary(folder, flag)
-        except Exception as error:  # transformers and safetensors raise whatever comes up
-            raise UsageError(f"--{flag} {path}: cannot be read as a model ({_first_line(error)})") from None
-        if lacking := sorted(name for name in about["missing_keys"] if not name.startswith("pooler.")):
-            raise UsageError(f"--{flag} {path}: its weights lack {len(lacking)} of its tensors, {lacking[0]} for one")
-        return Pretrained(network.eval(), vocabulary, found)
+        vocabulary = _vocabulary(folder, flag)
+    except Exception as error:  # transformers and safetensors raise whatever comes up
+        raise UsageError(f"--{flag} {path}: cannot be read as a model ({_first_line(error)})") from None
+    if lacking := sorted(name for name in about["missing_keys"] if not name.startswith("pooler.")):
+        raise UsageError(f"--{flag} {path}: its weights lack {len(lacking)} of its tensors, {lacking[0]} for one")
+    return Pretrained(network.eval(), vocabulary, found)
 
 
 def their_ids(characters: Vocabulary, theirs: Mapping[str, int]) -> list[int | None]:
@@ -128,20 +129,26 @@ def _digest(folder: Path, path: str, flag: str) -> str:
     return sha256.hexdigest()
 
 
-@contextlib.contextmanager
-def _folder(path: str, flag: str) -> Iterator[Path]:
-    """The model as files of this machine, while they are read."""
+def _folder(path: str, flag: str) -> Path:
+    """The model as files of this machine."""
     if not _is_folder(path):
-        yield _from_hub(path, flag)
-    elif storage.is_local(path):
-        yield Path(storage.resolve(path)[1])
-    else:
-        with tempfile.TemporaryDirectory(prefix="arplus-pretrained-") as copy:
-            for uri in storage.list_files(path, missing_ok=True):
-                name = uri.removeprefix(f"{path.rstrip('/')}/")
-                if any(Path(name).match(pattern) for pattern in _FILES):
-                    storage.write_bytes(f"{copy}/{name}", storage.read_bytes(uri))
-            yield Path(copy)
+        return _from_hub(path, flag)
+    return Path(storage.resolve(path)[1]) if storage.is_local(path) else _copied(path)
+
+
+def _copied(path: str) -> Path:
+    """A folder on S3 as one of this machine: copied once for all its processes, and again when it has changed."""
+    uris = [uri for uri in storage.list_files(path, missing_ok=True) if any(map(PurePath(uri).match, _FILES))]
+    state = "\n".join(f"{uri} {storage.version(uri)}" for uri in uris)
+    copy = Path(tempfile.gettempdir(), f"arplus-pretrained-{os.getuid()}", hashlib.sha256(state.encode()).hexdigest())
+    copy.parent.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(f"{copy}.lock"):
+        if uris and not copy.exists():
+            half = Path(f"{copy}.half")  # which a process that was killed may have left
+            for uri in uris:
+                storage.write_bytes(f"{half}{uri.removeprefix(path.rstrip('/'))}", storage.read_bytes(uri))
+            half.rename(copy)
+    return copy
 
 
 def _is_folder(path: str) -> bool:
@@ -162,7 +169,7 @@ def _from_hub(name: str, flag: str) -> Path:
         _digest(folder, name, flag)
         return folder
     try:
-        revision = _within(HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=10).sha)
+        revision = _within(HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS).sha)
         return fetch(revision=revision)
     except Exception as error:  # of the hub's own, of httpx, of the system
         raise UsageError(

@@ -32,7 +32,7 @@ from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
 from arplus.training.loop import seed_dropout
 from arplus.training.publish import NOTE, params
-from arplus.training.start import load, resolve
+from arplus.training.start import check_start, load, resolve
 from arplus.training.trainer import loaders, on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     config = replace(config, run=run)
     dataset = Dataset.open(run.data)
     dataset.check_labels(run.model)
+    check_start(run, dataset)
     scaling = preflight.scaling(run)
     preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
     folder = StudyFolder(storage.join(run.storage, run.run_name))

@@ -26,6 +26,7 @@ from arplus.study.search import Search
 from arplus.study.slots import find_slots, stored_bytes
 from arplus.training.estimate import study_report
 from arplus.training.publish import NOTE
+from arplus.training.start import check_start
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     """
     config = resolve_study(config, "tune")
     dataset = _dataset(config)
+    check_start(config.run, dataset)
     dimensions = space(config, dataset)
     examples = dataset.split("train", config.run.feed.max_examples).examples
     budget = config.examples or config.run.epochs * examples

@@ -20,7 +20,7 @@ def test_a_run_starts_from_vectors_in_which_the_genders_are_neighbours(tmp_path:
         "jobs/vectors.py --data data --output vectors.txt --size 64",
         "jobs/train.py arplus --tiny --data data --max-steps 4 --init.character-vectors vectors.txt",
     ):
-        result = run(command, folder=tmp_path, environment=shared())
+        result = run(command, folder=tmp_path, environment=shared(), timeout=600)
         assert result.returncode == 0, (command, result.stderr[-3000:])
     assert "% of the text, start from" in result.stderr
     characters = Dataset.open(str(tmp_path / "data")).characters

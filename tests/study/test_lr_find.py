@@ -60,6 +60,14 @@ def test_a_range_must_be_one() -> None:
         from_dict(LrFindConfig, {"lr_from": 1e-300, "lr_to": 1e300}, source="test")
 
 
+def test_what_it_would_start_from_is_looked_at_before_anything_begins(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", {"train": [[9]], "valid": [[8]]}).uri
+    config = with_values(settings(data, tmp_path / "runs"), {"init.character_vectors": "no.txt"}, source="test")
+    with pytest.raises(UsageError, match=r"no\.txt: no such file"):
+        lr_find.find(config)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_real_range_test_leaves_curve_plot_and_bounds(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", {"train": [[150]], "valid": [[8]]}).uri

@@ -210,6 +210,8 @@ def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str,
         tune.sweep(replace(config, space=("model.dropout=uniform(0,1)",)))
     with pytest.raises(UsageError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
         tune.sweep(replace(config, space=("model.heads=choice(2,3)",)))
+    with pytest.raises(UsageError, match=r"no\.txt: no such file"):
+        tune.sweep(with_values(config, {"init.character_vectors": "no.txt"}, source="test"))
     with pytest.raises(ResourceError, match="9 workers"):
         tune.sweep(with_values(config, {"workers": 9, "batch_size": 9}, source="test"))
     assert not list(tmp_path.iterdir()), "nothing was begun"
