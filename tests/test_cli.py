@@ -299,9 +299,9 @@ def test_every_setting_is_explained() -> None:
 def test_help_says_what_is_required_and_flows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(PrepareConfig(), "--help")
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "URI of the data set to make. (required)" in shown
+    shown = capsys.readouterr().out
     assert "an encoded data set. Of a profile" in shown
+    assert "URI of the data set to make. (required)" in shown
 
 
 def test_config_needs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     links = re.findall(r'(?:src|href)="([^"#]+)', text)
     assert [link for link in links if not link.startswith("http://h/")] == [], "no script, style or image elsewhere"
     assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text, "a phone would show it as wide as a desk's screen"
     assert "#010203" not in text, "the figure takes the page's colour"
     assert text.count("<svg") == 1
 
