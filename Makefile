@@ -46,7 +46,7 @@ demo: setup
 	@echo
 	@echo "See the run in MLflow, then open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning in a browser:"
 	@echo "  $(BIN)/mlflow ui --workers 1 --backend-store-uri sqlite:///$(DEMO)/runs/mlflow.db"
-	@echo "Train on your own data (one JSON record a line, the form is in README.md):"
+	@echo "Train on your own data (one JSON record per line; the form is in README.md):"
 	@echo "  $(BIN)/python jobs/prepare.py --input YOUR_RECORDS --output data"
 	@echo "  $(BIN)/python jobs/train.py arplus --data data --run-name first"
 

@@ -61,10 +61,10 @@ def _switch(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
 def parse(default: T, arguments: Sequence[str], *, prog: str, description: str | None = None) -> T:
     """``default`` with the settings that ``arguments`` override, checked.
 
-    ``--help`` prints every setting with its default and exits 0. A bool's flag may stand alone, for True. The word None
-    unsets a setting that may be None, such as an address; what is free text takes it as text, and so does every setting
-    that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the nearest one) and
-    for a value that fails a check; exits 2 with tyro's message for a value that is not of the flag's type.
+    ``--help`` prints the settings with their defaults and exits 0. A bool's flag may stand alone, for True. The word
+    None unsets a setting that may be None, such as an address; what is free text takes it as text, and so does every
+    setting that is never None, such as a name. Raises :class:`UsageError` for an unknown flag (with the nearest one)
+    and for a value that fails a check; exits 2 with tyro's message for a value that is not of the flag's type.
     """
     return validate(_read(type(default), default, arguments, dotted_names(type(default)), prog, description))
 
@@ -75,7 +75,8 @@ def _read(
     for argument in arguments:
         if not storage.is_utf8(argument):  # Ray fails at such a command line with a traceback
             raise UsageError(f"{mask(storage.printable(argument))} is not UTF-8; rename what it names")
-    text = f"{description or kind.__doc__} The word None unsets a setting that may be None."
+    text = f"{description or kind.__doc__} The word None unsets a setting that shows {{None}}."
+    text = " ".join(text.split())  # a docstring's lines, which tyro would leave as they are
     found, unknown = _tyro(kind, default=default, args=arguments, prog=prog, description=text)
     if unknown:
         raise UsageError(unknown_flag(mask(unknown[0].partition("=")[0]), names))
@@ -104,11 +105,12 @@ class Switches:
     """What a job that trains takes beside its settings."""
 
     tiny: bool = False
-    """Shrink the network to seconds of training."""
+    """Shrink the network, so that a CPU trains it in minutes."""
     file: Annotated[str | None, tyro.conf.arg(name="config")] = None
-    """JSON file of settings, such as a run's config.json. It wins over the preset and --tiny, and flags win over it."""
+    """JSON file of settings, such as the config.json of a run. It wins over the preset and --tiny, and flags win over
+    it."""
     dry_run: bool = False
-    """Print what would be done and start nothing."""
+    """Print the settings and what they come to, such as memory and hours, and start nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,8 @@ class Command(Switches, Generic[T]):
 
 def train_command(arguments: Sequence[str], *, prog: str) -> Command[TrainConfig]:
     """Reads the command line of a training run; see :func:`preset_command`."""
-    return preset_command(arguments, lambda run: run, prog=prog, description="Trains one of the paper's rows.")
+    description = "Trains AR+ (arplus), its baseline AR (ar), or AR+ without one of its methods (no-…)."
+    return preset_command(arguments, lambda run: run, prog=prog, description=description)
 
 
 def preset_command(

@@ -33,7 +33,7 @@ class RefusedError(UsageError):
 
 
 class RunError(ArplusError):
-    """A job ended before it was done, through nobody's input; the message says what to do. Exit code 1."""
+    """A job ended before it was done, by no mistake in its input; the message says what to do. Exit code 1."""
 
 
 _SCHEME = re.compile(r"\s*(?:[^:/=@]*=)?([A-Za-z][A-Za-z0-9+.-]*):(/{1,2})")
@@ -74,13 +74,13 @@ def server_problem(url: str) -> str | None:
     try:
         parts = urlsplit(url)
         good = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, an open bracket
+    except ValueError:  # a port that is not a number, an open bracket
         good = False
     return None if good and not re.search(r"\s", url) else "must be http://HOST:PORT or https://HOST"
 
 
 def redact(text: str) -> str:
-    """``text`` with the credentials of its addresses masked: they belong in no message and no log.
+    """``text`` with the credentials of its addresses masked: they must not be in a message or a log.
 
     Where an address in it ends is a guess, and rather too much is masked than too little.
     """

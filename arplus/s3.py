@@ -115,7 +115,7 @@ def _find_connection(settings: _Settings, process: int) -> Connection:
     if endpoint is not None:
         _check_url("AWS_ENDPOINT_URL", endpoint)
     if region is not None and not re.fullmatch("[A-Za-z0-9-]{1,63}", region):
-        raise UsageError(f"AWS_REGION={region}: is no name of a region; write one such as us-east-1")
+        raise UsageError(f"AWS_REGION={region}: is not a region's name; write one such as us-east-1")
     if ca_bundle is not None and not Path(ca_bundle).is_file():
         raise UsageError(f"AWS_CA_BUNDLE={ca_bundle}: no such file")
     s3 = profile.get("s3")

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _REFUSED = re.compile(
     r"AWS Error \w*(ACCESS_DENIED|SIGNATURE|INVALID_|TOKEN|CLIENT|NO_SUCH_BUCKET|SKEWED)|HTTP status (30\d|40[0134])"
 )
-"""S3's errors that the user's settings cause, as a rule; every other one is no answer, overload, ….
+"""S3's errors that the user's settings cause, as a rule; every other one means no answer, overload, ….
 
 Overload comes as ACCESS_DENIED too (ray-project/ray#55055), and as a token that the metadata server did not give.
 """
@@ -81,7 +81,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 def _file_path(uri: str) -> str:
     """The path that a ``file:`` address names: it is an URL (RFC 8089), so what is escaped in it is unescaped here.
 
-    A plain path is no URL and is taken as it is.
+    A plain path is not a URL and is taken as it is.
     """
     rest = uri[len("file:") :]
     host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", rest[:1], rest[1:])
@@ -113,7 +113,7 @@ def _s3_path(uri: str) -> str:
     if not bucket:  # pyarrow takes "s3://" for a folder of all buckets
         raise UsageError(f"{uri}: names no bucket; write s3://BUCKET/PATH")
     if not re.fullmatch("[A-Za-z0-9._-]{1,255}", bucket):
-        raise UsageError(f"{uri}: {bucket!r} is no name of a bucket; write s3://BUCKET/PATH")
+        raise UsageError(f"{uri}: {bucket!r} is not a bucket's name; write s3://BUCKET/PATH")
     if has_empty_part(path):
         raise UsageError(f"{uri}: holds //, /./ or /../, which are names in S3, not folders; leave them out")
     return path
@@ -194,7 +194,7 @@ def list_files(uri: str, *, missing_ok: bool = False) -> list[str]:
 
 
 def _list_local(folder: str, above: tuple[str, ...]) -> list[str]:
-    """All that is below a folder and is no folder; a link to a folder ``above`` it would have no end.
+    """All files below a folder; a link to a folder ``above`` it would have no end.
 
     pyarrow's own listing fails at a name that is not UTF-8, and leaves a link to nowhere out without a word.
     """

@@ -141,7 +141,7 @@ class Vocabulary:
         lines = text.split("\n")
         pairs = [_token_and_count(line.rstrip("\r")) for line in lines if line.rstrip("\r")]
         if not pairs:
-            raise UsageError(f"{source}: an empty vocabulary; expected one token (and its count) a line")
+            raise UsageError(f"{source}: an empty vocabulary; expected one token (and its count) per line")
         special = next((token for token, _ in pairs if token in SPECIAL_TOKENS), None)
         if special:
             raise UsageError(f"{source}: contains {special}; leave the nine special tokens out, they come last")

@@ -13,7 +13,7 @@ def main() -> None:
         sys.argv[1:],
         lambda run: AblateConfig(run=run),
         prog="jobs/ablate.py",
-        description="Trains AR, AR+ and AR+ less each method, and makes the paper's tables.",
+        description="Trains AR, AR+ and AR+ without each of its methods, and makes the paper's tables.",
         only="arplus",
     )
     from arplus.cluster import connection

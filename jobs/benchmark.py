@@ -24,10 +24,14 @@ def main() -> None:
     """Reads the command line, measures, prints the table and writes what is asked for."""
     subject, *arguments = sys.argv[1:] or [""]
     if subject in ("-h", "--help"):
-        print(f"{PROG} SUBJECT [settings]; {PROG} SUBJECT --help\nSUBJECT is one of {', '.join(SUBJECTS)}")
+        print(f"usage: {PROG} SUBJECT [OPTIONS]\n\nMeasures one subject on this machine or cluster:\n")
+        for name, (settings, _) in SUBJECTS.items():
+            print(f"  {name:9} {settings.__doc__}")
+        print(f"\n{PROG} SUBJECT --help lists the settings of a subject.")
         return
     if subject not in SUBJECTS:
-        raise UsageError(f"{PROG} SUBJECT …: SUBJECT must be one of {', '.join(SUBJECTS)} (got {subject!r})")
+        got = f" (got {subject!r})" if subject else ""
+        raise UsageError(f"a subject is required: {PROG} SUBJECT …, one of {', '.join(SUBJECTS)}{got}")
     default, module = SUBJECTS[subject]
     settings = cli.parse(default, arguments, prog=f"{PROG} {subject}")
     from arplus.benchmark import figures, usage

@@ -14,7 +14,8 @@ def main() -> None:
         sys.argv[1:],
         lambda run: LrFindConfig(run=run),
         prog="jobs/lr_find.py",
-        description="Finds the learning rates at which a model learns, by training it at one that grows step by step.",
+        description="A learning-rate range test: trains with a rate that grows from step to step, and says where the "
+        "loss falls.",
     )
     if command.dry_run:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains one of the paper's rows: ``python jobs/train.py PRESET [--tiny] [--config FILE] [--dry-run] [settings]``."""
+"""Trains AR, AR+ or another preset: ``python jobs/train.py PRESET [--tiny] [--config FILE] [--dry-run] [settings]``."""
 
 import json
 import sys

@@ -13,7 +13,7 @@ def main() -> None:
         sys.argv[1:],
         lambda run: TuneConfig(run=run),
         prog="jobs/tune.py",
-        description="Searches the best settings of a training run by its response perplexity on validation.",
+        description="Searches settings of a training run; the best has the lowest response perplexity on validation.",
     )
     from arplus.cluster import connection
     from arplus.study import tune

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 
 from arplus import cli
+from arplus.benchmark import options
 from arplus.config import (
     PRESETS,
     ChatConfig,
@@ -28,6 +31,8 @@ from arplus.config import (
 from arplus.errors import ResourceError, UsageError
 
 REPOSITORY = Path(__file__).parents[1]
+ENDINGS = ("Config", "Benchmark", "Rules", "Sampling", "Output", "Command")
+"""Of the names of classes whose fields are flags."""
 
 
 def train(*arguments: str) -> TrainConfig:
@@ -139,7 +144,7 @@ def test_none_unsets_what_may_be_none_and_is_text_elsewhere(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         parse(ChatConfig(), "--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "The word None unsets a setting that may be None." in shown
+    assert "The word None unsets a setting that shows {None}." in shown
 
 
 @pytest.mark.parametrize("arguments", [["--records", "many"], ["--records"], ["--records", "1.5"]])
@@ -259,7 +264,7 @@ def test_help_flows_whatever_the_lines_of_the_source(
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         train("--help")
-    assert "cluster has room for at any time" in capsys.readouterr().out
+    assert "MIN:MAX is as many as the cluster has room" in capsys.readouterr().out
 
 
 def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +273,35 @@ def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("no-factor-ff", "--tiny", "--config", "--dry-run", "--optimizer.lr"))
+
+
+def test_help_of_train_begins_with_what_is_changed_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train("--help")
+    found = re.findall(r"^[│ ] (--[a-z0-9.-]+)", capsys.readouterr().out, re.MULTILINE)
+    switches = ["--tiny", "--config", "--dry-run"]
+    first = ["--data", "--run-name", "--storage", "--epochs", "--max-steps", "--batch-size", "--seed", "--workers"]
+    assert found[:11] == switches + first
+    sections = dict.fromkeys(name.partition(".")[0] for name in found if "." in name)
+    assert list(sections) == [f"--{name}" for name in ("optimizer", "objective", "feed", "model", "init", "estimate")]
+
+
+def test_every_setting_is_explained() -> None:
+    modules = [module for name, module in sys.modules.items() if name.startswith(("arplus.config.", options.__name__))]
+    found = {value for module in modules for value in vars(module).values() if is_dataclass(value)}
+    kinds = [kind for kind in found if isinstance(kind, type) and kind.__doc__ and kind.__name__.endswith(ENDINGS)]
+    assert len(kinds) > 20
+    for kind in kinds:
+        said = {p.arg_name for p in docstring_parser.parse_from_object(kind).params if p.description}
+        assert set(kind.__annotations__) - said == set(), kind
+
+
+def test_help_says_what_is_required_and_flows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PrepareConfig(), "--help")
+    shown = capsys.readouterr().out
+    assert "an encoded data set. Of a profile" in shown
+    assert "URI of the data set to make. (required)" in shown
 
 
 def test_config_needs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

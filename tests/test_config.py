@@ -478,19 +478,19 @@ def test_what_makes_a_training_run_the_run_it_is() -> None:
     sections = ("model.", "objective.", "optimizer.")
     identity = [name for name in names_of_role(TrainConfig, Role.IDENTITY) if not name.startswith(sections)]
     assert identity == [
-        "precision",
         "batch_size",
         "seed",
+        "precision",
         "init_from",
+        "feed.shuffle_window_batches",
+        "feed.max_examples",
         "init.pretrained",
         "init.parts",
         "init.layers",
         "init.digest",
         "init.character_vectors",
-        "feed.shuffle_window_batches",
-        "feed.max_examples",
     ]
-    assert names_of_role(TrainConfig, Role.LABEL) == ["preset", "experiment"]
+    assert names_of_role(TrainConfig, Role.LABEL) == ["experiment", "preset"]
     assert names_of_role(TrainConfig, Role.BUDGET) == ["epochs", "max_steps", "validate_every", "patience"]
     own = [name for name in names_of_role(TuneConfig, Role.OPERATION) if name not in dotted_names(TrainConfig)]
     assert own == ["concurrency", "trials"]

@@ -208,7 +208,7 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(settings: Any, tmp_pa
         ("role_arn = arn:aws:iam::1:role/r\nsource_profile = gone", "AWS's keys: .*gone"),
         ("sso_session = x\nsso_account_id = 1\nsso_role_name = r", "AWS's keys: .*"),
         ("s3 =\n  addressing_style = dns", "addressing_style = dns: must be auto, path or virtual"),
-        ("region = eu west", "AWS_REGION=eu west: is no name of a region"),
+        ("region = eu west", "AWS_REGION=eu west: is not a region's name"),
     ],
 )
 def test_a_profile_that_gives_no_keys_is_named(settings: Any, profile: str, said: str) -> None:
@@ -373,7 +373,7 @@ def test_both_clients_take_the_same_key(settings: Any) -> None:
             (f"s3://bucket/{key}", "holds //, /./ or /../")
             for key in ("a//b", "/a", "a/./b", "a/../b", "../other", "..")
         ),
-        *((f"s3://{name}", "is no name of a bucket") for name in ("my bucket/x", "b?x=y/z", "b#x", "桶/x")),
+        *((f"s3://{name}", "is not a bucket's name") for name in ("my bucket/x", "b?x=y/z", "b#x", "桶/x")),
         ("S3:///key", "names no bucket"),
         ("s3:/bucket/key", "names no bucket"),
     ],

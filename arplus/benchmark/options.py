@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from arplus.config import ExampleRules, FeedConfig, Required, TrainConfig
+from arplus.config import ExampleRules, FeedConfig, Required, RequiredText, TrainConfig
 
 WINDOW = 64
 """Batches of the window that replies are given to."""
@@ -28,11 +28,11 @@ class PoolBenchmark(Output):
     """What the benchmarks that take batches of a pool have in common."""
 
     data: str | None = None
-    """URI of a prepared data set to take the examples from; by default they are random ones of real lengths."""
+    """URI of a prepared data set to take the examples from. By default they are random, with the real ones' lengths."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per batch."""
     compare: bool = True
-    """Whether the other sides are measured too, which takes most of the time."""
+    """Measure what ours is compared with too. This takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class TrainBenchmark(PoolBenchmark):
     precision: Literal["auto", "fp32", "bf16"] = TrainConfig.precision
     """Arithmetic of our forward pass; the others run in fp32."""
     compile: Literal["auto", "on", "off"] = TrainConfig.compile
-    """Our step compiled, on batches of one shape; auto does on GPUs."""
+    """Compile our step, on batches of one shape. auto compiles on GPUs."""
     batches: Annotated[int, Gt(0)] = 2
     """Batches that each side takes per round."""
     rounds: Annotated[int, Gt(0)] = 4
-    """Rounds that the medians are taken of, after steps of each side that are not counted."""
+    """Rounds to take the medians of. Some steps of each side before them are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class GenerateBenchmark(PoolBenchmark):
     batches: Annotated[int, Gt(0), Le(WINDOW)] = 8
     """Batches of the window that are timed in every round."""
     rounds: Annotated[int, Gt(0)] = 3
-    """Rounds that the medians are taken of, after one batch of ours that is not counted."""
+    """Rounds to take the medians of. One batch of ours before them is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +68,15 @@ class ScaleBenchmark(Output):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     batch_size: Annotated[int, Gt(1)] = 32
-    """Examples per worker and step in what is measured."""
+    """Examples per worker and step, in the measurement."""
     steps: Annotated[int, Gt(0)] = 4
-    """Steps that a median is taken of, after one that is not counted."""
+    """Steps to take a median of. One step before them is not counted."""
     gpu_examples_per_second: Annotated[float, Gt(0)] = 15_250
-    """One GPU's rate at gpu_batch_size in what is predicted; take the figure of jobs/benchmark.py train --batch-size
+    """Rate of one GPU at --gpu-batch-size, for the prediction; take the figure of jobs/benchmark.py train --batch-size
     on that GPU. The default is a guess for an H100 (±25 %), from counts of its kernels and of the bytes that they move.
     """
     gpu_batch_size: Annotated[int, Gt(0)] = 1024
-    """Examples per GPU and step."""
+    """Examples per GPU and step, in the prediction."""
     gpus_per_node: Annotated[int, Gt(0)] = 8
     """GPUs that share a machine."""
     node_bandwidth_gb: Annotated[float, Gt(0)] = 300
@@ -86,25 +86,25 @@ class ScaleBenchmark(Output):
     feed_examples_per_second: Annotated[float, Gt(0)] = 100_000
     """Examples per second that one core of the feed reads; take the figure of jobs/benchmark.py data."""
     feed_cores: Annotated[int, Gt(0)] = 8
-    """Cores per GPU that the feed may use; a window is read by one of all these cores, once for all GPUs."""
+    """Cores per GPU that the feed may use. A window is read by one of all these cores, once for all GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmark(Output):
     """Measures the data feed of one training worker."""
 
-    data: Annotated[str, Required("the URI of a prepared data set (make one with jobs/prepare.py)")] = ""
+    data: Annotated[RequiredText, Required("the URI of a prepared data set (make one with jobs/prepare.py)")] = ""
     """URI of a prepared data set; its training split is read."""
     batch_size: Annotated[int, Gt(0)] = 64
     """Examples per batch."""
     shuffle_window_batches: Annotated[int, Gt(0)] = FeedConfig.shuffle_window_batches
     """Batches per window; see jobs/train.py."""
     passes: Annotated[int, Gt(0)] = 5
-    """Passes that the median is taken of, after one that is not counted."""
+    """Passes to take the median of. One pass before them is not counted."""
     max_steps: Annotated[int, Gt(0)] | None = None
-    """Batches per pass at most; by default a whole epoch."""
+    """Most batches per pass. By default a whole epoch."""
     compared_steps: Annotated[int, Ge(0)] = 512
-    """Batches per pass of the datasets + DataLoader side, which is slower; 0 leaves it out."""
+    """Batches per pass of what is compared, datasets with a DataLoader, which is slower. 0 leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +112,11 @@ class PrepareBenchmark(Output):
     """Measures the preparation of raw records."""
 
     input: str | None = None
-    """URI of raw records; by default they are generated."""
+    """URI of raw records. By default they are generated."""
     output: str | None = None
-    """URI of the data set to make, which stays; by default a temporary folder."""
+    """URI of the data set to make, which stays. By default it is made in a temporary folder."""
     records: Annotated[int, Gt(0)] = 400_000
-    """Records generated where there is no input; 4.5 % of them repeat an earlier one."""
+    """Records to generate without --input; 4.5 % of them repeat an earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,4 +134,4 @@ class FaultsBenchmark(Output):
     steps: Annotated[int, Ge(8)] = 24
     """Optimizer steps of the run; the kill falls in their middle."""
     records: Annotated[int, Gt(0)] = 2_000
-    """Records generated to train on."""
+    """Records to generate and train on."""

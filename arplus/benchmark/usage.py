@@ -101,7 +101,7 @@ class Usage:
         self.cpu_seconds = 0.0
         """CPU time of the processes that are alive at the end."""
         self.peak_memory_bytes = 0
-        """Peak of :func:`memory_bytes`, looked at twice a second."""
+        """Peak of :func:`memory_bytes`, looked at twice per second."""
 
     def __enter__(self) -> Self:
         self._before = dict(_cpu_seconds())

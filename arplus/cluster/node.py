@@ -20,7 +20,7 @@ SLOW_BF16 = (
     "--precision bf16: this processor has no bf16 instructions (avx512_bf16, amx_bf16 or Arm's bf16), so that training "
     "takes several times as long as in fp32; take --precision fp32, or auto"
 )
-"""Measured: the tiny model trains at 18 examples a second instead of 140 on a processor with AVX2 alone."""
+"""Measured: the tiny model trains at 18 examples per second instead of 140 on a processor with AVX2 alone."""
 
 
 class NodeReport(NamedTuple):

@@ -69,7 +69,7 @@ def _answers(asked: dict[ray.ObjectRef[Any], dict[str, Any]]) -> tuple[list[Any]
     while late and waited < LONGEST_S and not any(last_words(asked[ref]["NodeID"]) for ref in late):
         if waited == ANSWER_S:
             names = ", ".join(name_of(asked[ref]) for ref in late)
-            log.warning("no answer within %.0f s from %s, where workers start slowly: waiting", ANSWER_S, names)
+            log.warning("no answer from %s within %.0f s: its workers start slowly, so the job waits", names, ANSWER_S)
         waited += _LOOK_S
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_S)
     return ready, late, waited
@@ -111,7 +111,7 @@ def last_words(node_id: str) -> str:
     Such a worker writes to the log of its node's raylet, among the raylet's own lines.
     """
     lines: list[str] = []
-    with contextlib.suppress(Exception):  # an explanation that cannot be had is no reason to fail in another way
+    with contextlib.suppress(Exception):  # without an explanation the job must not fail in another way
         lines = _log_of(node_id, "raylet.err")
     said = [line.strip() for line in lines if line.strip() and not _RAYLETS_OWN.match(line)]
     return said[-1] if said else ""

@@ -25,7 +25,7 @@ def leave_out() -> None:
 
 
 def _say_it_unheard() -> None:
-    """Makes Ray say it here and now, unheard: it says it once a process, past Python's streams.
+    """Makes Ray say it here and now, unheard: it says it once per process, past Python's streams.
 
     The actor is bound to a node that is not there, so nothing is started.
     """

@@ -39,7 +39,7 @@ from arplus.config.model import (
 )
 from arplus.config.optimization import ObjectiveConfig, OptimizerConfig
 from arplus.config.placement import PlacementConfig
-from arplus.config.settings import INLINE, Required, Role, dotted_names, flag, flat, names_of_role
+from arplus.config.settings import INLINE, Required, RequiredText, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
 from arplus.config.studies import AblateConfig, LrFindConfig, StudyConfig, TuneConfig
 from arplus.config.training import (

@@ -34,7 +34,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """Builds and checks a configuration from plain values, as :func:`to_dict` gives them; missing keys take defaults.
 
     Raises :class:`UsageError` naming ``source``, the flag and the problem; for an unknown key it lists the valid ones.
-    The command line is no source: there the flag says enough.
+    The command line is not a source: there the flag says enough.
     """
     return _build(cls, {}, values, source)
 
@@ -97,7 +97,7 @@ def _leaves(values: Mapping[str, Any], names: Container[str], prefix: str = "") 
 
 
 def _nested(values: Iterable[tuple[Sequence[str], Any]]) -> dict[str, Any]:
-    """Values by the names on the way to them, a dict a section."""
+    """Values by the names on the way to them, a dict per section."""
     found: dict[str, Any] = {}
     for (*sections, last), value in values:
         functools.reduce(lambda section, name: section.setdefault(name, {}), sections, found)[last] = value

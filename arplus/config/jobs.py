@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from arplus.config.settings import FREE_TEXT, INLINE, Required
+from arplus.config.settings import FREE_TEXT, INLINE, Required, RequiredText
 from arplus.config.training import Device
 from arplus.errors import UsageError
 
@@ -24,9 +24,9 @@ class ExampleRules:
     """How sessions become examples. ``jobs/prepare.py`` decides it; the data set and every checkpoint carry it."""
 
     max_utterance_characters: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 15
-    """Characters kept of an utterance, so of a response too; models trained on the data reply with at most as many."""
+    """Characters kept of an utterance, and so of a response. Models trained on the data reply with at most as many."""
     max_context_utterances: Annotated[int, Gt(0), Le(LARGEST_RULE)] = 7
-    """Utterances kept of a context: three turns of two and the question."""
+    """Utterances kept of a context. 7 are three turns of two, and the question."""
     incomplete_personas: Literal["drop", "keep"] = "drop"
     """What to do with an example in which a speaker lacks gender or location."""
 
@@ -50,39 +50,42 @@ class ExampleRules:
 class PrepareConfig:
     """Turns raw records into an encoded data set.
 
-    Of a profile, the first 100 tags are kept, and 50 characters of a tag and of a place; what is cut off is counted.
+    Of a profile it keeps the first 100 tags, and of a tag or place the first 50 characters. What is cut is counted.
     """
 
-    input: Annotated[str, Required("the URI of a JSON-lines file or of a folder of them")] = ""
-    """URI of a JSON-lines file of any name, or of a folder: its *.jsonl, *.json, *.ndjson and Spark's part-00000 are
-    read, plain or with .gz, .zst, .bz2 or .xz, and its other files are listed as left out."""
-    output: Annotated[str, Required("the URI of the data set to make")] = ""
+    input: Annotated[RequiredText, Required("the URI of a JSON-lines file or of a folder of them")] = ""
+    """URI of a JSON-lines file of any name, or of a folder. Of a folder *.jsonl, *.json, *.ndjson and Spark's
+    part-00000 are read, plain or with .gz, .zst, .bz2 or .xz. Its other files are listed as left out."""
+    output: Annotated[RequiredText, Required("the URI of the data set to make")] = ""
     """URI of the data set to make."""
     evaluation_set: tuple[str, ...] = ()
-    """NAME=URI of further records (repeatable), such as the official random and biased test files: encoded with the
-    training vocabularies as a split NAME, complete; sessions of the input with the same dialogue are in no split."""
+    """Further records to evaluate on, as NAME=URI, such as the official random and biased test files. All of them
+    become the split NAME, encoded with the training vocabularies. A session of the input that has the same dialogue is
+    in no split."""
     duplicate_key: DuplicateKey = "dialogue_and_profiles"
-    """What makes two records duplicates: the raw line; utterances, speakers and profiles; the utterances alone."""
+    """What two records must share to be duplicates: the whole line; utterances, speakers and profiles; or only the
+    utterances."""
     max_reject_share: Annotated[float, Ge(0), Le(1)] = 0.02
-    """Stop, with nothing committed, when more than this share of the records is rejected."""
+    """Stop, and make no data set, when more than this share of the records is rejected."""
     valid: Annotated[float, Ge(0)] = 20_000
-    """Validation sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
+    """Validation sessions: a share below 1, or a number. At most 5 % of the dialogues are taken, by their hash."""
     test: Annotated[float, Ge(0)] = 20_000
-    """Test sessions: a share below 1, or a number; at most 5 % of the dialogues (by their hash)."""
+    """Test sessions: a share below 1, or a number. At most 5 % of the dialogues are taken, by their hash."""
     rules: Annotated[ExampleRules, INLINE] = field(default_factory=ExampleRules)
     """What the data set, and every model trained on it, is made by."""
     min_character_count: Annotated[int, Gt(0)] = 5
-    """Rarer characters of the training sessions become [UNK]."""
+    """Characters that the training sessions have less often than this become [UNK]."""
     min_persona_word_count: Annotated[int, Gt(0)] = 2
-    """Rarer persona words of the training sessions become [UNK]."""
+    """Persona words that the training sessions have less often than this become [UNK]."""
     max_characters: Annotated[int, Gt(0)] = 9_489
-    """Most frequent characters kept, special tokens not counted."""
+    """Size of the character vocabulary: so many of the most frequent are kept, and the special tokens besides."""
     max_persona_words: Annotated[int, Gt(0)] = 10_002
-    """Most frequent persona words kept, the three keys included, special tokens not counted."""
+    """Size of the persona vocabulary: so many of the most frequent words are kept, the three keys among them, and the
+    special tokens besides."""
     character_vocabulary: str | None = None
-    """URI of a given character vocabulary (one token and its count a line) instead of one that is counted."""
+    """URI of a character vocabulary to use instead of a counted one, with one token and its count per line."""
     persona_vocabulary: str | None = None
-    """URI of a given persona vocabulary instead of one that is counted."""
+    """URI of a persona vocabulary to use instead of a counted one, in the same form."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -107,23 +110,23 @@ class PrepareConfig:
 class SynthesizeConfig:
     """Writes generated records in PersonalDialog's raw form, with planted duplicates and broken lines."""
 
-    output: Annotated[str, Required("the URI of the folder or file to write")] = ""
+    output: Annotated[RequiredText, Required("the URI of the folder or file to write")] = ""
     """URI of a new folder of part files, or of one file that ends in .jsonl, .jsonl.gz or .jsonl.zst."""
     records: Annotated[int, Gt(0), Le(400_000_000)] = 10_000
     """Lines in all, duplicates and broken ones among them."""
     duplicates: Annotated[int, Ge(0)] = 0
     """Lines that repeat an earlier record: half of them exactly, the others with more white space."""
     broken: Annotated[int, Ge(0)] = 0
-    """Lines that hold no valid record: truncated, of wrong types, not UTF-8, …"""
+    """Lines that are not a valid record: truncated, of wrong types, not UTF-8, …"""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
-    """Seed of everything; the same settings give the same bytes."""
+    """Seed of everything. The same settings give the same bytes."""
     persona_answers: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of the exchanges in which one asks for place, gender or hobby and the reply answers from the responder's
-    profile. Near zero in the real data (0 of 179 replies); turned up, it makes the use of personas measurable."""
+    """Share of the exchanges in which one speaker asks for place, gender or hobby and the other answers from the
+    profile. In real data it is near zero (0 of 179 replies). A higher share makes the use of personas measurable."""
     chatterbot: bool = False
     """Append the Chinese part of chatterbot-corpus (real text, random personas) to the records."""
     part_records: Annotated[int, Gt(0)] = 100_000
-    """Lines a part file, when the output is a folder."""
+    """Lines per part file, if the output is a folder."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -142,15 +145,15 @@ class Sampling:
     """How replies are drawn: nucleus sampling (Holtzman et al. 2019). The defaults are the paper's."""
 
     temperature: Annotated[float, Ge(0)] = 0.7
-    """Divides the logits; 0 takes the likeliest character each time (greedy)."""
+    """What the logits are divided by. 0 takes the likeliest character each time (greedy)."""
     top_p: Annotated[float, Ge(0), Le(1)] = 0.9
-    """Nucleus: the likeliest characters up to this probability, the first past it included; 0 keeps all."""
+    """Draw from the nucleus, the fewest likeliest characters whose probabilities exceed this sum. 0 draws from all."""
     top_k: Annotated[int, Ge(0)] = 0
-    """Keep at most this many characters, before the nucleus is taken; 0 keeps all."""
+    """Keep at most this many of the likeliest characters before the nucleus is taken. 0 keeps all."""
     max_characters: Annotated[int, Gt(0)] | None = None
-    """Longest reply; by default as long as an utterance of the data on which the model was trained."""
+    """Longest reply, in characters. By default as long as an utterance may be in the model's training data."""
     min_characters: Annotated[int, Ge(0)] = 1
-    """Shortest reply: until then no special token, which would end it, can be drawn."""
+    """Shortest reply, in characters. Until then no special token can be drawn, so the reply cannot end."""
 
     def of(self, rules: ExampleRules) -> "Sampling":
         """The same for a model of these rules: the longest reply is filled in.
@@ -176,37 +179,36 @@ CHECKPOINT = Required("the URI of a run's folder or of one of its checkpoints")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Computes the metrics of a checkpoint on splits of a prepared data set, and compares it with another one's."""
+    """Computes the metrics of a checkpoint on splits of a prepared data set. It can compare two checkpoints."""
 
-    checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
-    models:/NAME@ALIAS or runs:/ID/checkpoint."""
-    data: Annotated[str, Required("the URI of a prepared data set")] = ""
+    checkpoint: Annotated[RequiredText, CHECKPOINT] = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best checkpoint. MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS and runs:/ID/checkpoint are taken too."""
+    data: Annotated[RequiredText, Required("the URI of a prepared data set")] = ""
     """URI of a prepared data set with the checkpoint's vocabularies."""
     split: tuple[str, ...] = ()
-    """Split of the data set (repeatable); by default test and all evaluation sets."""
+    """A split to evaluate on. By default test and all evaluation sets."""
     against: str | None = None
-    """URI of another checkpoint, run or model of the same vocabularies: both are evaluated, and a paired bootstrap
+    """URI of another checkpoint, run or model with the same vocabularies. Both are evaluated, and a paired bootstrap
     tells which differences are more than noise."""
     json: str | None = None
     """URI of a JSON file to write the metrics to."""
     replies: str | None = None
     """URI of a .csv or .jsonl file to write every reply to, with its context, persona, reference, and loss in nats per
-    target. With --against also NAME.sheet.csv (or .jsonl), pairs of replies in random order for people to rate, and
-    NAME.key.csv, which says whose they are."""
+    target. --against adds two files: NAME.sheet.csv (or .jsonl) has pairs of replies in random order for people to
+    rate, and NAME.key.csv says whose they are."""
     device: Device = "auto"
-    """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
-    has started it; cpu takes none."""
+    """auto takes the GPUs that the cluster has at that moment, or CPUs if it has none. gpu takes at least one GPU and
+    waits until the cluster has started it. cpu takes no GPU."""
     persona_weight: PersonaWeight = "auto"
-    """a of Eq. 1, from 0 (the persona that a reply is given has no effect) to 1, whatever the model was trained with;
-    auto is what the model predicts, or 1."""
+    """The persona's weight in a reply (a of Eq. 1), from 0, which leaves it without effect, to 1. auto is what the
+    model predicts, or 1 if it predicts none. Every model takes every weight."""
     batch_size: Annotated[int, Gt(0)] | None = None
-    """Examples that a worker takes at a time, which does not change the metrics; by default 512 on a GPU, 64 on a CPU.
-    """
+    """Examples that a worker takes at a time. They do not change the metrics. By default 512 on a GPU, 64 on a CPU."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     mlflow: str | None = None
-    """MLflow tracking URI; by default that of the training run, whose MLflow run takes the metrics."""
+    """MLflow tracking URI. By default that of the training run. The metrics go into that run's MLflow run."""
     sampling: Sampling = field(default_factory=Sampling)
     """The replies."""
 
@@ -218,23 +220,25 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """A conversation with a checkpoint under a chosen persona; with --say one reply."""
+    """Talks with a checkpoint, which answers as the person it is told to be. With --say it gives one reply."""
 
-    checkpoint: Annotated[str, CHECKPOINT] = ""
-    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
-    models:/NAME@ALIAS or runs:/ID/checkpoint."""
+    checkpoint: Annotated[RequiredText, CHECKPOINT] = ""
+    """URI of a checkpoint, or of a run's folder, which stands for its best checkpoint. MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS and runs:/ID/checkpoint are taken too."""
     gender: Literal["男", "女", "male", "female", ""] = ""
-    """Gender of the model's persona; empty is unknown."""
+    """Gender of the person that the model is. Empty is unknown."""
     location: Annotated[str, FREE_TEXT] = ""
-    """Place of the model's persona, as in "四川 成都"; empty is unknown."""
+    """Place of that person, such as "四川 成都". Empty is unknown."""
     tags: Annotated[str, FREE_TEXT] = ""
-    """Interests of the model's persona, joined by ";"."""
+    """Interests of that person, joined by ";". Empty is unknown."""
     persona_weight: PersonaWeight = "auto"
-    """a of Eq. 1, from 0 (the persona has no effect) to 1; auto is what the model predicts, or 1."""
+    """The persona's weight in a reply (a of Eq. 1), from 0, which leaves it without effect, to 1. auto is what the
+    model predicts, or 1 if it predicts none."""
     say: Annotated[str | None, FREE_TEXT] = None
-    """Answer this utterance and stop, be it the word None; without it, a conversation on the terminal."""
+    """Answer this utterance and stop; here the word None is a text too. Without it there is a conversation on the
+    terminal."""
     mlflow: str | None = None
-    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
+    """MLflow tracking URI, for a checkpoint of MLflow's. By default MLFLOW_TRACKING_URI, or else runs/mlflow.db."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the replies."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -245,20 +249,21 @@ class ChatConfig:
 class VectorsConfig:
     """Trains character vectors on the training split of a prepared data set, for --init.character-vectors."""
 
-    data: Annotated[str, Required("the URI of a prepared data set")] = ""
+    data: Annotated[RequiredText, Required("the URI of a prepared data set")] = ""
     """URI of a prepared data set."""
-    output: Annotated[str, Required("the URI of the file to write")] = ""
+    output: Annotated[RequiredText, Required("the URI of the file to write")] = ""
     """URI of the file to write, in word2vec's text form."""
     size: Annotated[int, Gt(0)] = 200
-    """Components of a vector: --model.embedding-size of the run that starts from them."""
+    """Components of a vector. They must be as many as --model.embedding-size of the run that starts from them."""
     window: Annotated[int, Gt(0)] = 5
-    """Characters on either side that a character is predicted from."""
+    """Characters on either side from which a character is predicted."""
     negative: Annotated[int, Gt(0)] = 5
-    """Random characters that each one is told from."""
+    """Random characters from which each true one is told apart (negative sampling)."""
     epochs: Annotated[int, Gt(0)] = 5
     """Passes over the text."""
     skip_gram: bool = False
-    """Predict the characters around from the one between, instead of the other way round (CBOW)."""
+    """Predict the surrounding characters from the one in the middle (skip-gram). False predicts the one in the middle
+    from the surrounding ones (CBOW)."""
     workers: Annotated[int, Gt(0)] = 1
     """Threads. With one, the same seed gives the same vectors."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
@@ -270,31 +275,31 @@ class ExportConfig:
     """Writes a model for others: a checkpoint without its optimizer state, or the paper code's weights in our form."""
 
     checkpoint: str | None = None
-    """URI of a checkpoint, or of a run's folder, which stands for its best one; or MLflow's models:/NAME/VERSION,
-    models:/NAME@ALIAS or runs:/ID/checkpoint."""
+    """URI of a checkpoint, or of a run's folder, which stands for its best checkpoint. MLflow's models:/NAME/VERSION,
+    models:/NAME@ALIAS and runs:/ID/checkpoint are taken too."""
     mlflow: str | None = None
-    """MLflow tracking URI for a checkpoint of MLflow's; by default MLFLOW_TRACKING_URI, or runs/mlflow.db."""
+    """MLflow tracking URI, for a checkpoint of MLflow's. By default MLFLOW_TRACKING_URI, or else runs/mlflow.db."""
     from_reference: str | None = None
-    """URI of a state_dict of the paper's code (torch.save or .safetensors) instead."""
-    output: Annotated[str, Required("the URI of the folder to write")] = ""
+    """URI of a state_dict of the paper's code (torch.save or .safetensors), instead of --checkpoint."""
+    output: Annotated[RequiredText, Required("the URI of the folder to write")] = ""
     """URI of the folder to write."""
     preset: str = "arplus"
-    """With --from-reference: the row that the weights are of."""
+    """With --from-reference: the preset whose weights they are."""
     layers: Annotated[int, Gt(0)] | None = None
-    """With --from-reference: layers applied, where they are shared and not the preset's number."""
+    """With --from-reference: layers applied, if they are shared and their number is not the preset's."""
     heads: Annotated[int, Gt(0)] | None = None
-    """With --from-reference: attention heads, where not the preset's number."""
+    """With --from-reference: attention heads, if their number is not the preset's."""
     memory_hops: Annotated[int, Gt(0)] | None = None
-    """With --from-reference: hops of a layer-wise memory, where not the preset's number."""
+    """With --from-reference: hops of a layer-wise memory, if their number is not the preset's."""
     character_vocabulary: str | None = None
-    """With --from-reference: URI of the characters (one token and its count a line) that the weights were made for."""
+    """With --from-reference: URI of the character vocabulary of the weights, with one token and its count per line."""
     persona_vocabulary: str | None = None
-    """With --from-reference: URI of the persona words that the weights were made for."""
+    """With --from-reference: URI of the persona vocabulary of the weights, in the same form."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
         if (self.checkpoint is None) == (self.from_reference is None):
-            yield "checkpoint", "or --from-reference is required, and only one of them"
+            yield "checkpoint", "give either this or --from-reference, and not both"
         if self.from_reference is not None:
             for name in ("character_vocabulary", "persona_vocabulary"):
                 if getattr(self, name) is None:

@@ -45,14 +45,17 @@ class FeaturesConfig:
     """Hidden states of a pretrained model that stays as it is (extra ``pretrained``), for rows with a memory."""
 
     path: str | None = None
-    """The model, such as a BERT, ELECTRA, ALBERT or XLNet: a folder as transformers writes it (its URI), or a name on
-    the model hub. Whoever evaluates or uses the trained network needs it too."""
+    """A frozen pretrained model whose hidden states become inputs, such as a BERT, ELECTRA, ALBERT or XLNet: the URI of
+    a folder that transformers wrote, or a name on the model hub. It is not saved with the run: evaluation and chat
+    need it too."""
     use: Literal["replace", "add", "encoder"] = "replace"
-    """In place of the character vectors, beside those of what is encoded, or in place of the encoder."""
+    """replace: in place of the character vectors. add: added to the vectors of what is encoded. encoder: in place of
+    the encoder."""
     layers: str = "-2"
-    """Which of its hidden states, joined by commas: 0 is its embeddings, -1 its last layer."""
+    """Hidden states to take, joined by commas. 0 is the embeddings, -1 the last layer."""
     combine: Literal["mean", "concat", "weighted"] = "mean"
-    """What becomes of several layers; weighted is by a softmax of learnt weights."""
+    """How several layers become one: by their mean, side by side (concat), or weighted by a softmax of learnt
+    weights."""
     width: Annotated[int | None, Gt(0)] = None
     """Its width, filled in when the run starts."""
     digest: str | None = None
@@ -74,9 +77,9 @@ class ModelConfig:
     """One member of the model family. The defaults are AR+; see :data:`PRESETS`."""
 
     layers: Annotated[int, Gt(0)] = 6
-    """Layers applied, in the encoder and in the decoder."""
+    """Layers applied in the encoder, and as many in the decoder."""
     repeats: Annotated[int, Gt(0)] = 6
-    """How often the unique layers are applied in turn: layers / repeats layers have weights of their own (ALBERT)."""
+    """How often the stack of unique layers is applied (ALBERT). layers / repeats layers have weights of their own."""
     d_model: Annotated[int, Gt(0)] = 512
     """Width d of the hidden states."""
     embedding_size: Annotated[int, Gt(0)] = 200
@@ -86,37 +89,38 @@ class ModelConfig:
     ff_size: Annotated[int, Gt(0)] = 2048
     """Width of the feed-forward layer."""
     ff_bottleneck: Annotated[int | None, Gt(0)] = 100
-    """Inner width of the factored feed-forward layer; None for the plain layer of two matrices."""
+    """Inner width of the factored feed-forward layer. None makes it the plain layer of two matrices."""
     activation: Literal["relu", "gelu", "gelu-tanh"] = "relu"
-    """What the plain feed-forward layer has between its matrices; BERT's is gelu, ALBERT's gelu-tanh."""
+    """Activation of the plain feed-forward layer. BERT has gelu, ALBERT gelu-tanh."""
     rezero: bool = True
     """Gate each residual branch with one learnt scalar r (Eq. 5) instead of post-normalising."""
     gate_start: float = 0.0
-    """What r is at first. At zero, as Bachlechner et al. have it, the branches are shut, pretrained ones too."""
+    """The ReZero gate r at the start of training. At 0 (Bachlechner et al. 2020) all branches start closed, pretrained
+    ones too."""
     shared_stacks: bool = True
-    """Encoder and decoder have the same layers; without, each has its own."""
+    """Encoder and decoder share their layers. With False each has its own."""
     fixed_attention: Annotated[float, Ge(0)] = 0.1
     """b of Eq. 5: the share of O_T and O_C that bypasses the ReZero gate."""
     memory_hops: Annotated[int, Ge(0)] = 3
-    """Hops of the MemN2N persona memory; 0 encodes the persona with the encoder instead (O_T then exists)."""
+    """Hops of the MemN2N persona memory. With 0 there is no memory: the encoder reads the persona, and O_T exists."""
     memory_tying: Literal["adjacent", "layer-wise"] = "adjacent"
-    """What the memory's hops share (Sukhbaatar et al. 2015): adjacent ones a table, or all of them two tables and a
-    linear map of the query."""
+    """What the memory's hops share (Sukhbaatar et al. 2015). adjacent: a hop and the next one share a table.
+    layer-wise: all hops share two tables and a linear map of the query."""
     auxiliary: Literal["infilling", "lm"] = "infilling"
-    """The task behind L_LM: BART-style infilling of the response, or next-character language modelling."""
+    """The auxiliary task, whose loss is L_LM: infilling of the response as in BART, or its language modelling (lm)."""
     tied_head: bool = False
-    """Use the character table as output matrix too (AR); needs embedding_size = d_model."""
+    """Use the character table as output matrix too, as AR does. Needs --model.embedding-size = --model.d-model."""
     decoder_norm: bool = True
-    """Without ReZero: the decoder's first norm has weights of its own; AR shares the encoder's."""
+    """Without ReZero: the decoder's first norm has weights of its own. In AR it shares the encoder's."""
     adapter: Annotated[int | None, Gt(0)] = None
-    """Inner width of two adapters in every unique layer (Houlsby et al. 2019), such as 64; None for none."""
+    """Inner width of the two adapters of every unique layer (Houlsby et al. 2019), such as 64. None has no adapters."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Dropout on embeddings, attention weights and residual branches."""
     persona_weight: Literal["one", "predicted"] = "one"
-    """a of Eq. 1, the persona's share in a reply: one, or predicted for each reply from its context, which takes the
-    labels that jobs/prepare.py makes."""
+    """The persona's weight in a reply (a of Eq. 1): always one, or predicted for each reply from its context. predicted
+    needs the labels that jobs/prepare.py makes."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    """Pretrained features."""
+    """Hidden states of a frozen pretrained model as inputs."""
 
     @property
     def features_for(self) -> Literal["replace", "add", "encoder"] | None:

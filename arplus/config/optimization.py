@@ -12,12 +12,13 @@ class ObjectiveConfig:
     """L = λ0 · L_D + λ1 · L_LM (Eq. 4, where λ0 is 1), and λ2 · L_W where a persona weight is predicted (Eq. 3)."""
 
     lambda0: Annotated[float, Ge(0)] = 1.0
-    """λ0, the weight of the response's loss. With 0 the auxiliary task alone is trained, and the best checkpoint is the
-    best at it; what it does not reach shrinks by weight decay unless optimizer.only leaves it out."""
+    """λ0, the weight of the response's loss L_D. With 0 only the auxiliary task is trained, and it decides which
+    checkpoint is the best. Weights that it does not reach shrink by weight decay, unless --optimizer.only leaves them
+    out."""
     lambda1: Annotated[float, Ge(0)] = 0.5
-    """λ1, the weight of the auxiliary loss."""
+    """λ1, the weight of the auxiliary loss L_LM."""
     lambda2: Annotated[float, Ge(0)] = 0.5
-    """λ2, the weight of the loss of --model.persona-weight predicted."""
+    """λ2, the weight of L_W, the loss of --model.persona-weight predicted."""
 
     @property
     def compared(self) -> str:
@@ -40,26 +41,27 @@ class OptimizerConfig:
 
     lr: Annotated[float, Gt(0)] = 2e-3
     """Highest learning rate."""
-    eps: Annotated[float, Gt(0)] = 1e-6
-    """AdamW's epsilon."""
+    schedule: Literal["plateau", "linear"] = "plateau"
+    """plateau lowers the rate whenever the training loss stops falling. linear raises it from 0 during the warm-up, and
+    then lowers it to 0 at the run's end. If a run goes on with another --epochs or --max-steps, the line leads to the
+    new end."""
+    warmup: Annotated[int, Ge(0)] = 0
+    """Steps of the linear schedule's warm-up."""
     weight_decay: Annotated[float, Ge(0)] = 0.05
     """Decoupled weight decay, on every parameter as in the paper's code."""
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Largest global gradient norm."""
-    schedule: Literal["plateau", "linear"] = "plateau"
-    """plateau lowers the rate whenever the loss stops falling. linear raises it from 0 during the warm-up, and then
-    lowers it to 0 at the run's end; a run that goes on with another --epochs or --max-steps follows its new line."""
-    warmup: Annotated[int, Ge(0)] = 0
-    """Steps of the linear schedule's warm-up."""
     plateau_factor: Annotated[float, Gt(0), Lt(1)] = 0.5
-    """Factor on the learning rate when the training loss has not improved for plateau_patience steps."""
+    """Factor on the learning rate when the training loss has not improved for --optimizer.plateau-patience steps."""
     plateau_patience: Annotated[int, Ge(0)] = 60
-    """Steps without a better total loss before the learning rate falls."""
+    """Steps without a lower training loss before the plateau schedule lowers the rate."""
     min_lr: Annotated[float, Ge(0)] = 1.5e-4
-    """Floor of the plateau schedule."""
+    """Lowest learning rate of the plateau schedule."""
+    eps: Annotated[float, Gt(0)] = 1e-6
+    """AdamW's epsilon."""
     only: tuple[str, ...] = ()
-    """Train only this component, of those that --dry-run lists (repeatable); by default all. The others stay as the run
-    starts with them."""
+    """Train only this component; --dry-run lists them. The others stay as they are when the run starts. By default all
+    are trained."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -20,13 +20,13 @@ class PlacementConfig:
     """Which part of which GPUs, on which nodes, a worker is given. May change whenever a run goes on."""
 
     gpus_per_worker: Annotated[float, Ge(0.05), Le(1), Role.OPERATION] = 1.0
-    """Share of a GPU per worker: with 0.25, four runs of one worker each share a GPU that a small batch would leave
-    idle. Workers of one run cannot share one. On CPUs it changes nothing."""
+    """Share of a GPU per worker. With 0.25, four runs of one worker each share a GPU that a small batch would leave
+    idle. The workers of one run cannot share a GPU. On CPUs it changes nothing."""
     accelerator_type: Annotated[str | None, Role.OPERATION] = None
-    """Train on GPUs of this kind alone, by Ray's name of it, such as L4 or A100."""
+    """Train only on GPUs of this kind, by Ray's name for it, such as L4 or A100."""
     label_selector: Annotated[tuple[str, ...], Role.OPERATION] = ()
-    """KEY=VALUE that a node's Ray labels must have for workers to be on it (repeatable). VALUE may be !A (not A),
-    in(A,B) or !in(A,B)."""
+    """Place workers only on nodes with this Ray label, given as KEY=VALUE. VALUE may be !A (not A), in(A,B) or
+    !in(A,B)."""
 
     @property
     def runs_per_gpu(self) -> int:

@@ -26,6 +26,8 @@ class Role(Enum):
 
 INLINE = tyro.conf.arg(name="")
 """Of a field that holds settings: they are named as if they stood beside it."""
+RequiredText = Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")]
+"""A text whose default, the empty one, is not a value."""
 FREE_TEXT = PrimitiveConstructorSpec(
     nargs=1,
     metavar="STR",

@@ -30,8 +30,8 @@ class StudyConfig:
     validations: Annotated[int, Gt(0)] = 8
     """Validations of one run, evenly spread over its budget, beside those at the end of each epoch."""
     concurrency: Annotated[int | None, Gt(0), Role.OPERATION] = None
-    """Runs side by side; by default as many as fit, at least one: a GPU, or --gpus-per-worker of one, per worker, or on
-    CPUs a CPU per worker."""
+    """Runs side by side. By default as many as fit, and at least one. Each worker of a run takes a GPU, or
+    --gpus-per-worker of one; on CPUs it takes a CPU."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -55,22 +55,23 @@ class TuneConfig(StudyConfig):
     """A sweep: trials that differ in some settings, compared by their response perplexity on validation."""
 
     trials: Annotated[int, Gt(0), Role.OPERATION] = 16
-    """Trials in all; of a grid, at least as many as it has points."""
+    """Number of trials. A grid needs at least as many as it has points."""
     space: tuple[str, ...] = ()
-    """What trials differ in (repeatable): NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH), NAME=int(LOW,HIGH) or
-    NAME=choice(A,B,…), where NAME is any setting's dotted name. optimizer.lr=loguniform(1.5e-4,1e-2) and
-    objective.lambda1=uniform(0,1) are there unless replaced; NAME=fixed takes one out."""
+    """A setting in which trials differ, by its dotted name: NAME=uniform(LOW,HIGH), NAME=loguniform(LOW,HIGH),
+    NAME=int(LOW,HIGH) or NAME=choice(A,B,…). optimizer.lr=loguniform(1.5e-4,1e-2) and objective.lambda1=uniform(0,1)
+    are there already. The same NAME replaces one of them, and NAME=fixed takes it out."""
     lr_bounds: str | None = None
-    """File that jobs/lr_find.py wrote: the learning rate's bounds are taken from it."""
+    """A file that jobs/lr_find.py wrote, from which the bounds of the learning rate are taken."""
     search: Literal["optuna", "random", "grid"] = "optuna"
-    """How trials are chosen: by Optuna's TPE, which learns from the finished ones; at random; or all points of a grid.
-    With optuna and random, the first trial has the given settings if the space holds them."""
+    """How trials are chosen: by Optuna's TPE, which learns from those that have ended; at random; or all points of a
+    grid. With optuna and random, the first trial has the settings of the command line, if the space holds them."""
     grid_points: Annotated[int, Ge(2)] = 4
-    """Points of a grid along each range."""
+    """With --search grid: points along each range."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops a trial early that is among the worse ones after the same number of examples."""
+    """asha stops a trial early if it is among the worse ones after the same number of examples. none stops none."""
     reduction: Annotated[float, Gt(1)] = 3.0
-    """ASHA's factor: each rung is this many times as far as the one before, and lets one in this many trials pass."""
+    """ASHA's reduction factor. Each rung is this many times as far as the one before, and lets one in this many trials
+    pass."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -106,9 +107,9 @@ class LrFindConfig:
     lr_from: Annotated[float, Gt(0)] = 1e-6
     """Rate of the first step."""
     lr_to: Annotated[float, Gt(0)] = 1.0
-    """Rate of the last step, which is rarely reached."""
+    """Rate of the last step. Most tests stop before they reach it."""
     give_up: Annotated[float, Gt(1)] = 2.0
-    """Stop once the smoothed loss is this many times the lowest one."""
+    """Stop once the smoothed loss is this many times its lowest value."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -130,21 +131,21 @@ class AblateConfig(StudyConfig):
     """
 
     row: tuple[str, ...] = ()
-    """A preset to train (repeatable); by default all of the paper's rows, or with variants those that they change."""
+    """A preset to train. By default all of the paper's rows; with variants, only the presets that they change."""
     variant: tuple[str, ...] = ()
-    """A row of one's own (repeatable): NAME=PRESET,setting=value,… with any setting of a run by its dotted name. It is
-    compared with its preset, which is trained too."""
+    """A row of your own: NAME=PRESET,setting=value,… with any setting of a run by its dotted name. Its preset is
+    trained too, and the two are compared."""
     preset_study: Literal["ineffective"] | None = None
-    """Variants that have a name: ineffective are those that the paper gives no number for."""
+    """A named set of variants. ineffective: what the paper found ineffective or left out, without a number."""
     seeds: Annotated[int, Gt(0)] = 3
     """Runs of each row, with the seeds --seed, --seed + 1, …"""
     sessions: str = "all"
-    """Sizes of the training set in sessions, such as 10000,100000,all."""
+    """Sizes of the training set in sessions, joined by commas, such as 10000,100000,all."""
     lr: Literal["paper", "common", "tuned"] = "paper"
-    """Each row's learning rate: the one that the paper's code used for it; --optimizer.lr for all rows; or, of --rates
-    rates, the one at which the first seed reaches the lowest response perplexity on validation."""
+    """Each row's learning rate. paper: the one that the paper's code used for it. common: --optimizer.lr for all rows.
+    tuned: of --rates rates, the one at which the first seed reaches the lowest response perplexity on validation."""
     rates: Annotated[int, Ge(2)] = 4
-    """With --lr tuned: rates tried for each row and size, evenly spaced in log from 1.5e-4 to 1e-2."""
+    """With --lr tuned: rates to try for each row and size, evenly spaced on a log scale from 1.5e-4 to 1e-2."""
 
     @property
     def tiny(self) -> bool:

@@ -12,7 +12,7 @@ from arplus.config.model import ModelConfig
 from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem
 from arplus.config.optimization import ObjectiveConfig, OptimizerConfig
 from arplus.config.placement import PlacementConfig, accelerator_problem
-from arplus.config.settings import INLINE, Role
+from arplus.config.settings import INLINE, RequiredText, Role
 from arplus.errors import UsageError
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -31,18 +31,20 @@ class InitConfig:
     """What a new run's weights start from, where not at random; a run that goes on has its own."""
 
     pretrained: str | None = None
-    """A BERT, ELECTRA or ALBERT whose weights to start from, where they have a place here: a folder as transformers
-    writes it (its URI), or a name on the model hub. Its sizes must be the network's; where not, the error says which
-    settings make them so."""
+    """Start from the weights of this BERT, ELECTRA or ALBERT, as far as they have a place in the network: the URI of a
+    folder that transformers wrote, or a name on the model hub. Its sizes must be the network's. If they are not, the
+    error lists the settings that make them so."""
     parts: str = ",".join(INIT_PARTS)
-    """What is taken of it, joined by commas; encoder and decoder apart only where they share no layers."""
+    """Parts of the pretrained model to take, joined by commas. encoder and decoder go together unless
+    --model.shared-stacks is False."""
     layers: Literal["last", "spread"] = "last"
-    """Which of its layers become the unique ones: the last, or some spread evenly up to the last."""
+    """Which layers of the pretrained model become the unique layers: the last ones, or ones spread evenly up to the
+    last."""
     digest: str | None = None
     """SHA-256 of its weights, filled in when the run starts."""
     character_vectors: str | None = None
-    """URI of vectors for the character table, in word2vec's text form, such as jobs/vectors.py writes: of the width
-    --model.embedding-size, and brought to the scale at which the table starts. They are trained on."""
+    """URI of pretrained vectors for the character table, in word2vec's text form, as jobs/vectors.py writes them. Their
+    width is --model.embedding-size. They are scaled to the table's usual start, and then trained like the rest."""
 
     @property
     def parts_set(self) -> frozenset[str]:
@@ -64,12 +66,12 @@ class FeedConfig:
     """How Ray Data turns the encoded examples into batches."""
 
     shuffle_window_batches: Annotated[int, Gt(0)] = 256
-    """Global batches per window: a window is read, shuffled and cut into batches; lowered so that
-    a window holds at most 262,144 examples."""
+    """Global batches per window: what is read, shuffled and cut into batches together. A window holds at most 262,144
+    examples, and fewer batches where they would be more."""
     prefetch: Annotated[int, Gt(0), Role.OPERATION] = 2
     """Windows fetched ahead of the training step."""
     max_examples: Annotated[int | None, Gt(0)] = None
-    """Train on this many examples of the training split only: random ones, the same in every run."""
+    """Train on only this many examples of the training split. They are random, and the same in every run."""
 
     def batches_of_window(self, batch_size: int) -> int:
         """Batches per window for a global batch of this size: one task makes a window."""
@@ -81,11 +83,12 @@ class EstimateConfig:
     """What ``--dry-run`` takes for granted of machines that it does not see; training itself does not look at it."""
 
     examples_per_second: Annotated[float | None, Gt(0)] = None
-    """Examples per second of one worker, as a first run's log line says; by default gpu and mfu give it."""
+    """Examples per second of one worker: of a first run, the rate in the log divided by its workers. By default
+    it follows from --estimate.gpu and --estimate.mfu."""
     gpu: GPU = "L4"
     """A worker's GPU, for its peak rate."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.1
-    """Share of that peak that training reaches: an assumption, and a careful one for a small model."""
+    """Share of that peak that training reaches. The default is an assumption, not a measurement."""
     price: Annotated[float | None, Gt(0)] = None
     """Price of a worker per hour, in any currency."""
 
@@ -94,93 +97,99 @@ class EstimateConfig:
 class TrainConfig:
     """One training run."""
 
-    preset: Annotated[str, Role.LABEL] = "arplus"
-    """Preset that this configuration started from; a label."""
-    data: Annotated[str, Role.OPERATION] = ""
+    # In the order of --help: what is changed first stands first, then what many runs never change.
+    data: Annotated[RequiredText, Role.OPERATION] = ""
     """URI of a prepared data set (the output of jobs/prepare.py)."""
-    storage: Annotated[str, Role.OPERATION] = "runs"
-    """URI under which every run has a folder of its own."""
     run_name: Annotated[str, Role.OPERATION] = ""
-    """Name of the run, or of the study and its best model in MLflow, and of the folder; where empty the preset's, with
-    tune-, ablate- or lr- before it for a study."""
-    workers: Annotated[int | str, Role.OPERATION] = 1
-    """Training workers, one GPU each where they train on GPUs: N, or MIN:MAX for as many of them as the cluster has
-    room for at any time, which may change in mid-run."""
-    device: Annotated[Device, Role.OPERATION] = "auto"
-    """auto takes GPUs where the cluster has any alive, else CPUs; gpu asks for one per worker and waits until the
-    cluster has started them; cpu takes none."""
-    cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
-    """CPUs per worker; by default an equal share, at most one each, of what data feed and driver leave."""
-    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
-    """The GPUs and nodes that workers may have."""
-    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
-    """DeepSpeed ZeRO stage: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters are partitioned; auto is 0
-    for one worker and 1 for more."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass; auto is bf16 autocast on GPUs that have it, else fp32. Masters are fp32."""
-    compile: Annotated[Literal["auto", "on", "off"], Role.OPERATION] = "auto"
-    """Compile the whole step with torch.compile, and fill batches up to one shape for it; auto does on GPUs whose nodes
-    have a C compiler. Needs GPUs and ZeRO stage 0 to 2."""
-    batch_size: Annotated[int, Gt(0)] = 64
-    """Examples per optimizer step, over all workers."""
-    gradient_accumulation_steps: Annotated[int, Gt(0), Role.OPERATION] = 1
-    """Micro-batches per worker and optimizer step."""
+    """Name of the run or study, and of its folder. By default the preset's name, with tune-, ablate- or lr- before it
+    for a study."""
+    storage: Annotated[str, Role.OPERATION] = "runs"
+    """URI of the folder in which every run has a folder of its own."""
     epochs: Annotated[int, Gt(0), Role.BUDGET] = 3
     """Passes over the training set."""
     max_steps: Annotated[int | None, Gt(0), Role.BUDGET] = None
-    """Stop after this many optimizer steps in all, even in mid-epoch."""
-    validate_every: Annotated[int | None, Gt(0), Role.BUDGET] = None
-    """Steps between validations within an epoch; there is always one at the end of each epoch."""
-    checkpoint_every: Annotated[int | None, Gt(0), Role.OPERATION] = None
-    """Steps between checkpoints beside those after each validation."""
-    checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
-    """Minutes after which there is a checkpoint in any case."""
-    keep_checkpoints: Annotated[Annotated[int, Gt(0)] | Literal["all"], Role.OPERATION] = 2
-    """Newest checkpoints kept, beside the best one; with all, every one. Of a study's runs that have ended the best one
-    keeps them, and until the study ends each other one its best weights; unless this is all."""
-    log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
-    """Steps between log lines and tracked points."""
-    patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
-    """Validations in a row without a better response perplexity after which the run ends; by default it goes on."""
-    profile_steps: Annotated[str | None, Role.OPERATION] = None
-    """Profile the steps A to B, given as A:B and counted from 1, on the first worker: a trace, the dearest operations
-    and, on a GPU, a snapshot of its memory, in the run's folder profile and in MLflow."""
-    collective_timeout_minutes: Annotated[float, Gt(0), Role.OPERATION] = 10.0
-    """Minutes that workers wait for one that does not answer; then all are started again. An outage of the storage that
-    lasts longer does that too."""
+    """Stop after this many optimizer steps in total, even within an epoch."""
+    batch_size: Annotated[int, Gt(0)] = 64
+    """Examples per optimizer step, over all workers."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
-    """Seed of initial weights, order, infilling and dropout."""
+    """Seed of the initial weights, the order of the examples, infilling and dropout."""
+    workers: Annotated[int | str, Role.OPERATION] = 1
+    """Number of training workers, with one GPU each where they train on GPUs. N is a fixed number. MIN:MAX is as many
+    as the cluster has room for at any time; the number may change during the run."""
+    device: Annotated[Device, Role.OPERATION] = "auto"
+    """auto takes the GPUs that the cluster has at that moment, or CPUs if it has none. gpu asks for one GPU per worker
+    and waits until the cluster has started them. cpu takes no GPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the forward pass. auto is bf16 autocast on GPUs that support it, else fp32. Weights and optimizer
+    state stay in fp32."""
+    zero_stage: Annotated[Literal["auto", 0, 1, 2, 3], Role.OPERATION] = "auto"
+    """DeepSpeed ZeRO stage: what is partitioned over the workers. 0 is nothing, 1 the optimizer state, 2 also the
+    gradients, 3 also the parameters. auto is 0 for one worker and 1 for more."""
+    gradient_accumulation_steps: Annotated[int, Gt(0), Role.OPERATION] = 1
+    """Micro-batches per worker and optimizer step. More of them need less memory."""
+    compile: Annotated[Literal["auto", "on", "off"], Role.OPERATION] = "auto"
+    """Compile the whole step with torch.compile; all batches are then filled up to one shape. auto compiles on GPUs
+    whose nodes have a C compiler. Needs GPUs and ZeRO stage 0, 1 or 2."""
+    cpus_per_worker: Annotated[float | None, Ge(MIN_WORKER_CPUS), Role.OPERATION] = None
+    """CPUs per worker. By default the workers share equally what the data feed and the driver leave, and each has at
+    most one."""
     resume: Annotated[str, Role.OPERATION] = "auto"
-    """With auto the run or study of this name goes on, if there is one (a range test is made anew). With never an
-    existing name is an error. A checkpoint's URI starts a run from its whole state."""
-    max_failures: Annotated[int, Ge(0), Role.OPERATION] = 8
-    """How often the workers are started again, from the newest checkpoint, after one of them died."""
-    audit: Annotated[bool, Role.OPERATION] = False
-    """Write which examples every step trained on, as Parquet under the run's audit folder."""
+    """auto continues the run or study of this name, if there is one (a range test starts anew). never refuses a name
+    that exists. The URI of a checkpoint starts a run from its whole state."""
     init_from: str | None = None
-    """Checkpoint URI whose weights the run starts from, or models:/NAME/VERSION and the like of MLflow; optimizer and
-    schedule start afresh, and so do adapters and a persona-weight predictor that the checkpoint does not have."""
+    """Start from the weights of this checkpoint: its URI, or MLflow's models:/NAME/VERSION, models:/NAME@ALIAS or
+    runs:/ID/checkpoint. Optimizer and schedule start afresh. So do adapters and a persona-weight predictor, if the
+    checkpoint has none."""
+    validate_every: Annotated[int | None, Gt(0), Role.BUDGET] = None
+    """Optimizer steps between validations, beside the validation at the end of each epoch."""
+    patience: Annotated[int | None, Gt(0), Role.BUDGET] = None
+    """End the run after this many validations in a row without a better response perplexity. By default it does not
+    end early."""
+    checkpoint_every: Annotated[int | None, Gt(0), Role.OPERATION] = None
+    """Optimizer steps between checkpoints, beside the checkpoint after each validation."""
+    checkpoint_minutes: Annotated[float | None, Gt(0), Role.OPERATION] = 10.0
+    """Save a checkpoint once the last one is this many minutes old."""
+    keep_checkpoints: Annotated[Annotated[int, Gt(0)] | Literal["all"], Role.OPERATION] = 2
+    """Number of newest checkpoints to keep, beside the best one. all keeps every checkpoint, of every run of a study
+    too. Otherwise only the best run of a study keeps its checkpoints; each other run that has ended keeps its best
+    weights until the study ends."""
+    log_every: Annotated[int, Gt(0), Role.OPERATION] = 20
+    """Optimizer steps between log lines, and between points in MLflow."""
     mlflow: Annotated[str | None, Role.OPERATION] = None
-    """MLflow tracking URI; by default a sqlite file under the storage folder."""
+    """MLflow tracking URI. By default MLFLOW_TRACKING_URI, or else a sqlite file in the folder --storage."""
     experiment: Annotated[str, Role.LABEL] = ""
-    """MLflow experiment; where empty arplus, or a study's own name."""
-    init: InitConfig = field(default_factory=InitConfig)
-    """The initial weights."""
+    """MLflow experiment. By default arplus, or a study's own name."""
     register: Annotated[str | None, Role.OPERATION] = None
-    """Register the finished model in MLflow under this name; a study registers its best one, by default under its own
-    name."""
+    """Register the trained model in MLflow under this name. A study registers its best model without being asked, by
+    default under its own name."""
     tag: Annotated[tuple[str, ...], Role.OPERATION] = ()
-    """KEY=VALUE of a tag of the MLflow run (repeatable)."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """The loss."""
+    """A tag of the MLflow run, as KEY=VALUE."""
+    max_failures: Annotated[int, Ge(0), Role.OPERATION] = 8
+    """How many times the workers are started again, from the newest checkpoint, after one of them has died."""
+    collective_timeout_minutes: Annotated[float, Gt(0), Role.OPERATION] = 10.0
+    """Minutes that workers wait for one that does not answer. Then all are started again. They are also started again
+    when the storage is away for longer."""
+    audit: Annotated[bool, Role.OPERATION] = False
+    """Write which examples every step trained on, as Parquet in the run's folder audit."""
+    profile_steps: Annotated[str | None, Role.OPERATION] = None
+    """Profile the steps A to B on the first worker, given as A:B and counted from 1. A trace, a table of the costliest
+    operations and, on a GPU, a snapshot of its memory go to the run's folder profile and to MLflow."""
+    preset: Annotated[str, Role.LABEL] = "arplus"
+    """A label: the preset that these settings started from. It chooses nothing."""
+    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
+    """The GPUs and nodes that workers may have."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its schedule."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss: L = λ0 · L_D + λ1 · L_LM, and + λ2 · L_W where a persona weight is predicted."""
     feed: FeedConfig = field(default_factory=FeedConfig)
     """The batches."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """The initial weights, where they are not random."""
     estimate: Annotated[EstimateConfig, Role.OPERATION] = field(default_factory=EstimateConfig)
-    """Hours and cost in ``--dry-run``."""
+    """What --dry-run takes for granted, for hours and cost."""
 
     @property
     def world_sizes(self) -> range:
@@ -317,11 +326,11 @@ LARGE = replace(
     ),
     batch_size=256,
 )
-"""AR+ at ten times its size, for the full data set: 296 M live parameters, 195 G float operations an example.
+"""AR+ at ten times its size, for the full data set: 296 M live parameters, 195 G float operations per example.
 
 All of AR+'s methods, in other measures. Its 31 M parameters are mostly tables: one layer applied six times holds 1.6 M.
 Here 12 unique layers hold 208 M, each applied twice, so that sharing still halves what is stored and sent. The width
-grows to three times AR+'s at the same 64 a head, ff = 4d; the inner width of the feed-forward layer grows more (d/3,
+grows to three times AR+'s at the same 64 per head, ff = 4d; the inner width of the feed-forward layer grows more (d/3,
 not d/5), because a layer that is one of 12 need not be so narrow. The learning rate is AR+'s 2e-3 by the 1/d rule of
 Adam (6.7e-4; Yang et al. 2021), rounded down for four times the depth. It was never trained to the end: find the rate
 on a first part of the data before a long run.

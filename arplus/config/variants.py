@@ -37,7 +37,7 @@ class Row:
 
     @property
     def is_variant(self) -> bool:
-        """Whether it is none of the presets."""
+        """Whether it is not a preset."""
         return self.name != self.preset
 
 

@@ -4,7 +4,7 @@ Every form of the data set is read: the raw one (utterances and tags in one-elem
 one (also with the profiles as columns), tags as one string, and test records with ``responder_profile`` (or
 ``response_profile``) and ``golden_response``, which becomes the last utterance, spoken by that profile.
 
-:func:`parse_line` runs once a record and is the bottleneck of the whole preparation (some 8 µs a record), hence the
+:func:`parse_line` runs once per record and is the bottleneck of the whole preparation (some 8 µs each), hence the
 exact type checks, the few objects, and text that stays one string until a whole block of it is cut at once.
 """
 

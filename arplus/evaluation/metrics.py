@@ -105,7 +105,7 @@ class StandardMetrics(Sums):
     def result(self) -> dict[str, float]:
         """The metrics by name; those of which nothing was added are left out.
 
-        ``response_ppl`` exp of the mean L_D a target; ``unigram_ppl`` what the references' own character frequencies
+        ``response_ppl`` exp of the mean L_D per target; ``unigram_ppl`` what the references' own character frequencies
         would give, which every model must be under; ``bleu`` 0 … 100, sacrebleu's corpus BLEU-4
         (:data:`BLEU_SIGNATURE`); ``f1`` 0 … 1, of the bags of characters, a mean over replies; ``distinct_1``
         and ``distinct_2`` distinct n-grams / n-grams of all replies (Li et al. 2016); ``mean_length`` characters.

@@ -11,7 +11,7 @@ from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.network import PersonaTransformer
 
 _DRAWS = 4
-"""Random numbers a character: for top_p = 0.9 three leave one row in a thousand to the fourth, which takes a sort."""
+"""Random numbers per character: for top_p = 0.9 three leave one row in a thousand to the fourth, which takes a sort."""
 
 
 def top_probabilities(logits_BV: Tensor, *, top_k: int = 0, top_p: float = 0.9) -> Tensor:
@@ -34,9 +34,9 @@ def top_probabilities(logits_BV: Tensor, *, top_k: int = 0, top_p: float = 0.9) 
 
 
 def draw(logits_BV: Tensor, uniform_BR: Tensor, settings: Sampling) -> Tensor:
-    """One id a row (B,), by the random numbers ``uniform_BR`` in [0, 1), R ≥ 2 a row, or greedily the best.
+    """One id per row (B,), by the random numbers ``uniform_BR`` in [0, 1), R ≥ 2 per row, or greedily the best.
 
-    Only a sort tells what is in the nucleus, 0.6 ms a row, but one sum tells whether an id is. So ids of the whole
+    Only a sort tells what is in the nucleus, 0.6 ms per row, but one sum tells whether an id is. So ids of the whole
     distribution are drawn until one is, which ``top_p`` of them are: exactly draws from the nucleus. The last random
     number draws from the nucleus itself what the others did not.
     """

@@ -28,7 +28,7 @@ _KEYS = {
 }
 _CUTS = {
     "tags_left_out": f"tags beyond the first {MAX_TAGS} of a profile",
-    "words_cut": f"tags and places longer than {MAX_WORD_CHARACTERS} characters, cut there",
+    "words_cut": f"ends of tags and places beyond {MAX_WORD_CHARACTERS} characters",
 }
 """What is cut off profiles."""
 _BARS = 16
@@ -147,7 +147,7 @@ def _left_out(manifest: Manifest) -> list[tuple[str, int, str]]:
 
 
 def _bars(found: Distribution) -> list[tuple[str, float, str]]:
-    """At most :data:`_BARS` bars: the values that each stands for, their share, and its width in letters."""
+    """At most :data:`_BARS` bars: the values that each stands for, their share, and the bar's length (0 … 1)."""
     step = -(-(found.p99 + 1) // (_BARS - 1))
     bars = np.zeros(_BARS, np.int64)
     for value, n in found.histogram.items():
@@ -156,7 +156,7 @@ def _bars(found: Distribution) -> list[tuple[str, float, str]]:
     for i, n in enumerate(np.trim_zeros(bars, "b").tolist()):
         label = f"{i * step}" if step == 1 else f"{i * step} to {i * step + step - 1}"
         label = f"{i * step} and more" if i == _BARS - 1 else label
-        rows.append((label, n / found.n, f"{30 * n / bars.max():.2f}"))
+        rows.append((label, n / found.n, f"{n / bars.max():.3f}"))
     return rows
 
 

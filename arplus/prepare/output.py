@@ -49,7 +49,7 @@ def claim(output: str) -> Lease:
     unfinished = is_unfinished(output)
     found = storage.list_files(output) if not unfinished and storage.exists(output) else []
     if not all(_BEGUN.fullmatch(file.removeprefix(f"{output}/")) for file in found):
-        raise UsageError(f"{output}: is not empty and no unfinished data set; choose another --output")
+        raise UsageError(f"{output}: is not empty, and it is not an unfinished data set; choose another --output")
     lease = Lease.take(output)
     for file in found:  # by now no other job writes there; the lock went with our own use of it
         if file.endswith(".tmp"):

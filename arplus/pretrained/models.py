@@ -200,7 +200,7 @@ def _transformers(flag: str) -> Any:
         import transformers
     except ImportError:
         raise UsageError(
-            f"--{flag}: needs transformers, the extra 'pretrained': pip install 'arplus[pretrained]'"
+            f"--{flag}: needs transformers, the extra 'pretrained': pip install -e '.[pretrained]'"
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

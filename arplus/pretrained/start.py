@@ -24,7 +24,7 @@ def resolve(init: InitConfig, before: InitConfig | None = None) -> InitConfig:
 
 
 def initialise(model: PersonaTransformer, characters: Vocabulary, init: InitConfig) -> list[str]:
-    """Sets what ``init`` names: another model's weights, then the characters' vectors. What was done, a line each.
+    """Sets what ``init`` names: another model's weights, then the characters' vectors. What was done, in lines.
 
     Raises :class:`UsageError` where something does not fit ``model``, which may be on the "meta" device.
     """

@@ -62,7 +62,7 @@ def _train(config: VectorsConfig, text: Utterances) -> Any:
     try:
         from gensim.models import Word2Vec
     except ImportError:
-        raise UsageError("jobs/vectors.py needs gensim, the extra 'vectors': pip install 'arplus[vectors]'") from None
+        raise UsageError("jobs/vectors.py needs gensim, the extra 'vectors': pip install -e '.[vectors]'") from None
     logging.getLogger("gensim.utils").setLevel(logging.WARNING)  # it prints dictionaries; how far it is, others say
     try:
         return Word2Vec(

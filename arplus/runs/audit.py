@@ -2,7 +2,7 @@
 
 Columns: ``attempt``, ``epoch`` and ``step`` (the optimizer step within the epoch), both from 0, and ``example_id``.
 Every worker writes its own rows, before the checkpoint that covers them is complete. A step that was trained again
-after a restart is there once an attempt: for each (epoch, step) the last attempt counts.
+after a restart is there once per attempt: for each (epoch, step) the last attempt counts.
 """
 
 import numpy as np

@@ -282,7 +282,7 @@ def newest(
         except (RefusedError, ResourceError):
             raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UsageError as error:
-            log.warning("checkpoint passed over, the one before it is taken: %s", error)
+            log.warning("this checkpoint is skipped, and the one before it is taken: %s", error)
     return None
 
 
@@ -362,7 +362,7 @@ def marked_best(run_uri: str) -> tuple[BestMark | None, str | None]:
 
 @functools.cache
 def _say_once(warning: str) -> None:
-    """Warns, once a process."""
+    """Warns, once per process."""
     log.warning("%s", warning)
 
 

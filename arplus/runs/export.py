@@ -23,8 +23,8 @@ _CARD = "README.md"
 def export(config: ExportConfig) -> str:
     """Writes the export and returns its URI.
 
-    Raises :class:`UsageError` where the source is no checkpoint, where weights, preset and vocabularies do not fit, and
-    where the output holds anything but a previous export, for all in it is deleted.
+    Raises :class:`UsageError` where the source is not a checkpoint, where weights, preset and vocabularies do not fit,
+    and where the output holds anything but a previous export, for all in it is deleted.
     """
     source, state = None, None
     if config.checkpoint:
@@ -116,7 +116,7 @@ def _check_output(config: ExportConfig, source: str | None) -> None:
     marks = {checkpoint.MANIFEST, _CARD}  # together in an export alone
     if found and not marks <= found <= marks.union(checkpoint.FILES):
         raise UsageError(
-            f"--output {config.output}: is there, and is not a previous export alone; name a new or an empty folder, "
+            f"--output {config.output}: exists and holds more than a previous export; name a new or an empty folder, "
             "or delete what is in it first"
         )
 

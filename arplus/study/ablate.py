@@ -166,7 +166,7 @@ def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
             finished = [t for spec in tried if (t := study.trials.get(spec.name)) and t.outcome == "finished"]
             scored = [trial for trial in finished if trial.score is not None]
             if not scored:
-                log.warning("%s with %d sessions: no rate came to a result", row.name, size.sessions)
+                log.warning("%s with %d sessions: no learning rate gave a result", row.name, size.sessions)
                 continue
             lr = float(min(scored, key=lambda trial: trial.score or 0.0).values["optimizer.lr"])
         found += [RunSpec(row, size.sessions, size.examples, config.run.seed + i, lr) for i in range(config.seeds)]

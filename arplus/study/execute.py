@@ -97,7 +97,7 @@ def execute(
     storage.with_retries(study.folder.ray, storage.delete, study.folder.ray)
     if len(adapter.failures) >= IN_A_ROW:
         raise RunError(
-            f"study {study.name}: {IN_A_ROW} runs in a row failed, the last one so: {adapter.failures[-1]}; "
+            f"study {study.name}: {IN_A_ROW} runs in a row failed; of the last one: {adapter.failures[-1]}; "
             "the same command tries them again"
         )
     if adapter.stopping or adapter.live:
@@ -301,14 +301,14 @@ def end_runs(study: Study) -> None:
                 tracking.end_run(run, "FAILED", {"outcome": f"{trial.outcome}: {trial.problem}"})
         tracking.end_children(study.tracked)
     except ArplusError as error:  # whatever brought the study to its end is to be heard, not this
-        log.warning("runs may be left RUNNING, until the same command is given again: %s", error)
+        log.warning("MLflow may show runs as RUNNING until the same command is started again: %s", error)
 
 
 def check_outcome(study: Study) -> None:
     """Raises :class:`RunError` where no run of the study came to a result."""
     if study.best is None:
         problems = [f"{t.name}: {t.problem}" for t in study.trials.values() if t.problem]
-        raise RunError(f"study {study.name}: no run came to a result ({'; '.join(problems[:3]) or 'there was none'})")
+        raise RunError(f"study {study.name}: no run has a result ({'; '.join(problems[:3]) or 'there was none'})")
 
 
 def set_environment() -> None:

@@ -110,7 +110,7 @@ def read_bounds(uri: str, preset: str, fingerprint: str | None) -> tuple[float, 
     except (KeyError, TypeError, ValueError):
         low = high = math.nan
     if bounds_problem("loguniform", low, high):
-        raise UsageError(f"--lr-bounds {uri}: is no range test's {FILE}; make one with jobs/lr_find.py")
+        raise UsageError(f"--lr-bounds {uri}: is not the {FILE} of a range test; make one with jobs/lr_find.py")
     if found.get("preset") != preset:
         raise UsageError(f"--lr-bounds {uri}: is of preset {found.get('preset')!r}, not {preset!r}")
     if fingerprint is not None and found.get("fingerprint") != fingerprint:
@@ -146,7 +146,7 @@ def smooth(losses: list[float]) -> NDArray[np.float64]:
 
 def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> str:
     """The curve with its bounds and suggestion, as SVG."""
-    from matplotlib.figure import Figure  # seconds, once a machine
+    from matplotlib.figure import Figure  # seconds, once per machine
 
     rates, losses = [p["lr"] for p in points], [p["dialogue_loss"] for p in points]
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -195,9 +195,9 @@ def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
 
 
 def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
-    """The curve: rate and losses a step, to the last step, to a loss that is not finite, or to one that is too high.
+    """The curve: rate and losses per step, to the last step, to a loss that is not finite, or to one that is too high.
 
-    ``batches(epoch, first, last)`` gives this worker's part of ``steps`` steps an epoch; all workers see the same
+    ``batches(epoch, first, last)`` gives this worker's part of ``steps`` steps per epoch; all workers see the same
     losses and so end at the same step.
     """
     factor = (config.lr_to / config.lr_from) ** (1 / (config.steps - 1))

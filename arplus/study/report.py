@@ -2,9 +2,10 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from arplus import pages
 from arplus.config import AblateConfig, Row, flag
@@ -20,6 +21,8 @@ _VARIANTS = "What the paper found ineffective"
 _VARIANT_COLUMNS = (*STANDARD_COLUMNS, *(c for c in COLUMNS if c.name in ("parameters_m", "train_minutes")))
 _INK = "#010203"
 """A colour that nothing else has: it becomes that of the text around the figure."""
+_WITHOUT = {name: f"{LABELS[BASE]} without {label[1:]}" for name, label in LABELS.items() if label.startswith("-")}
+"""The rows that lack a method, by what they are."""
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933")
 """Okabe and Ito's, which the colour-blind can tell apart, and one more."""
 
@@ -92,6 +95,66 @@ def _less(here: Mapping[str, Mapping[str, Cell]], row: Row, column: Column) -> s
     return f"{less.mean:+.3g}" + (f" ± {2 * less.deviation:.2g}" if less.deviation else "")
 
 
+class Finding(NamedTuple):
+    """What a row's response perplexity says, in words."""
+
+    name: str
+    ppl: Shown
+    difference: str
+    """To the row that it is held against, ± twice the standard error of that, in per cent of it."""
+    verdict: str
+
+
+def findings(config: AblateConfig, here: Mapping[str, Mapping[str, Cell]]) -> list[Finding]:
+    """All rows of one size, the lowest response perplexity first."""
+    column, of = STANDARD_COLUMNS[0], {row.name: row.preset for row in config.variants}
+    found = []
+    for name in sorted((n for n in here if column.name in here[n]), key=lambda n: here[n][column.name].mean):
+        base = of.get(name, BASE)
+        ppl, less = Shown.of(here, name, column, base), effect(here[name], here.get(base, {}))
+        verdict, difference = "", ""
+        if name != base and less is not None:
+            words = {"better": "the method hurts", "worse": "the method helps"} if name in _WITHOUT else {}
+            words |= {NOISE: f"{NOISE} within noise", "?": "? one seed cannot tell"}
+            verdict = words.get(ppl.mark or ppl.judgement, ppl.judgement)
+            error = "" if less.deviation is None else f" ± {2 * less.deviation:.1f}"
+            difference = f"{less.mean:+.1f}{error} % of {LABELS.get(base, base)}"
+        found.append(Finding(_WITHOUT.get(name, LABELS.get(name, name)), ppl, difference, verdict))
+    return found
+
+
+def headline(here: Mapping[str, Mapping[str, Cell]]) -> str:
+    """Which row has the lowest response perplexity, and whether the next one can be told from it."""
+    ppl = {name: cells["response_ppl"] for name, cells in here.items() if "response_ppl" in cells}
+    best, *others = [
+        (_WITHOUT.get(name, LABELS.get(name, name)), ppl[name]) for name in sorted(ppl, key=lambda name: ppl[name].mean)
+    ]
+    said = f"The lowest response perplexity is that of {best[0]}: {_number(best[1].mean)}."
+    if not others:
+        return said
+    noise = within_noise(others[0][1], best[1])
+    told = {
+        True: "a difference within noise",
+        False: "a difference beyond noise",
+        None: "and one seed cannot tell them apart",
+    }
+    return f"{said} Next is {others[0][0]} with {_number(others[0][1].mean)}, {told[noise]}."
+
+
+def advice(config: AblateConfig, found: Sequence[Finding]) -> list[str]:
+    """What to do next, given the findings of the largest size."""
+    said = []
+    if config.tiny:
+        said.append("The networks are shrunk by --tiny: train the real ones before you conclude anything.")
+    if unclear := [one.name for one in found if one.ppl.mark]:
+        said.append(f"Not told apart yet: {', '.join(unclear)}. More --seeds, under another --run-name, tell more.")
+    if config.lr == "paper":
+        said.append("With --lr paper, rows differ in their learning rate too. --lr tuned tells a method from its rate.")
+    if len(config.sizes) == 1:
+        said.append("--sessions 10000,100000,all shows whether a difference lasts with more data.")
+    return [*said, "Read replies of two rows side by side: jobs/evaluate.py with --against and --replies."]
+
+
 def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, unfinished: Mapping[str, str]) -> str:
     """The whole report."""
     sizes = sorted({key.sessions for key in rows})
@@ -107,6 +170,8 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
         variants = _variant_rows(config.variants, here)
         tables.append((sessions, _rows(_presets(config, here), here, STANDARD_COLUMNS), paper, variants))
     presets = _presets(config, {key.preset: None for key in rows})
+    largest = _of_size(rows, sizes[-1])
+    found = findings(config, largest)
     methods = [preset for preset in presets if preset != BASE]
     shown = [row for row in config.variants if any(key.preset == row.name for key in rows)]
     return pages.render(
@@ -116,6 +181,9 @@ def page(config: AblateConfig, rows: Rows, *, study_url: str, compare_url: str, 
         sizes=sizes,
         rate=rates[config.lr],
         noise=NOISE,
+        headline=headline(largest),
+        findings=found,
+        advice=advice(config, found),
         base=LABELS[BASE],
         study_url=study_url,
         compare_url=compare_url,
@@ -185,7 +253,7 @@ def effects_svg(rows: Rows, sizes: Sequence[int], methods: Sequence[str]) -> str
 
 
 def variants_svg(rows: Rows, sizes: Sequence[int], variants: Sequence[Row]) -> str:
-    """How much worse the response perplexity of each variant is than its preset's, a line each, a colour per size."""
+    """How much worse each variant's response perplexity is than its preset's: a line for each, a colour per size."""
     figure, axes = _axes(0.9 + 0.32 * len(variants))
     axes.axvline(0, color=_INK, linewidth=0.8)
     for i, sessions in enumerate(sizes):
@@ -217,14 +285,18 @@ def _axes(height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, axes: Any) -> str:
-    """The figure in the page's ink."""
+    """The figure in the page's ink, and its text as text: names may be in Chinese, which the browser has a font for."""
+    from matplotlib import rc_context
+
     for spine in axes.spines.values():
         spine.set_color(_INK)
     axes.tick_params(colors=_INK, which="both")
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL).replace(_INK, "currentColor")
 
 

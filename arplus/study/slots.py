@@ -15,7 +15,7 @@ class Slots(NamedTuple):
 
     side_by_side: int
     cpus_per_worker: float
-    """CPUs a worker of each of them."""
+    """CPUs per worker of each of them."""
     device: Literal["gpu", "cpu"]
     """Where all of them train: one that starts while a GPU node is away waits for it, as another kind would differ."""
 

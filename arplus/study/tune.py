@@ -100,11 +100,11 @@ def plan(config: TuneConfig) -> str:
     lines += [f"  {dimension.text}" for dimension in dimensions]
     lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
     if dataset is None:
-        return "\n".join([*lines, "examples a trial: unknown without --data"])
+        return "\n".join([*lines, "examples per trial: unknown without --data"])
     examples = dataset.split("train", config.run.feed.max_examples).examples
     budget = config.examples or config.run.epochs * examples
     run = with_budget(config.run, budget, config.validations, examples)
-    lines += [f"examples a trial: {budget:,} of {examples:,} an epoch ({run.max_steps:,} steps)"]
+    lines += [f"examples per trial: {budget:,} of {examples:,} per epoch ({run.max_steps:,} steps)"]
     lines += [f"a validation every {run.validate_every:,} steps", ""]
     early = config.scheduler == "asha"
     return "\n".join(
@@ -113,7 +113,7 @@ def plan(config: TuneConfig) -> str:
 
 
 def with_budget(run: TrainConfig, budget: int, validations: int, examples: int) -> TrainConfig:
-    """A run of at least ``budget`` examples out of ``examples`` an epoch, with evenly spread validations."""
+    """A run of at least ``budget`` examples out of ``examples`` per epoch, with evenly spread validations."""
     epochs, rest = divmod(budget, examples)
     steps = epochs * math.ceil(examples / run.batch_size) + math.ceil(rest / run.batch_size)
     return replace(

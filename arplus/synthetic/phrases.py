@@ -159,7 +159,7 @@ def _words() -> dict[str, list[tuple[str, int]]]:
     """The words of jieba with their counts by part of speech and length ("n2"), the most frequent first."""
     spec = importlib.util.find_spec("jieba")
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError("jieba, whose word list the generator uses, is not installed: pip install 'arplus[demo]'")
+        raise UsageError("jieba, whose word list the generator uses, is not installed: pip install -e '.[demo]'")
     words: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for line in (Path(spec.submodule_search_locations[0]) / "dict.txt").read_text(encoding="utf-8").splitlines():
         word, count, kind = line.split(" ")

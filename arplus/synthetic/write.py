@@ -168,7 +168,7 @@ def chatterbot_records(seed: int = 0) -> Iterator[bytes]:
     """
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError("chatterbot-corpus is not installed: pip install 'arplus[demo]'")
+        raise UsageError("chatterbot-corpus is not installed: pip install -e '.[demo]'")
     import yaml  # comes with the corpus
 
     rng = np.random.default_rng([seed, 1 << 32])

@@ -107,7 +107,8 @@ def server_of(uri: str, mlflow: str | None) -> str | None:
     found = default_uri(TrainConfig().storage)
     if found.startswith("sqlite:///") and not Path(found.removeprefix("sqlite:///")).exists():
         raise UsageError(
-            f"{uri}: is MLflow's, and there is no {found}; name the server or file in --mlflow or MLFLOW_TRACKING_URI"
+            f"{uri}: is a model of MLflow, and {found} does not exist; name the server or file in --mlflow or "
+            "MLFLOW_TRACKING_URI"
         )
     return found
 
@@ -144,7 +145,7 @@ def fetched(uri: str, mlflow: str | None) -> Iterator[str]:
             source = pinned if pinned.startswith("runs:/") else client.get_model_version_download_uri(name, number)
             copy = download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=server)
         if not Path(copy, "manifest.json").exists():
-            raise UsageError(f"{uri}: is no checkpoint of ours; a run has its best one as runs:/ID/checkpoint")
+            raise UsageError(f"{uri}: is not a checkpoint of arplus; a run has its best one as runs:/ID/checkpoint")
         yield copy
 
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 def read_record(path: str | Path) -> Iterator[Event]:
     """The events of a record, or of all records in a folder; ``path`` may be a URI.
 
-    Lines that are none (a process was killed while writing) are counted in a warning. Raises :class:`UsageError` where
+    Broken lines (a process was killed while writing) are counted in a warning. Raises :class:`UsageError` where
     there is nothing.
     """
     broken = 0
@@ -136,7 +136,7 @@ def _missing(client: Any, run_id: str, events: list[Event]) -> list[Event]:
     keys = {e["key"] for e in events if "key" in e}
     there = [(key, m) for key in sorted(keys) for m in client.get_metric_history(run_id, key)]
     points = {(key, m.step) for key, m in there}
-    # A run that went on elsewhere after this record ended it is none of this record's business.
+    # A run that went on elsewhere after this record ended it does not concern this record.
     latest = max((m.timestamp for _, m in there), default=0)
     ends = [e for e in events[-1:] if "status" in e and e["timestamp"] >= latest]
     found = [e for e in ends if run.info.status != e["status"]]

@@ -158,8 +158,7 @@ class Tracker:
             missing = titles(self._given_up + late)
         if self.dropped:
             logger.warning(
-                "MLflow (%s) misses %d logged values%s; send them with: "
-                "python -m arplus.tracking replay %s --mlflow %s",
+                "MLflow (%s) lacks %d logged values%s; send them with: python -m arplus.tracking replay %s --mlflow %s",
                 redact(self.run.uri),
                 self.dropped,
                 missing and f" ({missing})",
@@ -283,8 +282,8 @@ class Tracker:
             if kind not in self._said:
                 self._said.add(kind)
                 logger.warning(
-                    "%s does not take the %s: %s; %s. It stays in the record %s, like all that meets the same; the "
-                    "rest is sent",
+                    "%s does not take the %s: %s; %s. It stays in the record %s, and so do others that are "
+                    "refused for the same reason; the rest is sent",
                     lane.name,
                     title(event),
                     brief(error),

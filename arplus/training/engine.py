@@ -338,7 +338,7 @@ def deepspeed_config(config: TrainConfig, workers: int, parameters: int, *, bf16
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,  # our own log line says more
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU, twice a step
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU, twice per step
     }
 
 
@@ -352,7 +352,7 @@ def zero_config(stage: int, parameters: int) -> dict[str, Any]:
     there is little to hide, for a second bucket and another stream. Nothing of this was measured on a GPU.
 
     Stage 3 keeps what it has gathered for as long as two buckets last, so that groups of shared layers are gathered
-    once a pass where they fit, and not kept to the step's end. Updated weights are gathered in one call, in place.
+    once per pass where they fit, and not kept to the step's end. Updated weights are gathered in one call, in place.
 
     No activation checkpointing: it would recompute a third of the step, while a smaller micro-batch
     (--gradient-accumulation-steps) gives the same gradient for nothing. One longest example of arplus-large keeps

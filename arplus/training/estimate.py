@@ -38,14 +38,14 @@ def report(config: TrainConfig) -> str:
     if dataset is not None and config.init.pretrained is not None:
         lines += ["", weights.initialise(model, dataset.characters, config.init)]
     flops = _flops(config, sizes)
-    lines += ["", f"float operations an example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
+    lines += ["", f"float operations per example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
         return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
     examples = dataset.split("train").examples
     epoch = -(-examples // config.batch_size)
     steps = epoch * config.epochs if config.max_steps is None else min(epoch * config.epochs, config.max_steps)
-    lines += [f"steps: {steps:,} ({epoch:,} an epoch of {examples:,} examples)"]
+    lines += [f"steps: {steps:,} ({epoch:,} per epoch of {examples:,} examples)"]
     return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
 
 
@@ -77,11 +77,11 @@ def study_report(
 
 
 def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:
-    """A table of the train state a worker, by ZeRO stage and number of workers, and the activations on top."""
+    """A table of the train state per worker, by ZeRO stage and number of workers, and the activations on top."""
     state = worker_bytes(config, sizes)
     workers = config.world_sizes
     shown = sorted({workers[0], workers[len(workers) // 2], workers[-1]})
-    lines = ["memory a worker at a step's fullest moment, GiB:"]
+    lines = ["memory per worker at a step's fullest moment, GiB:"]
     lines += ["  " + f"{'train state, workers:':24}" + "".join(f"{w:>8}" for w in shown)]
     for stage in range(4):
         mark = " (this run's)" if stage in {config.zero_stage_of(w) for w in workers} else ""
@@ -140,12 +140,12 @@ def _worker_hours(config: TrainConfig, flops: float, examples: int) -> tuple[flo
     estimate = config.estimate
     if estimate.examples_per_second is not None:
         rate = estimate.examples_per_second
-        assumed = f"{rate:g} examples/s a worker, as given"
+        assumed = f"{rate:g} examples/s per worker, as given"
     else:
         peak = PEAK_TFLOPS[estimate.gpu]
         rate = peak * 1e12 * estimate.mfu / flops
         assumed = (
-            f"{rate:,.0f} examples/s a worker: {estimate.mfu:.0%} of the {peak} TFLOP/s of an {estimate.gpu}, "
+            f"{rate:,.0f} examples/s per worker: {estimate.mfu:.0%} of the {peak} TFLOP/s of an {estimate.gpu}, "
             "a guess; --estimate.examples-per-second takes a measured rate instead"
         )
     return examples / rate / 3600, assumed

@@ -48,7 +48,7 @@ class FailureNotes(ray.train.UserCallback):
         try:
             attempt.note_failure(self.run_uri, self.job, lambda workers: describe(worker_exceptions, workers))
         except (ArplusError, OSError) as error:
-            log.warning("why workers failed is not noted: %s", error)
+            log.warning("the reason why workers failed could not be written down: %s", error)
 
 
 def here() -> str:

@@ -104,7 +104,7 @@ class RollCall:
                     since = time.monotonic()
                     notes = self.notes()
                     if self.rank == notes.index(max(notes)):
-                        log.warning("workers stand still, and wait %s: %s", self._minutes, self.missing(notes))
+                        log.warning("the workers stand still and wait %s: %s", self._minutes, self.missing(notes))
 
     def _write(self) -> None:
         self.store.set(f"arplus/at/{self.rank}", "\n".join(map(str, self.here)))

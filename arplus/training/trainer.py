@@ -144,15 +144,15 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))
     if not dataset.split("valid").examples:
         log.warning(
-            "--data %s: has no validation example, so no checkpoint can be the best one: the last one stands for the "
-            "run; to have some, prepare the data with a larger --valid",
+            "--data %s: has no validation example, so no checkpoint can be the best one: the run's last one "
+            "takes its place; to have one, prepare the data with a larger --valid",
             config.data,
         )
     fresh = config.init_from is None and config.init == InitConfig() and config.resume in ("auto", "never")
     if config.optimizer.only and fresh:
         log.warning(
-            "--optimizer.only without --init-from: the other components stay as random as they start, and behind "
-            "ReZero's gates, which start closed, next to nothing is learnt"
+            "--optimizer.only without --init-from: the other components keep their random start, and since ReZero's "
+            "gates start closed, next to nothing is learnt"
         )
     return dataset, scaling
 
@@ -199,7 +199,7 @@ def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.T
 
 
 def _log_results(tracker: tracking.Tracker, job: RunContext, dataset: Dataset, final: FinalMetrics) -> None:
-    """The final metrics, here and in MLflow, and there what a run that is no part of a study found, and its model."""
+    """The final metrics, here and in MLflow, and there what a run outside a study found, and its model."""
     run, alone = RunFolder(job.run_uri), job.part is None
     run.final.write(final)
     tracker.log_text(run.final.name, run.final.text(final))

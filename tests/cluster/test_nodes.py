@@ -73,7 +73,7 @@ def test_a_node_that_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch, capl
 
     assert list(nodes.ask(look).values()) == [3]
     (said,) = caplog.messages
-    assert re.match(r"no answer within 0 s from \S+ \(\w+\), where workers start slowly: waiting", said)
+    assert re.match(r"no answer from \S+ \(\w+\) within 0 s: its workers start slowly, so the job waits", said)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -262,7 +262,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pretrained(tmp_path, "Electra")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'arplus[pretrained]'" in refusal(fitting("arplus"), tmp_path)
+    assert "pip install -e '.[pretrained]'" in refusal(fitting("arplus"), tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_told_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_that_is_said(config, data, ca
     path.write_bytes(path.read_bytes()[:-3])
     assert start(config, data).checkpoint == before
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert warning.startswith(f"checkpoint passed over, the one before it is taken: {newest}/{file}: ")
+    assert warning.startswith(f"this checkpoint is skipped, and the one before it is taken: {newest}/{file}: ")
 
 
 def test_damage_alone_is_not_a_new_run(config, data):

@@ -142,7 +142,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 240) -> None:
 
 
 def settings(data: str, storage: Path, **changes: object) -> TrainConfig:
-    """Seven examples a step: an odd one for two workers."""
+    """Seven examples per step: an odd one for two workers."""
     changes = {"epochs": EPOCHS} | changes
     return faults.settings(data, storage, workers="1:2", batch_size=7, cpus_per_worker=1.0, **changes)
 
@@ -200,6 +200,6 @@ def test_a_node_that_says_it_goes_away_is_saved_from_at_once(data: str, cluster:
     node.drain(seconds=40)
     wait_for(lambda: bool(checkpoint.list_complete(str(faults.folder(config)))), seconds=40)
     said = assert_ended_right(config, job)
-    assert re.search(r"nodes \w+ are to be taken away: saving now", said)
+    assert re.search(r"nodes \w+ will be taken away: saving now", said)
     assert "going on from step" in said
     assert worker_counts(config) == [2, 1]

@@ -107,12 +107,13 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     links = re.findall(r'(?:src|href)="([^"#]+)', text)
     assert [link for link in links if not link.startswith("http://h/")] == [], "no script, style or image elsewhere"
     assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text, "a phone would show it as wide as a desk's screen"
     assert "#010203" not in text, "the figure takes the page's colour"
     assert text.count("<svg") == 1
 
 
 def test_the_page_marks_noise_and_what_one_seed_cannot_tell() -> None:
-    lines = page().split("<tr")
+    lines = page().split("<h3>Standard metrics</h3>")[1].split("<tr")
     albert, memn2n, ar = (
         next(line for line in lines if f"<td>{name}</td>" in line) for name in ("-ALBERT", "-MemN2N", "AR")
     )
@@ -175,3 +176,35 @@ def test_a_single_row_has_no_figure() -> None:
 
 def replace_preset(one: Trial) -> Trial:
     return replace(one, values={"preset": "no-albert"})
+
+
+def test_the_page_begins_with_what_won_and_whether_that_is_noise() -> None:
+    text = page()
+    short = text.split("<h2>In short</h2>")[1].split("<h2>")[0]
+    assert "The lowest response perplexity is that of AR+: 31." in short
+    assert "Next is AR+ without ALBERT with 31.5, a difference within noise." in short
+    lines = {
+        line.split("</td>")[0].removeprefix("<td>"): line for line in re.findall(r"<tr.*?>(<td>.*?)</tr>", short, re.S)
+    }
+    assert list(lines) == ["AR+", "AR+ without ALBERT", "AR+ without MemN2N", "AR"], "the best one first"
+    assert "+1.6 ± 5.3 % of AR+" in lines["AR+ without ALBERT"]
+    assert "≈ within noise" in lines["AR+ without ALBERT"]
+    assert "? one seed cannot tell" in lines["AR+ without MemN2N"]
+    assert '<td class="worse">worse</td>' in lines["AR"]
+    assert "Not told apart yet: AR+ without ALBERT, AR+ without MemN2N." in short
+    assert "--lr tuned tells a method from its rate" in short
+
+
+def test_a_method_whose_row_is_worse_helps() -> None:
+    found = rows([*TRIALS, *(trial("no-rezero", seed, 50.0 + seed) for seed in range(2))])
+    here = {key.preset: cells for key, cells in found.items() if key.sessions == 1000}
+    verdicts = {one.name: one.verdict for one in report.findings(AblateConfig(), here)}
+    assert verdicts["AR+ without ReZero"] == "the method helps"
+    assert verdicts["AR+"] == ""
+
+
+def test_names_in_chinese_are_text_in_the_figure() -> None:
+    config = AblateConfig(variant=("词向量=arplus,model.dropout=0",))
+    more = [replace(t, values=t.values | {"variant": "词向量"}) for t in TRIALS[:3]]
+    text = report.page(config, rows([*TRIALS, *more]), study_url="u", compare_url="c", unfinished={})
+    assert re.search(r"<text[^>]*>词向量</text>", text)

@@ -228,7 +228,7 @@ def test_bounds_of_a_range_test_are_taken_if_they_are_of_this_model(data: str, t
     with pytest.raises(UsageError, match=r"^--lr-bounds .*: is of preset 'arplus', not 'ar'"):
         tune.space(with_values(config, {"preset": "ar"}, source="test"))
     file.write_text("{}")
-    with pytest.raises(UsageError, match=r"^--lr-bounds .*: is no range test's lr_range.json"):
+    with pytest.raises(UsageError, match=r"^--lr-bounds .*: is not the lr_range.json of a range test"):
         tune.space(config)
 
 
@@ -236,7 +236,7 @@ def test_a_plan_says_what_would_be_tried(data: str, tmp_path: Path) -> None:
     config = settings(data, tmp_path)
     plan = tune.plan(config)
     assert "optimizer.lr=choice(0.01,1e-06)" in plan
-    assert "examples a trial: 222 of 150 an epoch (28 steps)" in plan
+    assert "examples per trial: 222 of 150 per epoch (28 steps)" in plan
     assert json.loads(plan.split("\n\n")[0]) == json.loads(json.dumps(to_dict(config)))
 
 
@@ -246,7 +246,7 @@ def test_a_plan_says_the_hours_of_all_trials(data: str, tmp_path: Path) -> None:
     estimate = EstimateConfig(examples_per_second=0.01, price=2.0)
     plan = tune.plan(replace(config, run=replace(config.run, estimate=estimate)))
     assert "worker-hours of 2 runs: 12.3, cost: 24.67 at 2 each\nhours with 2 runs side by side: 6.2\n" in plan
-    assert "0.01 examples/s a worker, as given, no run that ends early; no loss" in plan
+    assert "0.01 examples/s per worker, as given, no run that ends early; no loss" in plan
     assert "GPU" not in plan.partition("what trials differ in")[2]
     shared = replace(config.run, estimate=estimate, placement=PlacementConfig(gpus_per_worker=0.5))
     plan = tune.plan(replace(config, run=shared))

@@ -158,7 +158,7 @@ def test_a_name_of_mlflow_is_a_checkpoint_to_every_reader(store, registered):
         ("models:/", "must be models:/NAME/VERSION, models:/NAME@ALIAS or runs:/ID/checkpoint"),
         ("models:/x", "must be models:/NAME/VERSION"),
         ("runs:/0123/checkpoint", "does not have it"),
-        ("runs:/{run}/sample_replies.txt", "is no checkpoint of ours; a run has its best one as runs:/ID/checkpoint"),
+        ("runs:/{run}/sample_replies.txt", "is not a checkpoint of arplus; a run has its best one as"),
     ],
 )
 def test_a_name_that_is_wrong_is_said(store, registered, uri, says):
@@ -170,7 +170,7 @@ def test_a_name_that_is_wrong_is_said(store, registered, uri, says):
 def test_without_a_server_the_flag_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with (
-        pytest.raises(UsageError, match=r"^models:/x/1: is MLflow's, and there is no sqlite:.*--mlflow"),
+        pytest.raises(UsageError, match=r"^models:/x/1: is a model of MLflow, and sqlite:.*--mlflow"),
         tracking.fetched("models:/x/1", None),
     ):
         pass

@@ -118,7 +118,7 @@ def test_refused_artifacts_are_named_and_hold_up_nothing(store, artifacts, tmp_p
     assert "artifact config.json" in refused
     assert str(status) in refused
     assert advice in refused
-    assert "misses 4 logged values (artifact config.json, artifact checkpoint/weights.bin)" in summary
+    assert "lacks 4 logged values (artifact config.json, artifact checkpoint/weights.bin)" in summary
     with pytest.raises(ResourceError, match=r"^2 values could not be sent.*\n  2 \(artifact config.json, artifact ch"):
         replay_record(tmp_path / "r.jsonl", store)
     artifacts.status = 200

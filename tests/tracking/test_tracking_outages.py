@@ -24,7 +24,7 @@ def test_a_full_queue_drops_counts_and_says_so_once(no_server, tmp_path, caplog)
     assert tracker.close("FINISHED", timeout=0.1) == 201, "200 points and the status"
     assert sum("queue to MLflow is full" in r.getMessage() for r in caplog.records) == 1
     assert sum(r.getMessage().startswith("MLflow does not answer") for r in caplog.records) == 1
-    assert "misses 201 logged values" in caplog.text
+    assert "lacks 201 logged values" in caplog.text
     assert "replay" in caplog.text
     assert "hunter2" not in caplog.text
     events = list(read_record(tmp_path / "r.jsonl"))

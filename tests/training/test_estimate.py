@@ -29,7 +29,7 @@ def hours(config: TrainConfig, **estimate: object) -> str:
 def test_hours_and_cost_follow_a_measured_rate(config: TrainConfig) -> None:
     said = hours(config, examples_per_second=0.01, price=0.5)
     assert said.startswith("hours: 2.8, worker-hours: 5.6, cost: 2.78 at 0.5 each\n")
-    assert "(assumed: 0.01 examples/s a worker, as given; " in said
+    assert "(assumed: 0.01 examples/s per worker, as given; " in said
     assert "cost" not in hours(config, examples_per_second=0.01)
 
 
@@ -61,7 +61,7 @@ def test_what_is_frozen_is_counted_and_costs_less() -> None:
     assert "\ntrained: " not in whole
     assert "\ntrained: 133,249 of 31,274,673 (0.43%)\n" in part
     for figure in (
-        r"an example: ([\d.]+) G",
+        r"per example: ([\d.]+) G",
         *(rf"ZeRO {stage} +([\d.]+)" for stage in range(4)),
         r"activations +([\d.]+)",
     ):

@@ -60,7 +60,7 @@ class Preemption(Hook):
         if before == self.lost_nodes:
             return Request.NOTHING
         if dist.get_rank() == 0:
-            log.warning("nodes %s are to be taken away: saving now", ", ".join(self.lost_nodes))
+            log.warning("nodes %s will be taken away: saving now", ", ".join(self.lost_nodes))
         return Request.SAVE
 
 
