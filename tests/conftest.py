@@ -14,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import hypothesis
 import pytest
 from helpers import forks
+
+if TYPE_CHECKING:
+    import torch
 
 # A busy machine is no property of the code: neither slow draws nor a slow example make a test fail.
 hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -44,8 +48,35 @@ def generator() -> None:
             pytest.skip(f"{name} is not installed: pip install 'arplus[demo]'")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs a Ray or other processes, and skips what needs a GPU where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``-m gpu --device cpu`` rehearses the tests of a GPU where there is none."""
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="where the tests marked gpu compute")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs from all tests but those that are asked for by their mark: NCCL refuses two ranks on one."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def gpu(pytestconfig: pytest.Config) -> "torch.device":
+    """The device of tests that are marked ``gpu``, set up as workers set theirs up."""
+    import torch
+
+    from arplus.kernels.gpu import leave_cudnn_out
+
+    leave_cudnn_out()
+    return torch.device(pytestconfig.getoption("device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what needs a Ray or other processes; what needs a GPU is left out, or skipped where there is none."""
+    if "gpu" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    there = Path("/dev/nvidiactl").exists() or config.getoption("device") == "cpu"
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"ray_cluster", "forked_workers"}:
@@ -53,7 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
         if fixtures & {"spawn", "server", "s3_server"} or "s3" in values:
             item.add_marker(pytest.mark.processes)
-        if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
+        if item.get_closest_marker("gpu") and not there:
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
 
 

@@ -51,8 +51,8 @@ def settings(theirs: dict, bottleneck: int | None) -> ModelConfig:
 class Golden:
     """One file of the folder, and the model that it describes."""
 
-    def __init__(self, path: Path, backend: str | None) -> None:
-        self.backend = backend
+    def __init__(self, path: Path, backend: str | None, device: torch.device) -> None:
+        self.backend, self.device = backend, device
         self.golden = json.loads(path.with_suffix(".json").read_text())
         tensors = load_file(path)
         self.tensors = tensors
@@ -74,7 +74,7 @@ class Golden:
         model.persona_weight = None if alpha == 1 else alpha
         if self.backend is not None:
             kernels.use(model, torch.device(self.backend))
-        return model
+        return model.to(self.device)
 
     def batch(self, cases: list[dict], blocks: list[int] | None = None) -> Batch:
         """The cases as one batch, in blocks of so many each."""
@@ -101,22 +101,23 @@ class Golden:
             response=packed([case["response"][:-1] for case in cases]),
             target_N=torch.tensor([i for case in cases for i in case["response"][1:]]),
             infilled=packed([case["infilled_response"] for case in cases]) if masked else None,
-        )
+        ).to(self.device)
 
     def reference_name(self, names) -> str:
         """The name, of all those of a shared tensor, that the file stores."""
         return next(name for name in names if name in self.state)
 
 
-@pytest.fixture(params=[None, *BACKENDS], ids=lambda backend: backend or "plain")
-def backend(request) -> str | None:
-    """Which operations compute; those of GPUs do on a CPU too."""
-    return request.param
+@pytest.fixture(params=["plain", *BACKENDS, pytest.param("cuda on gpu", marks=pytest.mark.gpu)])
+def computing(request, gpu: torch.device) -> tuple[str | None, torch.device]:
+    """Which operations compute, and where; those of GPUs do on a CPU too."""
+    backend, _, on_gpu = request.param.partition(" on ")
+    return None if backend == "plain" else backend, gpu if on_gpu else torch.device("cpu")
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def golden(request, backend) -> Golden:
-    return Golden(request.param, backend)
+def golden(request, computing: tuple[str | None, torch.device]) -> Golden:
+    return Golden(request.param, *computing)
 
 
 def test_folder_is_not_empty():
@@ -140,11 +141,11 @@ def test_logits_of_single_cases(golden):
     model = golden.model()
     for k, case in enumerate(golden.cases):
         batch = golden.batch([case])
-        whole = Packed.of([case["response"]])  # with its [EOS], after which nothing is asked
-        response = model.head(model.decode(whole, model.encode(batch)))
+        whole = Packed.of([case["response"]]).to(golden.device)  # with its [EOS], after which nothing is asked
+        response = model.head(model.decode(whole, model.encode(batch))).cpu()
         torch.testing.assert_close(response, golden.tensors[f"case{k}.logits_response"], atol=2e-5, rtol=0)
         memories = [] if batch.infilled is None else [model.encode_infilled(batch.infilled)]
-        auxiliary = model.head(model.decode(batch.response, memories))
+        auxiliary = model.head(model.decode(batch.response, memories)).cpu()
         torch.testing.assert_close(auxiliary, golden.tensors[f"case{k}.logits_auxiliary"], atol=2e-5, rtol=0)
 
 
@@ -179,6 +180,7 @@ def test_losses_and_gradients_of_all_cases_as_one_batch(golden, in_blocks):
         want = golden.gradients[theirs]
         got = model.get_parameter(name).grad
         assert got is not None, name
+        got = got.cpu()
         error = ((got - want).norm() / want.norm()).item()
         assert error <= 1e-4, f"{name} ({theirs}): {error:.2e}"
         checked.add(theirs)

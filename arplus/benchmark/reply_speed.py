@@ -18,7 +18,7 @@ from arplus.benchmark.pool import pool_of
 from arplus.benchmark.step_speed import device
 from arplus.benchmark.usage import interleaved
 from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
-from arplus.evaluation.evaluate import autocast
+from arplus.evaluation.evaluate import PAPER_BATCH, autocast
 from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
@@ -31,9 +31,12 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     network, sizes, there = model_config or ModelConfig(), VocabularySizes(), device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
-    pool = pool_of(config, network, sizes, WINDOW * config.batch_size)
+    size = config.batch_size
+    # Evaluation's windows are of so many examples, whatever it takes of them at a time.
+    examples = max(WINDOW * min(size, PAPER_BATCH), config.batches * size)
+    pool = pool_of(config, network, sizes, examples)
     mine = [batch.to(there) for batch in pool.by_length(config.batches)]
-    steps = pool.random(min(config.rounds, WINDOW))
+    steps = pool.random(min(config.rounds, examples // size))
     theirs = cycle([Padded.of(step.micro_batches[0], sizes).to(there) for step in steps])
     torch.manual_seed(0)
     model, paper = PersonaTransformer(network, sizes).to(there), PaperARPlus(network, sizes).to(there)

@@ -57,6 +57,8 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     count = warm_up + config.rounds * config.batches
     steps = pool_of(config, run.model, sizes, count * config.batch_size).random(count)
     turns: dict[str, Callable[[], None]] = {}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with process_group():
         for side in SIDES if config.compare else SIDES[:1]:
             with contextlib.suppress(ImportError):
@@ -64,7 +66,10 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
                 _take(take, waiting, warm_up)
                 turns[side] = functools.partial(_take, take, waiting, config.batches)
         times, gflops = interleaved(turns, config.rounds)
-    memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in SIDES[:2] if side in turns}
+    if torch.cuda.is_available() and not config.compare:  # nothing but ours was in its memory
+        memory = {"ours": memory_bytes()}
+    else:
+        memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in SIDES[:2] if side in turns}
     per_batch = {side: [t / config.batches for t in found] for side, found in times.items()}
     return _result(config, run, steps, per_batch, gflops, memory)
 
@@ -80,7 +85,7 @@ def _result(
     steps: list[Step],
     times: dict[str, list[float]],
     gflops: float,
-    memory: dict[Side, int],
+    memory: dict[str, int],
 ) -> Result:
     ours = median(times["ours"])
     ratios = {side: median(t / o for t, o in zip(times[side], times["ours"], strict=True)) for side in times}

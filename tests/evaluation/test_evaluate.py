@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from helpers.prepared import CHARACTERS, PERSONA_WORDS, random_state, write_dataset
 
@@ -200,6 +201,19 @@ def test_a_gpus_arithmetic_changes_little(dataset: Dataset, tmp_path: Path, monk
     half = one.tally(0)
     assert half.standard.loss_sum != plain.standard.loss_sum
     assert half.standard.loss_sum == pytest.approx(plain.standard.loss_sum, rel=5e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_evaluates_as_a_cpu(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: torch.device
+) -> None:
+    plain = evaluator(dataset, tmp_path)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+    there = evaluator(dataset, tmp_path / "gpu")
+    assert (plain.device.type, there.device.type) == ("cpu", gpu.type)
+    found, expected = there.tally(0), plain.tally(0)
+    assert found.examples == expected.examples
+    assert found.standard.loss_sum == pytest.approx(expected.standard.loss_sum, rel=5e-3)
 
 
 def test_every_reply_is_written_with_its_loss(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Every operation of every backend against the plain one in float64, values and gradients; dropout by its statistics.
 
-A backend's kernels run here on the CPU, whatever device they are for. What drops is held to the plain operation with
-the elements that it dropped, which are read off a first call with the same seed.
+A backend's kernels run here on the CPU, whatever device they are for, and once more on a GPU where there is one. What
+drops is held to the plain operation with the elements that it dropped, which are read off a first call with the same
+seed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,23 +14,29 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from arplus.kernels import BACKENDS, cpu, gpu
+from arplus.kernels import BACKENDS, cpu
 from arplus.model.batch import IGNORED
 from arplus.model.ops import Operations
 
+ON_GPU = ("plain", "cuda")
 PLAIN = Operations()
 Call = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["plain", *BACKENDS])
-def ops(request, monkeypatch) -> Operations:
-    """The operations of a backend, with sizes at which small products go the way of large ones, in several parts."""
+@pytest.fixture(params=["plain", *BACKENDS, *(pytest.param(f"{of} on gpu", marks=pytest.mark.gpu) for of in ON_GPU)])
+def ops(request, monkeypatch, gpu: torch.device) -> Iterator[Operations]:
+    """The operations of a backend, with sizes at which small products go the way of large ones, in several parts.
+
+    All tensors are made on the device on which they run.
+    """
+    backend, _, on_gpu = request.param.partition(" on ")
     monkeypatch.setattr(cpu, "LEAST", 0)
     monkeypatch.setattr(cpu, "ROWS", 5)
     monkeypatch.setattr(cpu, "AT_ONCE", 2)
-    monkeypatch.setattr(gpu, "ROWS", 4)
-    torch.manual_seed(0)
-    return BACKENDS.get(request.param, Operations)()
+    monkeypatch.setattr("arplus.kernels.gpu.ROWS", 4)
+    with torch.device(gpu if on_gpu else "cpu"):
+        torch.manual_seed(0)
+        yield BACKENDS.get(backend, Operations)()
 
 
 def results(call: Call, inputs: list[Tensor]) -> list[Tensor]:
@@ -37,7 +44,7 @@ def results(call: Call, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     value = call(*leaves)
     g = torch.Generator().manual_seed(7)
-    gradient = torch.randn(value.shape, generator=g).to(value.dtype)
+    gradient = torch.randn(value.shape, generator=g, device="cpu").to(value)
     return [value.detach(), *torch.autograd.grad(value, leaves, gradient)]
 
 
@@ -58,7 +65,7 @@ def hold_bf16(ops: Operations, call: Callable[..., Tensor], *inputs: Tensor) -> 
 
     def under_autocast(of: Operations) -> list[Tensor]:
         def autocast(*x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(x[0].device.type, torch.bfloat16):
                 return call(of, *x)
 
         return results(autocast, list(inputs))
@@ -115,7 +122,7 @@ def test_attend(ops: Operations, masked: str, queries: int) -> None:
     mask = MASKS[masked]
 
     def attend(of: Operations, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return of.attend(query, key, value, None if mask is None else mask.to(query.dtype), 0.0)
+        return of.attend(query, key, value, None if mask is None else mask.to(query), 0.0)
 
     hold(ops, attend, *routes(queries))
     found = [x.bfloat16() for x in routes(queries)]
@@ -136,8 +143,8 @@ def test_attend_of_no_sequences(ops: Operations, p: float, queries: int) -> None
 def test_attend_with_dropout(ops: Operations, masked: str, dtype: torch.dtype) -> None:
     """Values of one seven-wide unit vector each show the weights, and so which of them were dropped."""
     p, mask = 0.25, MASKS[masked]
-    mask = mask if mask is None else mask.to(dtype)
     inputs = [x.to(dtype) for x in routes(7, width=7)]
+    mask = mask if mask is None else mask.to(inputs[0])
     query, key, _ = inputs
     units = torch.eye(7, dtype=dtype).expand(3, 2, 7, 7)
     torch.manual_seed(1)
@@ -241,7 +248,7 @@ def test_cross_entropies_under_autocast(ops: Operations) -> None:
 def test_nats_are_summed_in_fp32(ops: Operations) -> None:
     """Thousands of them in bf16 would stop growing."""
     hidden_GND, weight_VD, target_N = torch.zeros(1, 3000, 8), torch.zeros(30, 8), torch.zeros(3000, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(hidden_GND.device.type, torch.bfloat16):
         nats_G = ops.cross_entropies(hidden_GND, weight_VD, target_N)
     assert nats_G.dtype == torch.float32
     assert nats_G.item() == pytest.approx(3000 * math.log(30), rel=1e-4)
