@@ -97,7 +97,7 @@ def _bypass_proxies(head: str) -> None:
 
 
 def _check_sockets() -> None:
-    """Raises :class:`UsageError` where the paths of Ray's sockets would be longer than Linux takes."""
+    """Raises :class:`UsageError` where Ray's sockets cannot be: the folder's name is too long, or it is read-only."""
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(name, "/tmp")
     limit = 107 - len("/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -106,6 +106,10 @@ def _check_sockets() -> None:
             f"{name}={folder}: has {len(os.fsencode(folder))} bytes, and Ray's sockets need {limit} at most; set "
             "RAY_TMPDIR to a shorter path"
         )
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{name}={folder}: {error.strerror}; set RAY_TMPDIR to a folder that can be made") from error
 
 
 def _start(cpus: int | None) -> None:
@@ -121,15 +125,19 @@ def _start(cpus: int | None) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray_private.read_variables_again()
     ray_private.start_workers_without_uv()
-    with ray_private.deaf_to_the_terminal():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
-        )
+    try:
+        with ray_private.deaf_to_the_terminal():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
+            )
+    except Exception as error:  # Ray 2.60 raises nothing narrower, as where its node takes more than 30 s to start
+        reason = mask(" ".join(str(error).split()))
+        raise ResourceError(f"Ray does not start on this machine: {reason}; is it busy, or its disk full?") from error
 
 
 class Offer(NamedTuple):

@@ -41,6 +41,7 @@ WRONG = {
     "RAY_ADDRESS=ray://me:hunter2@head:10001": (2, "must be HOST:PORT"),
     "RAY_ADDRESS=http://127.0.0.1:8265": (2, "submit the job with `ray job submit`"),
     f"RAY_TMPDIR={TOO_LONG}": (2, "has 85 bytes"),
+    "RAY_TMPDIR=/proc/none": (2, "No such file or directory"),
 }
 ASK = """
 import os, sys
@@ -71,3 +72,10 @@ def test_what_ray_would_hang_at_is_said_in_a_line_and_in_seconds() -> None:
     for said, (wrong, (_, message)) in zip(done.stderr.splitlines(), WRONG.items(), strict=True):
         assert said.startswith(f"error: {wrong.replace('me:hunter2', '***')}: ")
         assert message in said
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_line() -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_OVERRIDE_RESOURCES": "{"}
+    done = subprocess.run([sys.executable, "-c", JOIN], env=plain, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert "error: Ray does not start on this machine: Expecting property name" in done.stderr.splitlines()[-1]
