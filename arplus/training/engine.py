@@ -132,7 +132,7 @@ class Engine:
         if self.stage == 0:
             # DeepSpeed's stage 0 clips fp32 gradients but never tells their norm, so clipping is done here instead.
             self.optimizer.register_step_pre_hook(lambda *_: self._clip(parameters))
-        _initialise_communication()
+        initialise_communication()
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -392,7 +392,8 @@ def _own_part(value: Tensor) -> Tensor:
     return padded[dist.get_rank() * size :][:size]
 
 
-def _initialise_communication() -> None:
+def initialise_communication() -> None:
+    """DeepSpeed's communication, upon this process's group; none of its operators is built."""
     if get_accelerator().device_name() == "cpu":  # on others nobody asks for it, and asking probes every operator
         deepspeed_private.leave_shm_out()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
