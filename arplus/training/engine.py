@@ -263,14 +263,6 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
-    def schedule_state(self) -> dict[str, float]:
-        """Learning rate and counters of the schedule."""
-        return self.schedule.state()
-
-    def load_schedule(self, state: dict[str, float]) -> None:
-        """Sets what :meth:`schedule_state` gave."""
-        self.schedule.load(state)
-
     def _forward(self, batch: Batch) -> Losses:
         losses: Losses = self.engine(batch.to(self.device))
         return losses

@@ -297,7 +297,7 @@ def _run(job: RunContext) -> FinalMetrics:
     engine = Engine(model, config, device, steps)
     if state is not None:
         engine.load_moments(state.moments, progress.step)
-        engine.load_schedule(state.schedule)
+        engine.schedule.load(state.schedule)
     hooks = make_hooks(job, mine, engine, dataset, steps, start)
     try:
         fit(engine, train_loader, valid_loader, progress, config, hooks)

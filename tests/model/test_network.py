@@ -21,7 +21,7 @@ from arplus.model.ops import Module, Operations
 
 def all_logits(model: PersonaTransformer, batch: Batch) -> list[Tensor]:
     """Logits of both branches for each example, (length, 2, V)."""
-    logits_NGV = model.head(model.hidden_at_targets(batch)).transpose(0, 1)
+    logits_NGV = model.head(model.hidden_and_weigh(batch)[0]).transpose(0, 1)
     return parts(logits_NGV, batch.response.sequences)
 
 
