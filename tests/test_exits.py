@@ -76,6 +76,7 @@ print("done")
     assert ended.stdout.endswith("done\n"), ended.stderr
 
 
+@pytest.mark.processes
 def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
     ended = job("arplus", "--dry-run", "--seed", "5")
     assert ended.returncode == 0, ended.stderr
