@@ -1,27 +1,30 @@
 """Atomic changes of small shared files, local or on S3: read, change, write, and once more if another wrote first.
 
 On S3 that is a conditional write (``If-Match``, ``If-None-Match``), of which exactly one of several succeeds. On a
-local file system the file is locked meanwhile; where there is no ``flock``, a second file is the lock while it exists.
+local file system the file is locked meanwhile; where it has no ``flock``, a second file is the lock while it exists.
 
 What such a file claims is its owner's matter: a data set is refused while its holder lives
 (:mod:`arplus.prepare.lease`), a run or a study goes to the newest job (:mod:`arplus.runs.attempt`).
 """
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnectionError
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock, Timeout
 
 from arplus import s3, storage
 from arplus.errors import RefusedError, ResourceError, UsageError
 
 Change = Callable[[bytes | None], bytes | None]
 """A file's new content, for its old one; None stands for no file, on either side."""
-_LOCK_S = 60.0
+LOCK_S = 60.0
 """Seconds to wait for a local lock, which is held for milliseconds."""
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without locks say: FUSE, NFS without a lock daemon, others."""
 
 
 class UnconditionalError(UsageError):
@@ -55,16 +58,38 @@ def _update_locked(uri: str, change: Change) -> None:
     path = Path(storage.resolve(uri)[1])
     with storage.translate_errors(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock")
-        with FileLock(lock, timeout=_LOCK_S):
-            try:
-                data = change(path.read_bytes() if path.exists() else None)
-                if data is None:
-                    path.unlink(missing_ok=True)
-                else:
-                    storage.write_bytes(uri, data)
-            finally:
-                lock.unlink(missing_ok=True)  # whoever waits for it sees that it is gone, and makes another one
+        with _locked(path):
+            data = change(path.read_bytes() if path.exists() else None)
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                storage.write_bytes(uri, data)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock on a local file. Raises :class:`ResourceError` where another process holds it for a minute."""
+    file, soft = path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.held")
+    lock: FileLock | SoftFileLock = FileLock(file, timeout=LOCK_S, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            file.unlink(missing_ok=True)
+            lock = SoftFileLock(soft, timeout=LOCK_S)
+            lock.acquire()
+    except Timeout:
+        raise ResourceError(
+            f"{path}: another process has held its lock for {LOCK_S:g} s; if no job runs that writes there, "
+            f"remove {lock.lock_file}"
+        ) from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # whoever waits for it sees that it is gone, and makes another one
+        lock.release()
 
 
 def _update_unchanged(uri: str, change: Change, last_wins: bool) -> bool:

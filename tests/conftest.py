@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import hypothesis
@@ -208,6 +208,24 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait(15)
+
+
+@pytest.fixture
+def aws_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets variables, and the text of AWS's configuration file, where nothing else is set."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or name.lower() in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    def set_(profile: str = "", **variables: str) -> None:
+        (tmp_path / "AWS_CONFIG_FILE").write_text(profile)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_
 
 
 @pytest.fixture

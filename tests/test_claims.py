@@ -1,5 +1,7 @@
 """Files that several jobs write at the same moment, on a local disk and on a real S3 server."""
 
+import errno
+import fcntl
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +10,24 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from filelock import BaseFileLock, FileLock, SoftFileLock
 
 from arplus import claims, storage
 from arplus.errors import RefusedError, ResourceError
 
 
-@pytest.fixture(params=["local", "s3"])
-def file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "folder" / "file.json")
-    return str(request.getfixturevalue("s3_server").uri(f"claims-{uuid4().hex}/file.json"))
+@pytest.fixture(params=["local", "no flock", "s3"])
+def file(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_server").uri(f"claims-{uuid4().hex}/file.json"))
+    if request.param == "no flock":
+        monkeypatch.setattr(fcntl, "flock", refuse_locks)
+    return str(tmp_path / "folder" / "file.json")
+
+
+def refuse_locks(*_: object) -> None:
+    """As NFS without a lock daemon."""
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 def append(name: str) -> Callable[[bytes | None], bytes]:
@@ -43,6 +53,21 @@ def test_what_a_change_raises_leaves_the_file_and_nothing_beside_it(file: str) -
     assert storage.list_files(file.rpartition("/")[0]) == [file]
     claims.update(file, lambda _: None)
     assert storage.find_bytes(file) is None
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_that_nobody_gives_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool) -> None:
+    """Of a process that hangs, or of one that was killed on another machine."""
+    monkeypatch.setattr(claims, "LOCK_S", 0.3)
+    if flock:
+        held: BaseFileLock = FileLock(lock := tmp_path / ".file.json.lock")
+    else:
+        held = SoftFileLock(lock := tmp_path / ".file.json.held")
+        monkeypatch.setattr(fcntl, "flock", refuse_locks)
+    said = rf"file.json: another process has held its lock for 0.3 s; if no job runs .*, remove {lock}$"
+    with held, pytest.raises(ResourceError, match=said):
+        claims.update(str(tmp_path / "file.json"), append("a"))
+    claims.update(str(tmp_path / "file.json"), append("a"))
 
 
 def test_a_change_sees_what_another_process_wrote_meanwhile(s3_server: Any) -> None:

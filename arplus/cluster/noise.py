@@ -30,7 +30,7 @@ def _say_it_unheard() -> None:
     The actor is bound to a node that is not there, so nothing is started.
     """
     there = NodeAffinitySchedulingStrategy(_NO_NODE, soft=False)
-    with _without_harmless():
+    with without_harmless():
         ray.kill(_Restarted.options(scheduling_strategy=there).remote(ray.put(None)))  # type: ignore[attr-defined]
 
 
@@ -41,7 +41,7 @@ class _Restarted:
 
 
 @contextlib.contextmanager
-def _without_harmless() -> Iterator[None]:
+def without_harmless() -> Iterator[None]:
     """Holds back what any part of this process writes to its standard error, and then writes the rest."""
     with contextlib.ExitStack() as stack:
         try:

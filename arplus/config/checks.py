@@ -1,7 +1,6 @@
 """Configurations as plain values and back: the one place where values are checked."""
 
 import dataclasses
-import difflib
 import functools
 import math
 import operator
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from arplus.config.settings import FREE_TEXT, Required, flag, flat, settings_of
+from arplus.config.settings import FREE_TEXT, Required, did_you_mean, flag, flat, settings_of
 from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact
 
 T = TypeVar("T")
@@ -51,15 +50,15 @@ def validate(config: T, *, source: str = "") -> T:
 
 def unknown_key(key: str, valid: list[str]) -> str:
     """The message for a key that is none of ``valid``, nearest name first."""
-    near = difflib.get_close_matches(key, valid, n=1)
-    return f"unknown key {key!r}{f' (did you mean {near[0]!r}?)' if near else ''}; valid keys: {', '.join(valid)}"
+    meant = did_you_mean(key, {name: repr(name) for name in valid})
+    return f"unknown key {key!r}{meant and f' ({meant})'}; valid keys: {', '.join(valid)}"
 
 
 def unknown_flag(word: str, valid: list[str]) -> str:
     """The message for a word of a command line that is none of the flags of the settings ``valid``, nearest first."""
-    near = difflib.get_close_matches(word.lstrip("-"), map(flag, valid), n=1)
     kind = "flag" if word.startswith("-") else "argument"
-    return f"unknown {kind} {word!r}{f'; did you mean --{near[0]}?' if near else ''} (--help lists all flags)"
+    meant = did_you_mean(word.lstrip("-"), {flag(name): f"--{flag(name)}" for name in valid})
+    return f"unknown {kind} {word!r}{meant and f'; {meant}'} (--help lists all flags)"
 
 
 def _build(cls: type[T], base: Mapping[str, Any], values: Mapping[str, Any], source: str) -> T:

@@ -1,6 +1,5 @@
 """Where a run's workers may be: how much of a GPU each has, of which kind it is, and which nodes qualify."""
 
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from arplus.config.settings import Role
+from arplus.config.settings import Role, did_you_mean
 
 _NAME = "[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL = re.compile(rf"(?:[a-z0-9.-]{{1,253}}/)?{_NAME}=!?(?:{_NAME}|in\({_NAME}(?:, ?{_NAME})*\))")
@@ -62,8 +61,7 @@ def accelerator_problem(name: str | None) -> str | None:
     names = {value for key, value in vars(accelerators).items() if isinstance(value, str) and not key.startswith("_")}
     if name in names:
         return None
-    by_lower = {known.lower(): known for known in sorted(names)}
     short = name.lower().removeprefix("nvidia").strip(" -_")
-    near = difflib.get_close_matches(short, by_lower, n=1)
-    meant = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-    return f"is not one of Ray's names of accelerators (got {name!r}{meant}); some are A100, H100, L4, L40S and T4"
+    meant = did_you_mean(short, {known.lower(): repr(known) for known in sorted(names)})
+    said = f"got {name!r}{meant and f'; {meant}'}"
+    return f"is not one of Ray's names of accelerators ({said}); some are A100, H100, L4, L40S and T4"

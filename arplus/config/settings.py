@@ -1,9 +1,10 @@
 """What a field of a configuration says of itself in its annotation, and where it is in the tree."""
 
 import dataclasses
+import difflib
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from typing import Annotated, Any, NamedTuple
 
@@ -99,3 +100,9 @@ def flat(config: Any) -> dict[str, Any]:
 def flag(name: str) -> str:
     """A setting's dotted name as it is written on the command line."""
     return name.replace("_", "-")
+
+
+def did_you_mean(word: str, known: Mapping[str, str]) -> str:
+    """The question after the ``known`` word that is nearest, as it is to be shown; "" where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {known[near[0]]}?" if near else ""

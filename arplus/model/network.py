@@ -87,12 +87,8 @@ class PersonaTransformer(nn.Module):
         assert batch.persona_related_B is not None, "what predicts is told what to predict"
         return Losses(dialogue, auxiliary, *weight_sums(z_B, batch.persona_related_B))
 
-    def hidden_at_targets(self, batch: Batch) -> Tensor:
-        """What the head is given for L_D and for L_LM, (2, N, D)."""
-        return self.hidden_and_weigh(batch)[0]
-
     def hidden_and_weigh(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The same, and z (B,) of the predicted weights, as :meth:`encode_and_weigh` gives it."""
+        """What the head is given for L_D and for L_LM, (2, N, D), and z (B,), as :meth:`encode_and_weigh` gives it."""
         auxiliary = [self.encode_infilled(batch.infilled)] if batch.infilled is not None else []
         dialogue, z_B = self.encode_and_weigh(batch)
         return torch.stack([self.decode(batch.response, memories) for memories in (dialogue, auxiliary)]), z_B

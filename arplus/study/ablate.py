@@ -81,19 +81,19 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """
     config = resolve_study(config, "ablate")
     dataset = _dataset(config)
-    sizes = _sizes(config, dataset)
+    sizes = training_sets(config, dataset)
     _check_variants(config, dataset, sizes[0])
     slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
     preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
-            _run(config, study, slots, [row for size in sizes for row in _rate_rows(config, size)], tracker)
+            run_missing(config, study, slots, [row for size in sizes for row in rate_specs(config, size)], tracker)
         # Once: the tables are of these rows, whichever rates an earlier command chose.
-        rows = [row for size in sizes for row in _rows(config, size, study)]
-        _run(config, study, slots, rows, tracker)
+        rows = [row for size in sizes for row in seed_specs(config, size, study)]
+        run_missing(config, study, slots, rows, tracker)
         execute.check_outcome(study)
-        _evaluate(config, study, dataset, rows)
+        evaluate_missing(config, study, dataset, rows)
         study.drop_checkpoints()
         return _conclude(study, config, tracker, dataset, rows)
 
@@ -106,7 +106,7 @@ def plan(config: AblateConfig) -> str:
     lines += [f"  {row.name}: {report.settings_of(row)}" for row in config.variants]
     if config.run.data:
         dataset, runs = _dataset(config), []
-        for size in _sizes(config, dataset):
+        for size in training_sets(config, dataset):
             budget = config.examples or config.run.epochs * size.examples
             lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
             for row in config.rows:
@@ -123,7 +123,7 @@ def _dataset(config: AblateConfig) -> Dataset:
     return dataset
 
 
-def _sizes(config: AblateConfig, dataset: Dataset) -> list[Split]:
+def training_sets(config: AblateConfig, dataset: Dataset) -> list[Split]:
     """The training sets, smallest first. Raises :class:`UsageError` for more sessions than there are."""
     whole = dataset.split("train")
     found = []
@@ -148,7 +148,7 @@ def _check_variants(config: AblateConfig, dataset: Dataset, size: Split) -> None
             raise UsageError(f"--variant {row.name}: {error}") from None
 
 
-def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
+def rate_specs(config: AblateConfig, size: Split) -> list[RunSpec]:
     """The first seed's runs at all rates, of every row that does not say its own."""
     step = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (config.rates - 1))
     rates = [float(f"{LOWEST_RATE * step**i:.3g}") for i in range(config.rates)]
@@ -156,13 +156,13 @@ def _rate_rows(config: AblateConfig, size: Split) -> list[RunSpec]:
     return [RunSpec(row, size.sessions, size.examples, config.run.seed, lr) for row in rows for lr in rates]
 
 
-def _rows(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
+def seed_specs(config: AblateConfig, size: Split, study: Study) -> list[RunSpec]:
     """The runs of every row with all seeds, at the rate that the row is to have."""
     found = []
     for row in config.rows:
         lr = config.lr_of(row)
         if lr is None:
-            tried = [spec for spec in _rate_rows(config, size) if spec.row == row]
+            tried = [spec for spec in rate_specs(config, size) if spec.row == row]
             finished = [t for spec in tried if (t := study.trials.get(spec.name)) and t.outcome == "finished"]
             scored = [trial for trial in finished if trial.score is not None]
             if not scored:
@@ -211,7 +211,10 @@ class _Rows(execute.Source):
         return f"{len(self.study.trials) - len(running)} runs have ended{left}; now {'; '.join(now) or 'none'}"
 
 
-def _run(config: AblateConfig, study: Study, slots: Slots, rows: list[RunSpec], tracker: tracking.Tracker) -> None:
+def run_missing(
+    config: AblateConfig, study: Study, slots: Slots, rows: list[RunSpec], tracker: tracking.Tracker
+) -> None:
+    """Runs what has no run yet, and goes on with what has not ended."""
     source = _Rows(config, study, [row for row in rows if row.name not in study.trials])
     again = [study.trials[row.name] for row in rows if row.name in study.trials and not study.trials[row.name].ended]
     log.info("%s: %d runs to do, %d side by side", study.name, len(source.left) + len(again), slots.side_by_side)
@@ -219,7 +222,7 @@ def _run(config: AblateConfig, study: Study, slots: Slots, rows: list[RunSpec], 
         execute.execute(study, source, slots, tracker, again=again)
 
 
-def _evaluate(config: AblateConfig, study: Study, dataset: Dataset, rows: list[RunSpec]) -> None:
+def evaluate_missing(config: AblateConfig, study: Study, dataset: Dataset, rows: list[RunSpec]) -> None:
     """Evaluates what has not been evaluated yet: the best checkpoint of every run that the tables have."""
     wanted = {row.name: row for row in rows}
     for trial in study.trials.values():

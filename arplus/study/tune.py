@@ -65,7 +65,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
         scheduler = asha if config.scheduler == "asha" else None
         execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
-        return _conclude(config, study, tracker, dataset)
+        return finish(config, study, tracker, dataset)
 
 
 def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]:
@@ -187,7 +187,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _conclude(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+def finish(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
     """Writes the best settings and all figures, tracks them on the parent, and registers the best model."""
     best = study.best
     assert best is not None

@@ -51,7 +51,11 @@ def make_client(uri: str) -> Any:
     database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{database}.lock", "w") as lock:  # of two processes that make the tables at once, one would fail
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            said = f"{database}: sqlite needs locks, and this file system has none ({error.strerror})"
+            raise UsageError(f"{said}; name a server or another disk's sqlite:///PATH with --mlflow") from None
         return client_class(uri)
 
 
@@ -153,7 +157,7 @@ def start_run(
         if resume_run_id is not None and (experiment_id := _reopened(client, resume_run_id)) is not None:
             run = RunRef(uri, experiment_id, resume_run_id)
         else:
-            experiment_id = _experiment_id(client, uri, experiment)
+            experiment_id = find_or_make_experiment(client, uri, experiment)
             family = {"mlflow.user": _user()}
             if parent_run_id is not None:
                 family["mlflow.parentRunId"] = parent_run_id
@@ -196,7 +200,8 @@ def _experiment_of(client: Any, run_id: str) -> str | None:
     return str(found.info.experiment_id)
 
 
-def _experiment_id(client: Any, uri: str, name: str) -> str:
+def find_or_make_experiment(client: Any, uri: str, name: str) -> str:
+    """The id of an experiment. Raises :class:`UsageError` for one that was deleted."""
     from mlflow.exceptions import MlflowException
 
     # With sqlite there is no server to choose a place for artifacts; MLflow would take the working folder.

@@ -132,7 +132,7 @@ class Engine:
         if self.stage == 0:
             # DeepSpeed's stage 0 clips fp32 gradients but never tells their norm, so clipping is done here instead.
             self.optimizer.register_step_pre_hook(lambda *_: self._clip(parameters))
-        _initialise_communication()
+        initialise_communication()
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -263,14 +263,6 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
-    def schedule_state(self) -> dict[str, float]:
-        """Learning rate and counters of the schedule."""
-        return self.schedule.state()
-
-    def load_schedule(self, state: dict[str, float]) -> None:
-        """Sets what :meth:`schedule_state` gave."""
-        self.schedule.load(state)
-
     def _forward(self, batch: Batch) -> Losses:
         losses: Losses = self.engine(batch.to(self.device))
         return losses
@@ -392,7 +384,8 @@ def _own_part(value: Tensor) -> Tensor:
     return padded[dist.get_rank() * size :][:size]
 
 
-def _initialise_communication() -> None:
+def initialise_communication() -> None:
+    """DeepSpeed's communication, upon this process's group; none of its operators is built."""
     if get_accelerator().device_name() == "cpu":  # on others nobody asks for it, and asking probes every operator
         deepspeed_private.leave_shm_out()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

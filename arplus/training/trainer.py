@@ -64,7 +64,7 @@ def train(
     run = RunFolder(storage.join(config.storage, config.run_name))
     start = find_resume_point(config, run, dataset)
     check_start(config, dataset, new=start.checkpoint is None)
-    tracked = _tracked(config, dataset, start, part)
+    tracked = begin_tracking(config, dataset, start, part)
     run.config.write(config)
     if start.checkpoint is None:  # the audit of attempts that came to nothing
         run.delete_audit()
@@ -157,7 +157,9 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
     return dataset, scaling
 
 
-def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: StudyContext | None) -> tracking.RunRef:
+def begin_tracking(
+    config: TrainConfig, dataset: Dataset, start: ResumePoint, part: StudyContext | None
+) -> tracking.RunRef:
     """The MLflow run. Raises :class:`ResourceError` for a new run whose server does not answer; a study's waits for it.
 
     A run that goes on, perhaps by night and by itself, does not wait for its server: what is not sent is recorded.
@@ -295,7 +297,7 @@ def _run(job: RunContext) -> FinalMetrics:
     engine = Engine(model, config, device, steps)
     if state is not None:
         engine.load_moments(state.moments, progress.step)
-        engine.load_schedule(state.schedule)
+        engine.schedule.load(state.schedule)
     hooks = make_hooks(job, mine, engine, dataset, steps, start)
     try:
         fit(engine, train_loader, valid_loader, progress, config, hooks)

@@ -148,6 +148,7 @@ def test_prepare_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert table["missing, repeated lines alone"] == figures.NOT_INSTALLED
 
 
+@pytest.mark.processes
 def test_what_another_program_cannot_do_is_a_line_of_the_table(tmp_path: Path) -> None:
     (tmp_path / "raw.jsonl").write_text("x\n")
     assert repeated_lines.drop(breaks, str(tmp_path)) == "failed: cannot read this"

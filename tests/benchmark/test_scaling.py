@@ -40,6 +40,7 @@ def gpus_seen(rank: int) -> tuple[int, str]:
     return rank, os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+@pytest.mark.processes
 def test_processes_that_share_a_machine_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them would take the same one, or one that is not there."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

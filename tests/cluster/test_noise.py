@@ -55,6 +55,6 @@ def test_ctrl_c_reaches_the_job_alone() -> None:
 
 
 def test_what_else_is_written_meanwhile_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
-    with noise._without_harmless():
+    with noise.without_harmless():
         os.write(2, f"E 1 actor {noise.HARMLESS}\nE 2 another error\n".encode())
     assert capfd.readouterr().err == "E 2 another error\n"

@@ -60,6 +60,7 @@ def test_batches_of_one_capacity_are_of_one_shape_and_none_is_dropped() -> None:
     assert filler(batches[:1])[0].context.ids.shape == (filler.capacities[0].context,)
 
 
+@pytest.mark.processes
 def test_compiled_it_is_one_graph() -> None:
     """By Dynamo and autograd's tracer, without the compiler, which takes minutes."""
     config = small("arplus")

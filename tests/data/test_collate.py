@@ -144,7 +144,7 @@ def found(batch: Batch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda x: f"words={x.persona_words}-infilling={x.infilling}")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_batch_of_any_rows_in_any_order_is_the_oracles(spec: BatchSpec, data: st.DataObject) -> None:
     rows, table = data.draw(tables())
@@ -163,7 +163,7 @@ def test_a_batch_of_any_rows_in_any_order_is_the_oracles(spec: BatchSpec, data: 
 
 
 @pytest.mark.parametrize("spec", SPECS[:1] + SPECS[-1:], ids=["words", "characters"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_micro_batches_at_once_are_the_oracles_one_by_one(spec: BatchSpec, data: st.DataObject) -> None:
     rows, table = data.draw(tables())
@@ -256,7 +256,7 @@ unit = st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.99, np.nextaf
 
 
 @given(st.lists(st.tuples(st.lists(character, min_size=1, max_size=15), unit, unit), min_size=1, max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_infill_is_the_oracles_and_keeps_the_frame(drawn: list[tuple[list[int], float, float]]) -> None:
     responses = [[IDS.bos, *characters, IDS.eos] for characters, _, _ in drawn]
     filled = fill(responses, [kind for _, kind, _ in drawn], [place for _, _, place in drawn])

@@ -111,7 +111,7 @@ def sessions(draw: st.DrawFn) -> Session:
     return Session("\n".join(utterances), speakers, profiles, False, has_reference, key, key)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(sessions(), max_size=5),
     st.integers(1, 6),

@@ -264,14 +264,14 @@ def train_part(config: TrainConfig, state: dict | None, first: int, last: int) -
     engine = Engine(model, config, DEVICE, config.max_steps)
     if state is not None:
         engine.load_moments(state["moments"], first)
-        engine.load_schedule(state["schedule"])
+        engine.schedule.load(state["schedule"])
     found = results(engine, engine_steps(config, first, last))
     return {
         "curve": [r.loss for r in found],
         "norms": [r.grad_norm for r in found],
         "weights": engine.weights(),
         "moments": engine.moments(),
-        "schedule": engine.schedule_state(),
+        "schedule": engine.schedule.state(),
     }
 
 

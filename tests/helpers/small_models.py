@@ -23,6 +23,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapters-no-rezero": ("no-rezero", {"adapter": 6}),
 }
 """Members of the family without a name of their own: a preset, and what differs."""
+MEMBERS = ("ar", "arplus", "no-bart-mlm", "no-memn2n", *WEIGHTED, *FORMS)
+"""As few as have every part of the family between them; the golden files hold all rows."""
 
 
 def smallest_run(preset_name: str = "arplus") -> TrainConfig:

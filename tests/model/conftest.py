@@ -1,9 +1,9 @@
 """Fixtures of the model's tests."""
 
 import pytest
-from helpers.small_models import FORMS, WEIGHTED, small
+from helpers.small_models import MEMBERS, small
 
-from arplus.config import PAPER_ROWS, ModelConfig
+from arplus.config import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -11,7 +11,7 @@ def _one_thread(one_thread: None) -> None:
     """All of them."""
 
 
-@pytest.fixture(params=[*sorted({*PAPER_ROWS, *WEIGHTED}), *FORMS])
+@pytest.fixture(params=MEMBERS)
 def config(request) -> ModelConfig:
-    """Each of the paper's rows, those with a weight predictor, and the other forms, small."""
+    """The members of the family, small."""
     return small(request.param)

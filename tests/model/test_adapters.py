@@ -45,7 +45,7 @@ def test_each_unique_layer_has_two() -> None:
 def test_fresh_ones_change_nothing(preset: str, training: bool) -> None:
     base = make_model(small(preset)).train(training)
     model, batch = adapted(base), make_batch(base.config)
-    assert model.hidden_at_targets(batch).equal(base.hidden_at_targets(batch))
+    assert model.hidden_and_weigh(batch)[0].equal(base.hidden_and_weigh(batch)[0])
     if not training:
         greedy = Sampling(temperature=0, max_characters=9)
         assert generate(model, batch, greedy).equal(generate(base, batch, greedy))
@@ -90,10 +90,10 @@ def test_the_fixed_attention_passes_none() -> None:
     model, batch = make_model(small("adapters")), make_batch(small("adapters"))
     for layer in model.layers:
         layer.r.zero_()
-    before = model.hidden_at_targets(batch)
+    before = model.hidden_and_weigh(batch)[0]
     for layer in model.layers:
         layer.attention_adapter.up.bias.fill_(9.0)
-    assert model.hidden_at_targets(batch).equal(before)
+    assert model.hidden_and_weigh(batch)[0].equal(before)
 
 
 def test_what_is_not_named_is_frozen() -> None:

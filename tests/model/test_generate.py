@@ -135,9 +135,10 @@ def test_greedy_equals_argmax_by_full_recomputation(config):
 @pytest.mark.parametrize("settings", [GREEDY, PAPERS], ids=["greedy", "sampled"])
 def test_replies_are_the_same_in_any_blocks(config, settings):
     model, batch = make_model(config), make_batch(config)
-    for blocks in ([5], [1, 4], [1, 1, 1, 1, 1], [0, 3, 2]):
+    expected = generate(model, batch, settings, torch.Generator().manual_seed(5))
+    for blocks in ([1, 4], [1, 1, 1, 1, 1], [0, 3, 2]):
         found = generate(model, take(batch, range(5), blocks), settings, torch.Generator().manual_seed(5))
-        assert found.equal(generate(model, batch, settings, torch.Generator().manual_seed(5)))
+        assert found.equal(expected)
 
 
 def test_replies_do_not_read_the_response(config):

@@ -35,7 +35,7 @@ def test_a_fixed_at_one_is_the_row_without_predictor_to_the_bit(config):
     model, batch = make_model(config), make_batch(config)
     plain = without_predictor(model)
     model.persona_weight = 1
-    assert model.hidden_at_targets(batch).equal(plain.hidden_at_targets(batch))
+    assert model.hidden_and_weigh(batch)[0].equal(plain.hidden_and_weigh(batch)[0])
     expected = gradients(plain, plain(batch))
     losses = model(batch)
     found = gradients(model, losses._replace(sum_weight=0 * losses.sum_weight))  # λ2
@@ -51,7 +51,7 @@ def test_a_fixed_at_zero_silences_the_persona(config):
     for weight, same in ((0, True), (0.1, False), (1, False), (None, False)):
         for each in (model, without_predictor(model)):
             each.persona_weight = weight
-            assert each.hidden_at_targets(batch).equal(each.hidden_at_targets(other)) == same, weight
+            assert each.hidden_and_weigh(batch)[0].equal(each.hidden_and_weigh(other)[0]) == same, weight
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def test_the_predicted_weights_are_used(config):
     model.predictor.w.div_(3)
     a_B = weights_of(model, batch)
     assert a_B.max() - a_B.min() > 0.05
-    hidden = model.hidden_at_targets(batch).split(batch.response.sequences.lengths.tolist(), 1)
+    hidden = model.hidden_and_weigh(batch)[0].split(batch.response.sequences.lengths.tolist(), 1)
     for i, a in enumerate(a_B.tolist()):
         model.persona_weight = a
-        alone = model.hidden_at_targets(take(batch, [i]))
+        alone = model.hidden_and_weigh(take(batch, [i]))[0]
         torch.testing.assert_close(alone, hidden[i], atol=1e-6, rtol=1e-6)
 
 

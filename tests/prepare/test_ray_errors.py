@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from arplus import storage
+from arplus import claims, storage
 from arplus.config import PrepareConfig, SynthesizeConfig
 from arplus.data.manifest import Manifest
 from arplus.errors import ResourceError, UsageError
 from arplus.prepare import tasks
-from arplus.prepare.lease import Lease
+from arplus.prepare.lease import FILE, Lease
 from arplus.prepare.pipeline import prepare
 from arplus.synthetic.write import synthesize
 
@@ -112,13 +112,14 @@ def test_a_second_job_on_the_same_output_is_refused(tmp_path: Path, records: Pat
 def test_a_job_that_lost_its_lease_commits_nothing(
     tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[Lease] = []
-    take = Lease.take
-    monkeypatch.setattr(Lease, "take", classmethod(lambda cls, output: taken.append(take(output)) or taken[-1]))
-    encode = tasks.count.remote
+    """Another job wrote its own while this one was held up for longer than the lease lasts."""
+    take, encode = Lease.take, tasks.count.remote
+    monkeypatch.setattr(Lease, "take", lambda output: take(output, lifetime=0.4))
+    other = json.dumps({"token": "other", "holder": "process 7 on elsewhere"}).encode()
 
     def lose(*arguments: Any) -> Any:
-        taken[0]._lost = "process 7 on elsewhere"
+        claims.update(str(tmp_path / "out" / FILE), lambda _: other)
+        time.sleep(0.5)
         return encode(*arguments)
 
     monkeypatch.setattr(tasks.count, "remote", lose)

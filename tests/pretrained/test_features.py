@@ -105,7 +105,7 @@ USES = [
 
 def logits(model: PersonaTransformer, batch: Batch) -> list[Tensor]:
     """Of both branches for each example, (length, 2, V)."""
-    return parts(model.head(model.hidden_at_targets(batch)).transpose(0, 1), batch.response.sequences)
+    return parts(model.head(model.hidden_and_weigh(batch)[0]).transpose(0, 1), batch.response.sequences)
 
 
 @pytest.mark.parametrize("features", USES, ids=lambda features: features["use"])

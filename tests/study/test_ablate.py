@@ -51,25 +51,25 @@ def done(row: RunSpec, ppl: float) -> Trial:
 
 def test_rows_sizes_and_seeds(dataset: Dataset) -> None:
     config = AblateConfig(run=TrainConfig(seed=5), row=("arplus", "ar"), seeds=2, sessions="all,30")
-    sizes = ablate._sizes(config, dataset)
+    sizes = ablate.training_sets(config, dataset)
     whole = dataset.split("train")
     assert [size.examples for size in sizes] == [round(30 * 200 / whole.sessions), 200]
-    rows = [row for size in sizes for row in ablate._rows(config, size, study())]
+    rows = [row for size in sizes for row in ablate.seed_specs(config, size, study())]
     assert len(rows) == len({row.name for row in rows}) == 8
     assert {row.seed for row in rows} == {5, 6}
     assert {(row.row.name, row.lr) for row in rows} == {("arplus", 2e-3), ("ar", 1.5e-4)}, "the paper's rates"
     common = with_values(config, {"lr": "common", "optimizer.lr": 7e-4}, source="test")
-    assert {row.lr for row in ablate._rows(common, sizes[0], study())} == {7e-4}
+    assert {row.lr for row in ablate.seed_specs(common, sizes[0], study())} == {7e-4}
 
 
 def test_a_rate_is_tuned_by_the_first_seed(dataset: Dataset) -> None:
     config = AblateConfig(row=("arplus", "ar"), seeds=3, lr="tuned", rates=4)
     size = dataset.split("train")
-    tried = ablate._rate_rows(config, size)
+    tried = ablate.rate_specs(config, size)
     assert [row.lr for row in tried[:4]] == pytest.approx([1.5e-4, 6.08e-4, 2.47e-3, 1e-2], rel=1e-2)
     assert {row.seed for row in tried} == {config.run.seed}
     scores = {row.name: done(row, 30 + abs(row.lr - tried[2].lr)) for row in tried if row.row.name == "arplus"}
-    found = ablate._rows(config, size, study(**scores))
+    found = ablate.seed_specs(config, size, study(**scores))
     assert [(row.row.name, row.lr, row.seed) for row in found] == [("arplus", tried[2].lr, seed) for seed in range(3)]
     assert found[0] == tried[2], "the first seed's run is not made again"
 
@@ -78,17 +78,17 @@ def test_a_rate_that_failed_is_not_tried_among_the_seeds(dataset: Dataset, monke
     """It might win, with nobody to run the other seeds at it; the next command tries it, and then chooses."""
     config = AblateConfig(row=("arplus",), seeds=2, lr="tuned", rates=3)
     size = dataset.split("train")
-    tried = ablate._rate_rows(config, size)
+    tried = ablate.rate_specs(config, size)
     trials = {row.name: done(row, 30.0 + i) for i, row in enumerate(tried)}
     trials[tried[1].name].outcome = "failed"
     mine = study(**trials)
-    rows = ablate._rows(config, size, mine)
+    rows = ablate.seed_specs(config, size, mine)
     mine.trials[rows[1].name] = replace(done(rows[1], 30.0), outcome="running")
     found: dict[str, list[Trial]] = {}
     monkeypatch.setattr(execute, "execute", lambda *_, again, **__: found.update(again=again))
-    ablate._run(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), rows, cast(Any, None))
+    ablate.run_missing(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), rows, cast(Any, None))
     assert [trial.name for trial in found["again"]] == [rows[1].name]
-    ablate._run(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), tried, cast(Any, None))
+    ablate.run_missing(config, mine, cast(Any, SimpleNamespace(side_by_side=1)), tried, cast(Any, None))
     assert [trial.name for trial in found["again"]] == [tried[1].name]
 
 
@@ -96,7 +96,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = AblateConfig(run=TrainConfig(data=dataset.uri), row=("arplus",), seeds=1)
-    (row,) = rows = ablate._rows(config, dataset.split("train"), study())
+    (row,) = rows = ablate.seed_specs(config, dataset.split("train"), study())
     trial = done(row, 30.0)
     trial.config = ablate.settings(config, row)
     mine = replace(study(**{row.name: trial}), folder=StudyFolder(str(tmp_path)))
@@ -108,7 +108,7 @@ def test_an_evaluation_is_saved_although_mlflow_is_away(
     splits = {"test": {"standard": {"response_ppl": 30.5}}}
     monkeypatch.setattr(ablate, "evaluate", lambda _: {"splits": splits})
     monkeypatch.setattr(ablate, "destination", away)
-    ablate._evaluate(config, mine, dataset, rows)
+    ablate.evaluate_missing(config, mine, dataset, rows)
     record = mine.folder.trial(row.name).read()
     assert record == trial
     assert record.evaluation is not None
@@ -127,10 +127,10 @@ def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
     assert [row.name for row in config.rows] == ["no-albert", "arplus", "dropped", "slow"], "their presets, no other"
     assert config.runs == 3 * (3 + 1) + 2, "the one with a rate of its own is not tuned"
     size = dataset.split("train")
-    tried = ablate._rate_rows(config, size)
+    tried = ablate.rate_specs(config, size)
     assert {spec.row.name for spec in tried} == {"no-albert", "arplus", "dropped"}
     assert len({spec.name for spec in tried}) == 9
-    slow = ablate._rows(config, size, study())
+    slow = ablate.seed_specs(config, size, study())
     assert [(spec.row.name, spec.lr, spec.seed) for spec in slow] == [("slow", 5e-4, 0), ("slow", 5e-4, 1)]
     run = ablate.settings(config, slow[1])
     assert (run.preset, run.optimizer.lr, run.batch_size, run.max_steps) == ("arplus", 5e-4, 10, 60)
@@ -224,7 +224,7 @@ def test_settings_that_hold_for_all_rows_pass() -> None:
 
 def test_more_sessions_than_there_are(dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="the split train has 200 examples, not"):
-        ablate._sizes(AblateConfig(sessions="1000000"), dataset)
+        ablate.training_sets(AblateConfig(sessions="1000000"), dataset)
 
 
 def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:

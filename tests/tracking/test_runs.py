@@ -1,5 +1,7 @@
 """What a run logs arrives, once, in a sqlite store."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -132,7 +134,7 @@ def test_two_processes_make_the_same_store_and_experiment_at_once(tmp_path):
     program = """
 import os, sys, time
 from arplus.tracking import client, start_run
-client._load()
+client.make_client("http://127.0.0.1:9")  # which imports MLflow
 open(sys.argv[2], "w").close()
 while not os.path.exists(sys.argv[3]):
     time.sleep(0.001)
@@ -157,13 +159,23 @@ print(start_run(sys.argv[1], "shared", "r", tags={}, params={}).experiment_id)
     assert answers[0] == answers[1] != ""
 
 
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = rf"^{tmp_path}/mlflow.db: sqlite needs locks, and this file system has none \(No locks available\); name a "
+    with pytest.raises(UsageError, match=said):
+        client.connect(f"sqlite:///{tmp_path}/mlflow.db")
+
+
 def test_an_experiment_that_another_process_made_meanwhile_is_taken(store, monkeypatch):
     run = begin(store)
     mlflow = client.connect(store)
     answers = [None]
     real = mlflow.get_experiment_by_name
     monkeypatch.setattr(mlflow, "get_experiment_by_name", lambda name: answers.pop() if answers else real(name))
-    assert client._experiment_id(mlflow, store, "tests") == run.experiment_id
+    assert client.find_or_make_experiment(mlflow, store, "tests") == run.experiment_id
 
 
 @pytest.mark.parametrize("kind", ["store", "server"])

@@ -55,6 +55,6 @@ def test_operators_are_probed_for_a_cpu_alone(accelerator: str, asks: bool, monk
     monkeypatch.setattr(deepspeed, "ops", ops)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
     with process_group():
-        engine._initialise_communication()
+        engine.initialise_communication()
     assert ops.asked == asks
     assert sys.modules["deepspeed.comm.comm"].cdb is None

@@ -14,10 +14,10 @@ from arplus.data.loader import Step
 from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.tracking import RunRef, Tracker
-from arplus.training.hooks import RunContext, RunEndedError, close_hooks, final_metrics
+from arplus.training.hooks import RunContext, RunEndedError, close_hooks, final_metrics, profiler
 from arplus.training.hooks.base import Hook
 from arplus.training.hooks.profiler import Profiler
-from arplus.training.hooks.reports import SystemMetrics
+from arplus.training.hooks.reports import Mlflow, SystemMetrics
 from arplus.training.hooks.requests import EarlyStopping
 
 AWAY = RunRef("http://127.0.0.1:9", "0", "run")
@@ -61,6 +61,20 @@ def test_a_remote_runs_profile_lies_beside_it(s3_server: Any, tmp_path: Path) ->
     tracker.close(timeout=0)
     assert "aten::cumsum" in storage.read_bytes(f"{run}/profile/steps-2-2.txt").decode()
     assert storage.exists(f"{run}/profile/steps-2-2.trace.json.gz")
+
+
+def test_copies_of_a_profile_go_once_mlflow_has_them(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    copy = profiler.copies(Tracker(AWAY, record=record)) / "steps-2-2.txt"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    missed = Tracker(AWAY, record=record)
+    missed.log_file(copy, "profile")
+    missed.close(timeout=0)
+    Mlflow(missed).close()
+    assert copy.exists(), "it is still to be sent by hand"
+    Mlflow(Tracker(AWAY, record=record)).close()
+    assert not copy.parent.exists()
 
 
 def test_a_profile_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

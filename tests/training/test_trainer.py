@@ -28,7 +28,7 @@ from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
 from arplus.training.start import load, resolve
-from arplus.training.trainer import _tracked, train
+from arplus.training.trainer import begin_tracking, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -183,8 +183,8 @@ def test_a_worker_on_a_node_of_other_versions_ends_the_run(
 def test_only_a_new_run_needs_mlflow_at_its_start(data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, dataset = settings(data, tmp_path, mlflow="http://127.0.0.1:9"), Dataset.open(data)
     with pytest.raises(ResourceError, match=r"http://127\.0\.0\.1:9"):
-        _tracked(config, dataset, ResumePoint(None, None), None)
-    assert _tracked(config, dataset, ResumePoint(None, "abc"), None).run_id == "abc"
+        begin_tracking(config, dataset, ResumePoint(None, None), None)
+    assert begin_tracking(config, dataset, ResumePoint(None, "abc"), None).run_id == "abc"
     assert caplog.messages[-1].startswith("going on without MLflow until it answers: ")
 
 
@@ -201,9 +201,11 @@ def test_a_studys_run_waits_for_mlflow(data: str, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(tracking, "start_run", start_run)
     part = StudyContext(parent_run_id="study", tags={})
-    assert _tracked(config, dataset, ResumePoint(None, None), part).run_id == "new"
+    assert begin_tracking(config, dataset, ResumePoint(None, None), part).run_id == "new"
     answers.append(ResourceError("away"))
-    assert _tracked(config, dataset, ResumePoint(None, "abc"), part).run_id == "abc", "one that goes on need not wait"
+    assert begin_tracking(config, dataset, ResumePoint(None, "abc"), part).run_id == "abc", (
+        "one that goes on need not wait"
+    )
 
 
 def test_ray_finds_nothing_to_unpickle_in_a_runs_folder(finished: tuple) -> None:

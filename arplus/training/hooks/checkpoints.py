@@ -83,7 +83,7 @@ class Checkpoints(Hook):
             state = TrainState(
                 config=self.job.config,
                 progress=replace(progress),
-                schedule=self.engine.schedule_state(),
+                schedule=self.engine.schedule.state(),
                 rules=self.dataset.rules,
                 characters=self.dataset.characters,
                 persona_words=self.dataset.persona_words,

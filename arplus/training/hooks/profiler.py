@@ -24,6 +24,11 @@ ALLOCATIONS = 1_000_000
 """Allocations that a memory snapshot remembers."""
 
 
+def copies(tracker: tracking.Tracker) -> Path:
+    """Where the files of a remote run lie until storage and MLflow have them."""
+    return tracker.record.with_suffix("") / FOLDER
+
+
 class Profiler(Hook):
     """Profiles rank 0, which has it alone; a profile that fails costs the run nothing but a warning.
 
@@ -40,9 +45,8 @@ class Profiler(Hook):
         self.on_gpu = torch.cuda.is_available()
         self.profile: profile | None = None
         self.writing: threading.Thread | None = None
-        # A remote run's files lie beside its record, where the driver clears them away.
-        here = Path(storage.resolve(run_uri)[1]) if storage.is_local(run_uri) else tracker.record.with_suffix("")
-        self.stem = here / FOLDER / f"steps-{steps[0]}-{steps[-1]}"
+        here = Path(storage.resolve(run_uri)[1], FOLDER) if storage.is_local(run_uri) else copies(tracker)
+        self.stem = here / f"steps-{steps[0]}-{steps[-1]}"
 
     def before_step(self, progress: TrainProgress) -> None:
         """Starts in the first of the steps that this start of the workers makes."""

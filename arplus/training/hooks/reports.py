@@ -1,6 +1,7 @@
 """What a run tells MLflow and Ray Train."""
 
 import logging
+import shutil
 import threading
 
 import ray.train
@@ -8,6 +9,7 @@ import ray.train
 from arplus import tracking
 from arplus.data.loader import Step
 from arplus.runs.checkpoint import TrainProgress
+from arplus.training.hooks import profiler
 from arplus.training.hooks.base import Hook
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,9 @@ class Mlflow(Hook):
         self.tracker.log({"perf/checkpoint_seconds": seconds}, step=progress.examples)
 
     def close(self) -> None:
-        """Sends what waits; the driver ends the MLflow run itself."""
-        self.tracker.close()
+        """Sends what waits; the driver ends the MLflow run itself, but perhaps on another node than this one."""
+        if self.tracker.close() == 0:
+            shutil.rmtree(profiler.copies(self.tracker), ignore_errors=True)
 
 
 class RayReports(Hook):
