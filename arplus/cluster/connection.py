@@ -32,7 +32,7 @@ def connect(cpus: int | None = None) -> None:
 
     A cluster of our own has ``cpus`` logical CPUs (the machine's by default) and ends with this process. Its token,
     too, is this process's own. Nothing happens where this process is connected already. Raises :class:`UsageError` for
-    an address that is none, and :class:`ResourceError` where no cluster answers there.
+    an address that is none, and :class:`ResourceError` where no cluster answers there or Ray does not start here.
     """
     quiet()
     if ray.is_initialized():
@@ -122,14 +122,20 @@ def _start(cpus: int | None) -> None:
     ray_private.read_variables_again()
     ray_private.start_workers_without_uv()
     with ray_private.deaf_to_the_terminal():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # of which Ray 2.60 makes what it says of a node that does not come up
+                raise
+            said = str(error).strip().partition("\n")[0].rstrip(" .:")
+            raise ResourceError(f"Ray did not start ({said}); if this machine is busy, start the job later") from None
 
 
 class Offer(NamedTuple):

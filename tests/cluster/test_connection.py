@@ -71,3 +71,24 @@ def test_what_ray_would_hang_at_is_said_in_a_line_and_in_seconds() -> None:
     for said, (wrong, (_, message)) in zip(done.stderr.splitlines(), WRONG.items(), strict=True):
         assert said.startswith(f"error: {wrong.replace('me:hunter2', '***')}: ")
         assert message in said
+
+
+TOO_BUSY = r"""
+import ray
+from arplus import cli
+from arplus.cluster import connection
+
+def init(**_):
+    raise Exception("\nThe last 20 lines of dashboard.log:\nINFO x\nINFO y")  # as in ray/_private/services.py
+
+ray.init = init
+cli.run(connection.connect)
+"""
+
+
+def test_a_machine_on_which_ray_does_not_start_is_said_in_a_line() -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", TOO_BUSY], env=plain, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    said = "error: Ray did not start (The last 20 lines of dashboard.log); if this machine is busy, start the job later"
+    assert done.stderr == f"{said}\n"
