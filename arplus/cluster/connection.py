@@ -132,7 +132,7 @@ def _start(cpus: int | None) -> None:
                 runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
             )
         except Exception as error:
-            if type(error) is not Exception:  # of which Ray 2.60 makes what it says of a node that does not come up
+            if type(error) not in (Exception, RuntimeError):  # what Ray 2.60 says of a node that does not come up
                 raise
             said = str(error).strip().partition("\n")[0].rstrip(" .:")
             raise ResourceError(f"Ray did not start ({said}); if this machine is busy, start the job later") from None
