@@ -32,7 +32,7 @@ def connect(cpus: int | None = None) -> None:
 
     A cluster of our own has ``cpus`` logical CPUs (the machine's by default) and ends with this process. Its token,
     too, is this process's own. Nothing happens where this process is connected already. Raises :class:`UsageError` for
-    an address that is none, and :class:`ResourceError` where no cluster answers there.
+    an address that is none, and :class:`ResourceError` where no cluster answers there or Ray does not start here.
     """
     quiet()
     if ray.is_initialized():
@@ -135,9 +135,9 @@ def _start(cpus: int | None) -> None:
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"}},
             )
-    except Exception as error:  # Ray 2.60 raises nothing narrower, as where its node takes more than 30 s to start
-        reason = mask(" ".join(str(error).split()))
-        raise ResourceError(f"Ray does not start on this machine: {reason}; is it busy, or its disk full?") from error
+    except Exception as error:  # Ray 2.60 raises nothing narrower where a part of it does not come up in 30 s
+        said = mask(str(error).strip().partition("\n")[0].rstrip(" .:"))  # the last lines of a log follow
+        raise ResourceError(f"Ray does not start ({said}); if this machine is busy, start the job later") from error
 
 
 class Offer(NamedTuple):

@@ -47,12 +47,12 @@ def draw_road(target: Path) -> None:
     axes.axis("off")
     for x, (name, by) in enumerate(ROAD):
         axes.add_patch(
-            FancyBboxPatch((x - 0.3, 0), 0.6, 0.4, boxstyle="round,pad=0.03", facecolor="#eef2ff", edgecolor=BLUE)
+            FancyBboxPatch((x - 0.33, 0), 0.66, 0.4, boxstyle="round,pad=0.03", facecolor="#eef2ff", edgecolor=BLUE)
         )
         axes.text(x, 0.2, name, ha="center", va="center", color=INK, fontsize=11)
         if by:
-            axes.annotate("", (x + 0.66, 0.2), (x + 0.34, 0.2), arrowprops={"arrowstyle": "->", "color": SOFT})
-            axes.text(x + 0.5, -0.45, by, ha="center", va="center", color=SOFT, fontsize=10)
+            axes.annotate("", (x + 0.64, 0.2), (x + 0.36, 0.2), arrowprops={"arrowstyle": "->", "color": INK})
+            axes.text(x + 0.5, -0.45, by, ha="center", va="center", color=INK, fontsize=10)
     save(figure, target)
 
 

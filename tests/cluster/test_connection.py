@@ -78,4 +78,4 @@ def test_a_ray_that_does_not_start_is_said_in_a_line() -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_OVERRIDE_RESOURCES": "{"}
     done = subprocess.run([sys.executable, "-c", JOIN], env=plain, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
-    assert "error: Ray does not start on this machine: Expecting property name" in done.stderr.splitlines()[-1]
+    assert "error: Ray does not start (Expecting property name" in done.stderr.splitlines()[-1]
