@@ -57,7 +57,7 @@ def served() -> Iterator[None]:
             yield
         finally:
             del os.environ[PLACE]
-            server.communicate(timeout=30)
+            server.communicate(timeout=120)
 
 
 def use() -> None:
