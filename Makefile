@@ -1,4 +1,4 @@
-# make demo | quick | test | check | soak | clean. The first one that is called sets up .venv (README.md).
+# make demo | quick | test | check | soak | gpu | clean. The first one that is called sets up .venv (README.md).
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo quick test check soak benchmark-deps clean
+.PHONY: help setup demo quick test check soak gpu benchmark-deps clean
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
@@ -17,6 +17,7 @@ help:
 	@echo "make test    the tests, without the long proofs"
 	@echo "make check   lint, format, types, spelling"
 	@echo "make soak    the long proofs"
+	@echo "make gpu     on a machine with a GPU: is it right there, and how fast is it"
 	@echo "make setup   only set up $(VENV)"
 	@echo "make benchmark-deps   what jobs/benchmark.py compares with: datasets, duckdb, polars, transformers"
 	@echo "make clean   remove $(VENV), the demo's output and caches"
@@ -65,6 +66,10 @@ check: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
+
+# Eight minutes on an H100; build/gpu holds what was found.
+gpu: setup
+	$(BIN)/python tests/gpu/run.py
 
 benchmark-deps: setup
 	$(BIN)/pip install -qq -c constraints.txt -e '.[benchmark]'
