@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from arplus.config.placement import PlacementConfig, accelerator_problem
 from arplus.config.settings import FREE_TEXT, INLINE, Required
 from arplus.config.training import Device
 from arplus.errors import UsageError
@@ -197,6 +198,8 @@ class EvaluateConfig:
     device: Device = "auto"
     """auto takes GPUs where the cluster has any alive, else CPUs; gpu takes at least one and waits until the cluster
     has started it; cpu takes none."""
+    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
+    """The GPUs and nodes that workers may have."""
     persona_weight: PersonaWeight = "auto"
     """a of Eq. 1, from 0 (the persona that a reply is given has no effect) to 1, whatever the model was trained with;
     auto is what the model predicts, or 1."""
@@ -214,6 +217,9 @@ class EvaluateConfig:
         """Yields (field, problem) for settings that are wrong together."""
         if self.replies is not None and not self.replies.endswith((".csv", ".jsonl")):
             yield "replies", f"must end with .csv or .jsonl, which says how it is written (got {self.replies!r})"
+        kind = self.placement.accelerator_type
+        if problem := self.placement.device_problem(self.device) or accelerator_problem(kind):
+            yield "accelerator_type", problem
 
 
 @dataclass(frozen=True, kw_only=True)

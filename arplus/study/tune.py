@@ -18,6 +18,7 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
+from arplus.errors import UsageError
 from arplus.evaluation.sheets import as_csv
 from arplus.study import execute, lr_find, verdict
 from arplus.study.publish import conclude
@@ -79,7 +80,9 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     for dimension in dimensions:
         ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
         for value in ends:
-            with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
+            run = with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
+            if run.objective.compared != config.run.objective.compared:
+                raise UsageError(f"--space {dimension.text}: at {value} trials cannot be compared with the others")
     return dimensions
 
 
@@ -232,7 +235,8 @@ def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None,
     """The sweep's page: who won, by how much, whether it is noise, and where things are."""
     ranked = verdict.ranking(study)
     best, others = ranked[0], ranked[1:]
-    said = f"**{best.name} won with a response perplexity of {best.score:.3f}** ({_shown(best.values)})"
+    what = config.run.objective.compared.lower()
+    said = f"**{best.name} won with a {what} of {best.score:.3f}** ({_shown(best.values)})"
     if others and best.score and others[0].score:
         said += f", {100 * (others[0].score / best.score - 1):.2f} % below {others[0].name}: {judged or 'not judged'}"
     names = list(dict.fromkeys(name for trial in ranked for name in trial.values))
