@@ -36,7 +36,6 @@ from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
 from arplus.training.estimate import study_report
-from arplus.training.publish import NOTE
 from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
@@ -278,7 +277,7 @@ def _conclude(
         f"[The report]({tracking.run_url(study.tracked, 'artifacts/report.html')}), also in `{study.uri}`; "
         f"[the runs compared]({compare_url}).\n\n```\n{text}\n```"  # last: MLflow takes 5,000 characters
     )
-    tracker.set_tags({NOTE: said})
+    tracker.set_tags({tracking.NOTE: said})
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:

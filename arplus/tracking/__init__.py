@@ -33,6 +33,7 @@ from arplus.tracking.registry import (
 )
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
+    NOTE,
     RunRef,
     compare_url,
     default_uri,
@@ -44,6 +45,7 @@ from arplus.tracking.run import (
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
+    "NOTE",
     "Flavor",
     "RunRef",
     "Status",

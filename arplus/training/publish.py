@@ -17,6 +17,7 @@ from arplus.errors import ArplusError, ResourceError
 from arplus.evaluation.replies import sample_replies
 from arplus.evaluation.served import FLAVOR
 from arplus.runs import checkpoint
+from arplus.runs.attempt import StoppedError
 from arplus.runs.folder import FinalMetrics
 from arplus.training import failure
 
@@ -33,8 +34,6 @@ class Model(NamedTuple):
     """Its folder's name in the run."""
 
 
-NOTE = "mlflow.note.content"
-"""The tag that is a page's description, in Markdown."""
 _SHOWN = ("preset", "seed", "batch_size", "epochs", "optimizer.lr", "objective.lambda1", "workers")
 """Settings that are a run's params in any case."""
 _ELSEWHERE = ("data", "storage", "run_name", "experiment", "mlflow", "resume", "register", "tag")
@@ -60,19 +59,20 @@ def describe(
     model: Model | None = None,
     error: Exception | None = None,
 ) -> str:
-    """What the run is; what it found once it has ended, and where, with its model if that was sent; why it failed.
+    """What the run is; what it found once it has ended, and where, with its model if that was sent; why it did not.
 
     Markdown.
     """
     examples = dataset.split("train", config.feed.max_examples).examples
+    limit = f"{config.epochs} epochs" + (f" or {config.max_steps:,} steps" if config.max_steps else "")
     uri = storage.join(config.storage, config.run_name)
     said = (
         f"`{config.preset}` trained on `{config.data}`: {examples:,} examples, batches of {config.batch_size}, up to "
-        f"{config.epochs} epochs, learning rate {config.optimizer.lr:g}, λ1 {config.objective.lambda1:g}. The run's "
+        f"{limit}, learning rate {config.optimizer.lr:g}, λ1 {config.objective.lambda1:g}. The run's "
         f"folder is `{uri}`; all settings are in [config.json]({tracking.run_url(run, 'artifacts/config.json')})."
     )
     if error is not None:
-        return f"**Failed:** {failure.reason(error)}\n\n{said}"
+        return f"**{'Stopped' if isinstance(error, StoppedError) else 'Failed'}:** {failure.in_words(error)}.\n\n{said}"
     if final is None:
         return said
     ppl = "not measured" if final.best_response_ppl is None else f"{final.best_response_ppl:.3f}"

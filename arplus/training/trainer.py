@@ -92,19 +92,19 @@ def train(
             final = _run_workers(job, scaling, callbacks)
         model = _log_results(tracker, job, dataset, final)
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, StoppedError):  # Ray makes a SystemExit of `ray job stop`
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of `ray job stop`
         status = "KILLED"
         raise
     except SupersededError:
         status = None  # the MLflow run is the other job's now
         raise
     except Exception as error:
-        tracker.set_tags(failure.tags(error) | {publish.NOTE: publish.describe(config, dataset, tracked, error=error)})
+        status = _say_why(tracker, config, dataset, error)
         raise
     finally:
         if (missing := tracker.close(status)) == 0:
             shutil.rmtree(publish.copies(tracker), ignore_errors=True)
-    if model is not None and config.register is not None:
+    if model and config.register:
         _register(job, final, model, missing)
     return final
 
@@ -124,6 +124,15 @@ def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]
         "served by": tracking.open_command(mlflow),
         "next": f"python jobs/evaluate.py --checkpoint {uri} --data {config.data}",
     }
+
+
+def _say_why(tracker: tracking.Tracker, config: TrainConfig, dataset: Dataset, error: Exception) -> tracking.Status:
+    """Says on the run's page why it ended; its status."""
+    tracker.set_tags({tracking.NOTE: publish.describe(config, dataset, tracker.run, error=error)})
+    if isinstance(error, StoppedError):
+        return "KILLED"
+    tracker.set_tags(failure.tags(error))
+    return "FAILED"
 
 
 def _register(job: RunContext, final: FinalMetrics, model: publish.Model, missing: int) -> None:
@@ -190,7 +199,7 @@ def _tracked(config: TrainConfig, dataset: Dataset, start: ResumePoint, part: St
 def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.Tracker:
     """The run's tracker, which has the settings, and which data it is, with its card."""
     tracker, config = tracking.Tracker.beside(job.tracked, run.uri), job.config
-    tracker.set_tags({publish.NOTE: publish.describe(config, dataset, tracker.run)})
+    tracker.set_tags({tracking.NOTE: publish.describe(config, dataset, tracker.run)})
     tracker.log_text(run.config.name, run.config.text(config))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     card = storage.join(config.data, "data_card.html")
@@ -208,7 +217,7 @@ def _log_results(
     tracker.log_text(run.final.name, run.final.text(final))
     if job.part is None:
         model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
-    tracker.set_tags({publish.NOTE: publish.describe(job.config, dataset, tracker.run, final, model=model)})
+    tracker.set_tags({tracking.NOTE: publish.describe(job.config, dataset, tracker.run, final, model=model)})
     return model
 
 

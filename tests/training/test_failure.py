@@ -40,6 +40,8 @@ def test_a_reason_is_one_short_line_without_credentials() -> None:
 def test_tags_say_all_that_is_known() -> None:
     error = failure.WorkersFailedError("run x: …", {"reason": "ValueError: a", "rank": "1"})
     assert failure.tags(error) == {"failure.reason": "ValueError: a", "failure.rank": "1"}
+    assert failure.in_words(error) == "worker 1: ValueError: a"
+    assert failure.in_words(RunError("diverged")) == "diverged"
     assert failure.tags(RunError("diverged")) == {"failure.reason": "diverged"}
 
 
