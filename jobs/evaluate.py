@@ -11,12 +11,13 @@ def main() -> None:
     """Reads the command line, evaluates, and gives the metrics as table, JSON and in the training run's MLflow run."""
     config = cli.parse(EvaluateConfig(), sys.argv[1:], prog="jobs/evaluate.py")
     from arplus import tracking
-    from arplus.cluster import connection
+    from arplus.cluster import connection, placement
     from arplus.evaluation.delivery import deliver, destination
     from arplus.evaluation.evaluate import evaluate, table
 
     to = destination(config)
     connection.connect()
+    placement.say_who_qualifies(config.placement)
     result = evaluate(config)
     print(table(result))
     page = deliver(result, config, to)

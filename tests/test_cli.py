@@ -336,6 +336,8 @@ def test_tags_and_mlflows_names_are_taken_as_they_are() -> None:
     for wrong in ("x", "=x", "x="):
         with pytest.raises(UsageError, match=rf"--tag: must be KEY=VALUE \(got '{wrong}'\)"):
             train("arplus", "--tag", wrong)
+    with pytest.raises(UsageError, match=r"--tag: has a KEY that MLflow does not take: .* \(got 'team!'\)"):
+        train("arplus", "--tag", "team!=a")
     with pytest.raises(UsageError, match=r"--register: .* must not be blank or hold / or :"):
         train("arplus", "--register", "a/1")
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.utils.validation import _validate_experiment_name, _validate_model_name
+from mlflow.utils.validation import _validate_experiment_name, _validate_model_name, _validate_tag
 
 from arplus import cli
 from arplus.config import AblateConfig, LrFindConfig, TrainConfig, TuneConfig
-from arplus.config.names import experiment_name_problem, model_name_problem
+from arplus.config.names import experiment_name_problem, model_name_problem, tag_problem
 from arplus.errors import UsageError
 from arplus.training.start import resolve
 
@@ -24,9 +24,9 @@ def command(kind, *arguments):
     return cli.preset_command(arguments, widen, prog="job", description="Does it.", only=only).config
 
 
-def refuses(validate, name):
+def refuses(validate, *arguments):
     try:
-        validate(name)
+        validate(*arguments)
     except MlflowException:
         return True
     return False
@@ -37,6 +37,8 @@ def test_the_rules_are_those_of_mlflow():
         longest = len(name) > 250
         assert longest or bool(model_name_problem(name)) == refuses(_validate_model_name, name), name
         assert bool(experiment_name_problem(name)) == refuses(_validate_experiment_name, name), name
+        if key := name.strip():
+            assert bool(tag_problem(f"{key} = value")) == refuses(_validate_tag, key, "value"), name
 
 
 @pytest.mark.parametrize("kind", [TuneConfig, AblateConfig])

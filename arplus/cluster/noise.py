@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,13 +16,36 @@ HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 
 What they are made of lives as long as the run, so they can be started again.
 """
+OVERLOADED = "Failed to send resource request"
+"""Ray Train's controller says so, with a traceback, where a busy machine does not answer it at once; it asks again."""
 _NO_NODE = "1".rjust(56, "0")
 
 
 def leave_out() -> None:
-    """Leaves :data:`HARMLESS` out of what this process prints, be it of its own or of its workers; once connected."""
-    ray_private.choose_worker_lines(lambda line: HARMLESS not in line)
+    """Leaves :data:`HARMLESS` out of what this process prints, be it of its own or of its workers; once connected.
+
+    And the traceback of what is :data:`OVERLOADED`, whose own line stays.
+    """
+    ray_private.choose_worker_lines(_Chosen().shows)
     _say_it_unheard()
+
+
+class _Chosen:
+    """Which of the workers' lines are shown."""
+
+    def __init__(self) -> None:
+        self.tracing = set[Any]()
+        """Processes in the midst of a traceback that is not shown."""
+
+    def shows(self, line: str, process: Any) -> bool:
+        """Whether a line of a process is shown; its lines come in order."""
+        if process in self.tracing:
+            if not line.startswith(("Traceback", " ")):  # its last line, which names the error
+                self.tracing.discard(process)
+            return False
+        if OVERLOADED in line:
+            self.tracing.add(process)
+        return HARMLESS not in line
 
 
 def _say_it_unheard() -> None:

@@ -106,15 +106,15 @@ def mute_reports() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
-def choose_worker_lines(wanted: Callable[[str], bool]) -> None:
-    """Prints only the ``wanted`` of the lines that workers print; Ray shows all or none of them."""
+def choose_worker_lines(wanted: Callable[[str, Any], bool]) -> None:
+    """Prints only the ``wanted`` of the lines that workers print, given with their process; Ray shows all or none."""
     from ray._private import ray_logging
 
     dispatcher, name = ray_logging.global_worker_stdstream_dispatcher, "ray_print_logs"
     if show := dict(dispatcher.handlers).get(name):
 
         def show_wanted(data: dict[str, Any]) -> None:
-            if lines := [line for line in data["lines"] if wanted(line)]:
+            if lines := [line for line in data["lines"] if wanted(line, data.get("pid"))]:
                 show(data | {"lines": lines})
 
         dispatcher.remove_handler(name)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from arplus.config.placement import PlacementConfig, accelerator_problem
 from arplus.config.settings import FREE_TEXT, INLINE, Required, RequiredText
 from arplus.config.training import Device
 from arplus.errors import UsageError
@@ -200,6 +201,8 @@ class EvaluateConfig:
     device: Device = "auto"
     """auto takes the GPUs that the cluster has at that moment, or CPUs if it has none. gpu takes at least one GPU and
     waits until the cluster has started it. cpu takes no GPU."""
+    placement: Annotated[PlacementConfig, INLINE] = field(default_factory=PlacementConfig)
+    """The GPUs and nodes that workers may have."""
     persona_weight: PersonaWeight = "auto"
     """The persona's weight in a reply (a of Eq. 1), from 0, which leaves it without effect, to 1. auto is what the
     model predicts, or 1 if it predicts none. Every model takes every weight."""
@@ -216,6 +219,9 @@ class EvaluateConfig:
         """Yields (field, problem) for settings that are wrong together."""
         if self.replies is not None and not self.replies.endswith((".csv", ".jsonl")):
             yield "replies", f"must end with .csv or .jsonl, which says how it is written (got {self.replies!r})"
+        kind = self.placement.accelerator_type
+        if problem := self.placement.device_problem(self.device) or accelerator_problem(kind):
+            yield "accelerator_type", problem
 
 
 @dataclass(frozen=True, kw_only=True)

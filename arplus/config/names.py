@@ -4,6 +4,7 @@ MLflow itself is not asked, as importing it takes seconds; ``tests/test_names.py
 """
 
 import posixpath
+import re
 import unicodedata
 
 LONGEST_RUN_NAME = 250
@@ -11,11 +12,12 @@ LONGEST_RUN_NAME = 250
 LONGEST_FOLDER_NAME = 250
 """Bytes of a folder's name: file systems take 255, and a study's best settings are named after it and "-best"."""
 LONGEST_EXPERIMENT_NAME = 500
+LONGEST_TAG_NAME = 250
 
 
 def run_name_problem(name: str) -> str | None:
     """What is wrong with a run's name, which is that of its folder too; None for a good one, or for none."""
-    if name and (posixpath.normpath(name) != name or name.startswith(("..", "/")) or name == "."):
+    if name and not _is_path(name):
         return f"must be the path of a folder within --storage, without .. and the like (got {name!r})"
     longest = max(len(part.encode(errors="surrogatepass")) for part in name.split("/"))
     if len(name) > LONGEST_RUN_NAME or longest > LONGEST_FOLDER_NAME:
@@ -38,6 +40,21 @@ def experiment_name_problem(name: str) -> str | None:
     if len(name) > LONGEST_EXPERIMENT_NAME:
         return f"must have at most {LONGEST_EXPERIMENT_NAME} characters (has {len(name)})"
     return _character_problem(name)
+
+
+def tag_problem(item: str) -> str | None:
+    """What is wrong with KEY=VALUE of an MLflow run's tag; None for a good one."""
+    key, _, value = (part.strip() for part in item.partition("="))
+    if not key or not value:
+        return f"must be KEY=VALUE (got {item!r})"
+    if len(key) > LONGEST_TAG_NAME or not re.fullmatch(r"[/\w.\- :]+", key) or not _is_path(key):
+        return f"has a KEY that MLflow does not take: up to {LONGEST_TAG_NAME} letters, digits, _ . - : (got {key!r})"
+    return None
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is the path of something within a folder, in its shortest form."""
+    return posixpath.normpath(name) == name and not name.startswith(("..", "/")) and name != "."
 
 
 def _character_problem(name: str) -> str | None:

@@ -20,9 +20,9 @@ class PlacementConfig:
 
     gpus_per_worker: Annotated[float, Ge(0.05), Le(1), Role.OPERATION] = 1.0
     """Share of a GPU per worker. With 0.25, four runs of one worker each share a GPU that a small batch would leave
-    idle. The workers of one run cannot share a GPU. On CPUs it changes nothing."""
+    idle. Workers of one training run cannot share a GPU, those of an evaluation can. On CPUs it changes nothing."""
     accelerator_type: Annotated[str | None, Role.OPERATION] = None
-    """Train only on GPUs of this kind, by Ray's name for it, such as L4 or A100."""
+    """Take only GPUs of this kind, by Ray's name for it, such as L4 or A100."""
     label_selector: Annotated[tuple[str, ...], Role.OPERATION] = ()
     """Place workers only on nodes with this Ray label, given as KEY=VALUE. VALUE may be !A (not A), in(A,B) or
     !in(A,B)."""
@@ -42,6 +42,11 @@ class PlacementConfig:
         """What chooses nodes, as on the command line; empty where all of them will do."""
         kind = [f"--accelerator-type {self.accelerator_type}"] if self.accelerator_type else []
         return " ".join([*kind, *(f"--label-selector {item}" for item in self.label_selector)])
+
+    def device_problem(self, device: str) -> str | None:
+        """What is wrong with ``accelerator_type`` beside ``--device``; None where nothing is."""
+        wrong = self.accelerator_type is not None and device == "cpu"
+        return "needs GPUs, and --device cpu takes none; leave one out" if wrong else None
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from arplus.config.gpus import GPU
 from arplus.config.model import ModelConfig
-from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem
+from arplus.config.names import experiment_name_problem, model_name_problem, run_name_problem, tag_problem
 from arplus.config.optimization import ObjectiveConfig, OptimizerConfig
 from arplus.config.placement import PlacementConfig, accelerator_problem
 from arplus.config.settings import INLINE, RequiredText, Role
@@ -236,8 +236,8 @@ class TrainConfig:
             yield "accelerator_type", problem
         if self.register is not None and (problem := model_name_problem(self.register)):
             yield "register", problem
-        if wrong := [item for item in self.tag if not all(map(str.strip, item.partition("=")))]:
-            yield "tag", f"must be KEY=VALUE (got {wrong[0]!r})"
+        for problem in filter(None, map(tag_problem, self.tag)):
+            yield "tag", problem
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
@@ -267,8 +267,8 @@ class TrainConfig:
             )
         if self.device == "gpu" and self.world_sizes and (problem := self.gpu_sharing_problem()):
             yield "gpus_per_worker", problem
-        if self.placement.accelerator_type is not None and self.device == "cpu":
-            yield "accelerator_type", "needs GPUs, and --device cpu takes none; leave one out"
+        if problem := self.placement.device_problem(self.device):
+            yield "accelerator_type", problem
         if self.placement.label_selector and len(self.world_sizes) > 1:
             yield (
                 "label_selector",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from arplus import storage, tracking
-from arplus.config import EvaluateConfig
+from arplus.cluster import job
+from arplus.config import EvaluateConfig, TrainConfig
 from arplus.errors import ResourceError
 from arplus.evaluation.evaluate import GROUPS
 from arplus.runs import checkpoint
@@ -53,8 +54,8 @@ def destination(config: EvaluateConfig) -> Destination:
     return Destination(
         mlflow=mlflow,
         run_id=state.mlflow_run_id,
-        experiment=state.config.experiment,
-        run_name=state.config.run_name,
+        experiment=state.config.experiment or "arplus",  # a checkpoint of the paper code's weights has neither
+        run_name=state.config.run_name or state.config.preset,
         examples=state.progress.examples,
         records=None
         if tracking.is_model_uri(config.checkpoint)
@@ -96,9 +97,13 @@ def track(result: dict[str, Any], to: Destination) -> tracking.RunRef:
 
 
 def _run(to: Destination) -> tracking.RunRef:
+    """The training's run, or one of the evaluation's own."""
     try:
-        found = to.run_id and tracking.find_run(to.mlflow, to.run_id)
-        return found or tracking.start_run(to.mlflow, to.experiment, to.run_name, tags={}, params={})
+        if to.run_id and (found := tracking.find_run(to.mlflow, to.run_id)):
+            return found
+        said = f"Evaluation of a checkpoint of `{to.run_name}`, whose own run is not here; the artifact says which."
+        tags = job.tags(TrainConfig()) | {"kind": "evaluation", tracking.NOTE: said}
+        return tracking.start_run(to.mlflow, to.experiment, to.run_name, tags=tags, params={})
     except ResourceError as error:
         if to.run_id is None:
             raise

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from arplus import kernels, storage, tracking
-from arplus.cluster import connection, nodes
-from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
+from arplus.cluster import nodes, placement
+from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, TrainConfig, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.personas import Persona
@@ -168,20 +168,27 @@ def windows_of(split: Split) -> EpochSampler:
 
 
 def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
-    cpus, gpus = connection.offer(config.device, 1)
-    if not gpus and cpus < 2:
-        raise ResourceError(f"evaluation needs 2 CPUs (one for a model, one for Ray Data); the cluster has {cpus:g}")
+    chosen = config.placement
+    cpus, gpus, within = placement.find_room(TrainConfig(device=config.device, placement=chosen), 1)
+    free = min(cpus - 1, within)
+    if not gpus and free < 1:
+        there = f", {within:g} of them where a model may be ({chosen.flags})" if within < cpus else ""
+        raise ResourceError(
+            f"evaluation needs 2 CPUs (one for a model, one for Ray Data); the cluster has {cpus:g}{there}"
+        )
     context = DataContext.get_current()
     context.enable_progress_bars = False
     n = sampler.windows
+    where: dict[str, Any] = {"accelerator_type": chosen.accelerator_type, "label_selector": chosen.labels}
     dataset = ray.data.range(n, override_num_blocks=n).map_batches(
         Evaluator,
         fn_constructor_args=(sampler, config),
         batch_size=1,  # a window; Ray Data refuses None beside a GPU
-        compute=ActorPoolStrategy(size=min(gpus or int(cpus) - 1, n)),
+        compute=ActorPoolStrategy(size=min(gpus * chosen.runs_per_gpu or int(free), n)),
         # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
         num_cpus=0 if gpus else 1,
-        num_gpus=1 if gpus else 0,
+        num_gpus=chosen.gpus_per_worker if gpus else 0,
+        **{name: value for name, value in where.items() if value},
     )
     return [pickle.loads(row["tally"]) for row in dataset.iter_rows()]
 
@@ -200,6 +207,8 @@ class Evaluator:
         leave_cudnn_out()
         # A GPU that is not this actor's own is in sight too (ray#54868).
         self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda" and (share := config.placement.gpus_per_worker) < 1:
+            torch.cuda.set_per_process_memory_fraction(share)  # as in training: the others would run out of it
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
         self.model = build_model(self.state).to(self.device)
         self.model.persona_weight = None if config.persona_weight == "auto" else config.persona_weight

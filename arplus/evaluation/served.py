@@ -3,13 +3,12 @@
 It is the loader module of the models that jobs register (:mod:`arplus.training.publish`); MLflow finds it by name.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 
-from arplus.config import Sampling
+from arplus.config import Sampling, with_values
 from arplus.errors import UsageError
 from arplus.evaluation.replies import Responder, raw_profile
 from arplus.runs import checkpoint
@@ -51,11 +50,11 @@ class Served:
     def predict(self, table: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A reply to each row. The same table, parameters and seed give the same replies.
 
-        Raises :class:`UsageError` for a row that cannot be answered, with its number.
+        Raises :class:`UsageError` for a row that cannot be answered, with its number, and for a parameter out of range.
         """
-        given = {**FLAVOR.params, **(params or {})}
+        given = {name: type(usual)((params or {}).get(name, usual)) for name, usual in FLAVOR.params.items()}
         random = torch.Generator().manual_seed(int(given.pop("seed")))
-        sampling = replace(_DEFAULT, **given).of(self.responder.state.rules)
+        sampling = with_values(_DEFAULT, given, source="params").of(self.responder.state.rules)
         rows = table.reindex(columns=list(FLAVOR.columns)).fillna("").astype(str).to_dict("records")
         examples = []
         for number, row in enumerate(rows):

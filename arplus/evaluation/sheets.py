@@ -74,5 +74,5 @@ def _write(uri: str, rows: Sequence[dict[str, Any]]) -> None:
         text = "\ufeff" + as_csv(rows)  # without this mark, Excel takes Chinese for Latin
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    storage.write_bytes(uri, text.encode())
+    storage.with_retries(uri, storage.write_bytes, uri, text.encode())  # after hours, perhaps
     log.info("%d rows: %s", len(rows), uri)

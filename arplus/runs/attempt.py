@@ -51,6 +51,11 @@ class Attempt:
     """Why workers failed the last time: ``reason``, ``rank``, ``node``, ``log``, and in which ``attempt``."""
 
     @property
+    def failed(self) -> bool:
+        """Whether it is this attempt whose failure is noted; storage may have been away since an earlier one."""
+        return self.failure.get("attempt") == str(self.number)
+
+    @property
     def restarted_by_failure(self) -> bool:
         """Whether it is a failure of the attempt before that made this one."""
         return self.failure.get("attempt") == str(self.number - 1)

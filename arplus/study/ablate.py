@@ -36,7 +36,6 @@ from arplus.study.record import Evaluation, Study, Trial, resolve_study
 from arplus.study.slots import Slots, find_slots, stored_bytes
 from arplus.study.tune import with_budget
 from arplus.training.estimate import study_report
-from arplus.training.publish import NOTE
 from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
@@ -143,7 +142,8 @@ def _check_variants(config: AblateConfig, dataset: Dataset, size: Split) -> None
             dataset.check_labels(run.model)
             check_start(run, dataset)
             if run.init_from is not None:
-                checkpoint.find(run.init_from)
+                with tracking.fetched(run.init_from, run.mlflow) as folder:
+                    checkpoint.find(folder)
         except UsageError as error:
             raise UsageError(f"--variant {row.name}: {error}") from None
 
@@ -229,7 +229,8 @@ def evaluate_missing(config: AblateConfig, study: Study, dataset: Dataset, rows:
         if trial.name not in wanted or trial.outcome != "finished" or trial.evaluation is not None:
             continue
         uri = study.folder.run(trial.name).uri
-        asked = EvaluateConfig(checkpoint=uri, data=config.run.data, device=config.run.device)
+        run = config.run
+        asked = EvaluateConfig(checkpoint=uri, data=run.data, device=run.device, placement=run.placement)
         found = storage.with_retries(study.uri, evaluate, asked)
         trial.evaluation = Evaluation(
             splits=found["splits"],
@@ -275,11 +276,11 @@ def _conclude(
     tracker.log_text("tables.txt", text)
     said = (
         f"The paper's rows on `{config.run.data}`: {len(rows)} rows of {config.seeds} seeds. A difference to AR+, "
-        f"or of a variant to its preset, is noise where {report.NOISE} stands.\n\n```\n{text}\n```\n\n"
+        f"or of a variant to its preset, is noise where {report.NOISE} stands. "
         f"[The report]({tracking.run_url(study.tracked, 'artifacts/report.html')}), also in `{study.uri}`; "
-        f"[the runs compared]({compare_url})."
+        f"[the runs compared]({compare_url}).\n\n```\n{text}\n```"  # last: MLflow takes 5,000 characters
     )
-    tracker.set_tags({NOTE: said})
+    tracker.set_tags({tracking.NOTE: said})
     largest = max((key.sessions for key in rows), default=0)
     for key, cells in rows.items():
         if key.sessions == largest and "response_ppl" in cells:

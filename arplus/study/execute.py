@@ -277,7 +277,7 @@ def study_session(study: Study) -> Iterator[tracking.Tracker]:
     try:
         yield tracker
         status = "FINISHED"
-    except (KeyboardInterrupt, StoppedError):
+    except (KeyboardInterrupt, SystemExit, StoppedError):  # Ray makes a SystemExit of `ray job stop`
         status = "KILLED"
         raise
     except SupersededError:

@@ -31,7 +31,7 @@ from arplus.training import workers
 from arplus.training.engine import Engine, NonFiniteLossError
 from arplus.training.hooks import RunEndedError
 from arplus.training.loop import seed_dropout
-from arplus.training.publish import NOTE, params
+from arplus.training.publish import params
 from arplus.training.start import check_start, load, resolve
 from arplus.training.trainer import loaders, on_all_ranks
 
@@ -95,7 +95,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
             f"`jobs/tune.py {run.preset} --lr-bounds {storage.join(uri, FILE)} …`. "
             f"[The curve]({tracking.run_url(tracked, 'artifacts/lr_range.svg')})."
         )
-        tracker.set_tags({NOTE: said} | {f"lr.{key}": value for key, value in lr.items()})
+        tracker.set_tags({tracking.NOTE: said} | {f"lr.{key}": value for key, value in lr.items()})
     return result | {"file": storage.join(uri, FILE), "plot": storage.join(uri, "lr_range.svg")}
 
 

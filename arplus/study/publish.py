@@ -45,8 +45,8 @@ def publish_best(study: Study, dataset: Dataset) -> str | None:
     folder = Path(tempfile.mkdtemp(prefix="arplus-best-"))  # of the record, and of the files that it names
     kept = tracking.Tracker(run, record=folder / "tracking.jsonl", keep=tracking.keep_of(study.uri))
     try:
-        storage.with_retries(uri, log_best, kept, uri, dataset)
-        return register(run, study.config.run.register or study.name, ALIAS, tags, missing=kept.close())
+        model = storage.with_retries(uri, log_best, kept, uri, dataset)
+        return register(run, model, study.config.run.register or study.name, ALIAS, tags, missing=kept.close())
     except ArplusError as error:
         kept.close()
         log.warning(

@@ -263,5 +263,7 @@ def resolve_study(config: C, kind: str) -> C:
     """The settings of a study of this kind with every name and path filled in."""
     run = validate(config).run
     name = run.run_name or f"{kind}-{run.preset}"
+    if run.init_from and (before := StudyFolder(storage.absolute(storage.join(run.storage, name))).facts.find()):
+        run = replace(run, init_from=tracking.as_begun(run.init_from, before.config.get("init_from")))
     run = resolve(replace(run, run_name=name, experiment=run.experiment or name))
     return replace(config, run=replace(run, mlflow=run.mlflow or tracking.default_uri(run.storage)))

@@ -18,6 +18,7 @@ from arplus.config import (
     with_values,
 )
 from arplus.data.dataset import Dataset
+from arplus.errors import UsageError
 from arplus.evaluation.sheets import as_csv
 from arplus.study import execute, lr_find, verdict
 from arplus.study.publish import conclude
@@ -25,7 +26,6 @@ from arplus.study.record import OBJECTIVE, Study, Trial, resolve_study
 from arplus.study.search import Search
 from arplus.study.slots import find_slots, stored_bytes
 from arplus.training.estimate import study_report
-from arplus.training.publish import NOTE
 from arplus.training.start import check_start
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
     for dimension in dimensions:
         ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
         for value in ends:
-            with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
+            run = with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
+            if run.objective.compared != config.run.objective.compared:
+                raise UsageError(f"--space {dimension.text}: at {value} trials cannot be compared with the others")
     return dimensions
 
 
@@ -224,7 +226,7 @@ def finish(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset:
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
     tracker.set_tags(
-        {"best": best.name, "best.run": run.run_id, NOTE: _described(config, study, judged, result)}
+        {"best": best.name, "best.run": run.run_id, tracking.NOTE: _described(config, study, judged, result)}
         | {f"best.{k}": _value(v) for k, v in best.values.items()}
     )
     return result
@@ -234,19 +236,21 @@ def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None,
     """The sweep's page: who won, by how much, whether it is noise, and where things are."""
     ranked = verdict.ranking(study)
     best, others = ranked[0], ranked[1:]
-    said = f"**{best.name} won with a response perplexity of {best.score:.3f}** ({_shown(best.values)})"
+    what = config.run.objective.compared.lower()
+    said = f"**{best.name} won with a {what} of {best.score:.3f}** ({_shown(best.values)})"
     if others and best.score and others[0].score:
         said += f", {100 * (others[0].score / best.score - 1):.2f} % below {others[0].name}: {judged or 'not judged'}"
     names = list(dict.fromkeys(name for trial in ranked for name in trial.values))
-    rows = [["trial", *names, "response PPL", "outcome"], ["---"] * (len(names) + 3)]
+    rows = [["trial", *names, "PPL", "outcome"], ["---"] * (len(names) + 3)]
     rows += [[t.name, *(_value(t.values.get(n)) for n in names), f"{t.score:.3f}", t.outcome] for t in ranked[:10]]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    # MLflow draws no space between columns: em spaces, which Markdown leaves.
+    table = "\n".join(f"| {' | '.join(cell if cell == '---' else f'{cell}&emsp;' for cell in row)} |" for row in rows)
     model = f"Its model is `{result['model']}`. " if result["model"] else ""
     return (
-        f"{said}. Every trial had one seed; another one may change more than the examples do.\n\n{table}\n\n"
-        f"{len(study.trials)} trials over {', '.join(f'`{item}`' for item in config.space)} on `{config.run.data}`. "
+        f"{said}. Every trial had one seed; another one may change more than the examples do.\n\n"
         f"{model}Train with its settings: `jobs/train.py --config {result['config']}`. "
-        f"[Compare the trials]({result['compare_url']})."
+        f"[Compare the trials]({result['compare_url']}).\n\n{table}\n\n"
+        f"{len(study.trials)} trials over {', '.join(f'`{d.text}`' for d in space(config))} on `{config.run.data}`."
     )
 
 

@@ -3,11 +3,14 @@
 import logging
 from dataclasses import dataclass
 
+from ray.exceptions import RayError
+
 from arplus import storage, tracking
 from arplus.config import EvaluateConfig, Sampling, from_dict
 from arplus.errors import ArplusError
 from arplus.evaluation.evaluate import evaluate
 from arplus.study.record import Study, Trial
+from arplus.training.failure import reason
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ def judge(study: Study) -> Verdict | None:
     One that ``result.json`` has is taken from there, as the runner-up's checkpoint may be gone.
     """
     ranked = ranking(study)
-    if len(ranked) < 2:
+    if len(ranked) < 2 or not study.config.run.objective.lambda0:  # then the response is not what was trained
         return None
     winner, second = (trial.name for trial in ranked[:2])
     uri = storage.join(study.uri, "result.json")
@@ -55,12 +58,13 @@ def judge(study: Study) -> Verdict | None:
         data=run.data,
         split=("valid",),
         device=run.device,
+        placement=run.placement,
         sampling=Sampling(max_characters=1),  # the replies are of no interest here
     )
     try:
         found = storage.with_retries(study.uri, evaluate, asked)["comparison"]["valid"]["response_ppl"]
-    except ArplusError as error:
-        log.warning("%s is not compared with %s: %s", winner, second, error)
+    except (ArplusError, RayError) as error:  # days of trials are not lost for this
+        log.warning("%s is not compared with %s: %s", winner, second, reason(error))
         return None
     names = ("difference", "low", "high", "noise")
     return Verdict(winner=winner, runner_up=second, **{name: found[name] for name in names})

@@ -19,9 +19,21 @@ from arplus.tracking.client import (
     find_run,
     start_run,
 )
-from arplus.tracking.registry import Flavor, fetched, flavor_files, is_model_uri, pin, register_model, server_of
+from arplus.tracking.registry import (
+    Flavor,
+    artifact_of,
+    as_begun,
+    fetched,
+    flavor_files,
+    is_model_uri,
+    pin,
+    register_model,
+    registered,
+    server_of,
+)
 from arplus.tracking.replay import replay
 from arplus.tracking.run import (
+    NOTE,
     RunRef,
     compare_url,
     default_uri,
@@ -33,12 +45,15 @@ from arplus.tracking.run import (
 from arplus.tracking.tracker import Status, Tracker
 
 __all__ = [
+    "NOTE",
     "Flavor",
     "RunRef",
     "Status",
     "SystemMonitor",
     "Tracker",
     "annotate",
+    "artifact_of",
+    "as_begun",
     "check_reachable",
     "compare_url",
     "default_uri",
@@ -52,6 +67,7 @@ __all__ = [
     "open_command",
     "pin",
     "register_model",
+    "registered",
     "replay",
     "run_url",
     "server_of",

@@ -18,6 +18,8 @@ from arplus.tracking.client import connect, explain
 from arplus.tracking.run import RunRef, absolute_uri, default_uri
 
 _FORMS = re.compile("models:/[^/]+(/([0-9]+|latest)|@[^/@]+)|runs:/[^/]+/.+")
+_MOVES = re.compile("(models:/[^/]+)(?:@[^/@]+|/latest)")
+"""What names another version from one day to the next, and the model."""
 
 
 class Flavor(NamedTuple):
@@ -71,7 +73,7 @@ def register_model(
 ) -> str:
     """Registers the artifact folder of a run as a version of the model ``name``, and points ``alias`` to it.
 
-    Gives the version. A run that has one already keeps it.
+    Gives the version. A folder that is one already stays that one.
     """
     from mlflow.exceptions import MlflowException
 
@@ -82,14 +84,38 @@ def register_model(
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # Not by the name, which may hold quotes.
-        versions = [v for v in client.search_model_versions(f"run_id = '{run.run_id}'") if v.name == name]
+        source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
+        versions = [v for v in _versions(client, run) if v.name == name and v.source == source]
         if not versions:
-            source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
-            versions = [client.create_model_version(name, source, run.run_id, dict(tags), description=description)]
+            # Without a wait, of which MLflow writes a line: a version of a folder that is there is ready at once.
+            asked = {"description": description, "await_creation_for": 0}
+            versions = [client.create_model_version(name, source, run.run_id, dict(tags), **asked)]
         if alias is not None:
             client.set_registered_model_alias(name, alias, versions[0].version)
         return str(versions[0].version)
+
+
+def registered(run: RunRef, name: str) -> str | None:
+    """The URI of the newest version of a run's model under that name; None where there is none."""
+    with explain(run.uri):
+        versions = [int(v.version) for v in _versions(connect(run.uri), run) if v.name == name]
+    return f"models:/{name}/{max(versions)}" if versions else None
+
+
+def artifact_of(run: RunRef, checkpoint: str, artifact: str) -> str:
+    """The artifact folder for a run's model, ``artifact`` unless a registered version has another checkpoint there.
+
+    What is registered stays what it is, also where its run goes on and comes to a better checkpoint.
+    """
+    with explain(run.uri):
+        versions = _versions(connect(run.uri), run)
+    same = (v.source.rpartition("/")[2] for v in versions if v.tags.get("checkpoint") == checkpoint)
+    return next(same, f"{artifact}-{checkpoint}" if versions else artifact)
+
+
+def _versions(client: Any, run: RunRef) -> list[Any]:
+    """The registered versions of a run's models. Not by their name, which may hold quotes."""
+    return list(client.search_model_versions(f"run_id = '{run.run_id}'"))
 
 
 def is_model_uri(uri: str) -> bool:
@@ -119,12 +145,21 @@ def pin(uri: str, mlflow: str | None) -> str:
         return storage.absolute(uri)
     if not _FORMS.fullmatch(uri):
         raise UsageError(f"{uri}: must be models:/NAME/VERSION, models:/NAME@ALIAS or runs:/ID/checkpoint")
-    if uri.startswith("runs:/"):
+    if not _MOVES.fullmatch(uri):
         return uri
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     with _asked(uri, mlflow) as (client, _):
         return "models:/" + "/".join(map(str, get_model_name_and_version(client, uri)))
+
+
+def as_begun(uri: str, pinned: str | None) -> str:
+    """``uri``, or where it is an alias of the model that a run began with what that was ``pinned`` to.
+
+    The run goes on, wherever the alias points by now.
+    """
+    model = _MOVES.fullmatch(uri)
+    return pinned if model and pinned and pinned.rpartition("/")[0] == model[1] else uri
 
 
 @contextlib.contextmanager

@@ -21,6 +21,10 @@ _TRAINING = "workflowType=machine_learning"
 seen in 3.17; the browser remembers what was opened last."""
 
 
+NOTE = "mlflow.note.content"
+"""The tag that is a page's description, in Markdown."""
+
+
 class RunRef(NamedTuple):
     """One MLflow run, as plain values that travel to the workers and into checkpoints."""
 

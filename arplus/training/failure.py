@@ -87,6 +87,11 @@ def sentence(facts: Mapping[str, str]) -> str:
     return f"{where}: {facts['reason']}" + (f" (its log: {facts['log']})" if "log" in facts else "")
 
 
+def in_words(error: BaseException) -> str:
+    """Why a run ended with ``error``, for its page."""
+    return sentence(error.facts) if isinstance(error, WorkersFailedError) and error.facts else reason(error)
+
+
 def tags(error: BaseException) -> dict[str, str]:
     """The tags of a run that ended with ``error``."""
     facts = error.facts if isinstance(error, WorkersFailedError) else {}

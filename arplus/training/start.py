@@ -30,23 +30,25 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
     for field, problem in config.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
-    mlflow = config.mlflow
-    if config.init_from and tracking.is_model_uri(config.init_from):  # the workers do not have this job's variables
-        mlflow = mlflow or tracking.default_uri(config.storage)
     config = replace(
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
         run_name=config.run_name or config.preset,
         experiment=config.experiment or "arplus",
-        init_from=config.init_from and tracking.pin(config.init_from, mlflow),
-        mlflow=mlflow,
     )
-    before = None
-    if config.init.pretrained is not None or config.model.features.path is not None:
+    before, mlflow, init_from = None, config.mlflow, config.init_from
+    from_mlflow = init_from is not None and tracking.is_model_uri(init_from)
+    if from_mlflow or config.init.pretrained is not None or config.model.features.path is not None:
         before = RunFolder(storage.join(config.storage, config.run_name)).config.find()
+    if from_mlflow:  # the workers do not have this job's variables
+        mlflow = mlflow or tracking.default_uri(config.storage)
+    if init_from is not None:
+        init_from = tracking.pin(tracking.as_begun(init_from, before.init_from if before else None), mlflow)
     config = replace(
         config,
+        init_from=init_from,
+        mlflow=mlflow,
         init=pretrained.resolve(config.init, before.init if before else None),
         model=features.resolved(config.model, before.model if before else None),
     )

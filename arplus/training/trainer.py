@@ -90,21 +90,22 @@ def train(
         kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_stop_signal(stop, told_to_stop), kept:
             final = _run_workers(job, scaling, callbacks)
-        _log_results(tracker, job, dataset, final)
+        model = _log_results(tracker, job, dataset, final)
         status = "FINISHED"
-    except (KeyboardInterrupt, StoppedError):
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of `ray job stop`
         status = "KILLED"
         raise
     except SupersededError:
         status = None  # the MLflow run is the other job's now
         raise
     except Exception as error:
-        tracker.set_tags(failure.tags(error) | {publish.NOTE: publish.describe(config, dataset, tracked, error=error)})
+        status = _say_why(tracker, config, dataset, error)
         raise
     finally:
         if (missing := tracker.close(status)) == 0:
             shutil.rmtree(publish.copies(tracker), ignore_errors=True)
-    _register(job, final, missing)
+    if model and config.register:
+        _register(job, final, model, missing)
     return final
 
 
@@ -112,24 +113,33 @@ def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]
     """Where a finished run's best checkpoint and its MLflow page are, and the command that evaluates it."""
     config = resolve(config)
     uri, mlflow = storage.join(config.storage, config.run_name), config.mlflow or tracking.default_uri(config.storage)
-    page = None
+    page = model = None
     with contextlib.suppress(ArplusError):  # a server that has gone away has been warned of
-        page = tracking.find_run(mlflow, final.mlflow_run_id)
+        if (page := tracking.find_run(mlflow, final.mlflow_run_id)) and config.register:
+            model = tracking.registered(page, config.register)
     return {
         "checkpoint": checkpoint.find(uri),
+        "model": model,
         "MLflow": page and tracking.run_url(page),
         "served by": tracking.open_command(mlflow),
         "next": f"python jobs/evaluate.py --checkpoint {uri} --data {config.data}",
     }
 
 
-def _register(job: RunContext, final: FinalMetrics, missing: int) -> None:
-    if job.part is not None or job.config.register is None:
-        return
+def _say_why(tracker: tracking.Tracker, config: TrainConfig, dataset: Dataset, error: Exception) -> tracking.Status:
+    """Says on the run's page why it ended; its status."""
+    tracker.set_tags({tracking.NOTE: publish.describe(config, dataset, tracker.run, error=error)})
+    if isinstance(error, StoppedError):
+        return "KILLED"
+    tracker.set_tags(failure.tags(error))
+    return "FAILED"
+
+
+def _register(job: RunContext, final: FinalMetrics, model: publish.Model, missing: int) -> None:
     ppl = final.best_response_ppl if job.config.objective.lambda0 else None  # else it is of the other task
     tags = {"run": final.run_name, "response_ppl": "not measured" if ppl is None else f"{ppl:.4f}"}
     try:
-        log.info("registered: %s", publish.register(job.tracked, job.config.register, None, tags, missing))
+        publish.register(job.tracked, model, str(job.config.register), None, tags, missing)
     except ArplusError as error:
         log.warning("the model is not registered in MLflow: %s; the same command again registers it", error)
 
@@ -191,7 +201,7 @@ def begin_tracking(
 def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.Tracker:
     """The run's tracker, which has the settings, and which data it is, with its card."""
     tracker, config = tracking.Tracker.beside(job.tracked, run.uri), job.config
-    tracker.set_tags({publish.NOTE: publish.describe(config, dataset, tracker.run)})
+    tracker.set_tags({tracking.NOTE: publish.describe(config, dataset, tracker.run)})
     tracker.log_text(run.config.name, run.config.text(config))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     card = storage.join(config.data, "data_card.html")
@@ -200,14 +210,17 @@ def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.T
     return tracker
 
 
-def _log_results(tracker: tracking.Tracker, job: RunContext, dataset: Dataset, final: FinalMetrics) -> None:
-    """The final metrics, here and in MLflow, and there what a run outside a study found, and its model."""
-    run, alone = RunFolder(job.run_uri), job.part is None
+def _log_results(
+    tracker: tracking.Tracker, job: RunContext, dataset: Dataset, final: FinalMetrics
+) -> publish.Model | None:
+    """The final metrics, here and in MLflow, and there what a run that is no part of a study found, and its model."""
+    run, model = RunFolder(job.run_uri), None
     run.final.write(final)
     tracker.log_text(run.final.name, run.final.text(final))
-    tracker.set_tags({publish.NOTE: publish.describe(job.config, dataset, tracker.run, final, sent=alone)})
-    if alone:
-        storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset)
+    if job.part is None:
+        model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
+    tracker.set_tags({tracking.NOTE: publish.describe(job.config, dataset, tracker.run, final, model=model)})
+    return model
 
 
 def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ray.train.UserCallback]) -> FinalMetrics:
@@ -226,7 +239,7 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     except TrainingFailedError as error:
         log.error("%s", error)
         last = RunFolder(job.run_uri).read_attempt()
-        facts = last.failure if last and isinstance(error, WorkerGroupError) else {}
+        facts = last.failure if last and last.failed and isinstance(error, WorkerGroupError) else {}
         said = failure.sentence(facts) if facts else failure.reason(error)
         raise failure.WorkersFailedError(
             f"run {config.run_name}: its workers failed once more than --max-failures {config.max_failures} allows "

@@ -170,6 +170,16 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         (SynthesizeConfig, {"output": "o", "records": 9, "broken": 8, "duplicates": 1}, "--duplicates: leave no"),
         (EvaluateConfig, {"data": "d"}, "--checkpoint: is required"),
         (EvaluateConfig, {"checkpoint": "c"}, "--data: is required"),
+        (
+            EvaluateConfig,
+            {"checkpoint": "c", "data": "d", "accelerator_type": "L4", "device": "cpu"},
+            "--accelerator-type: needs GPUs, and --device cpu",
+        ),
+        (
+            EvaluateConfig,
+            {"checkpoint": "c", "data": "d", "accelerator_type": "l4"},
+            "--accelerator-type: is not one of Ray's names of accelerators (got 'l4'; did you mean 'L4'?)",
+        ),
     ],
 )
 def test_settings_that_are_wrong_together_name_the_flag(cls: type, values: dict[str, Any], problem: str) -> None:

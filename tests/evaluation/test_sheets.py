@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from arplus import cli
+from arplus import cli, storage
 from arplus.config import EvaluateConfig
-from arplus.errors import UsageError
+from arplus.errors import ResourceError, UsageError
 from arplus.evaluation import sheets
 
 
@@ -52,6 +52,20 @@ def test_a_table_for_spreadsheets(tmp_path: Path) -> None:
     assert head == "\ufeffsplit,example,context,persona,reference,reply,loss,seed"
     assert line == 'test,1,问1 / 答,性别 男,好,"他说,""好""",1.5,0'
     assert [f.name for f in tmp_path.iterdir()] == ["replies.csv"]
+
+
+def test_replies_of_hours_wait_for_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Exception | None] = [ResourceError("away"), None]
+    written = {}
+
+    def write_bytes(uri: str, data: bytes) -> None:
+        if answer := answers.pop(0):
+            raise answer
+        written[uri] = data
+
+    monkeypatch.setattr(storage, "write_bytes", write_bytes)
+    sheets.write(EvaluateConfig(replies="s3://bucket/replies.jsonl"), [row(1, "好")])
+    assert list(written) == ["s3://bucket/replies.jsonl"]
 
 
 def test_the_names_end_says_the_form() -> None:

@@ -171,6 +171,12 @@ def test_files_that_a_variant_lacks_are_told_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_variant_may_start_from_a_registered_model(dataset: Dataset, tmp_path: Path) -> None:
+    run = replace(tiny(preset("arplus")), data=dataset.uri, storage=str(tmp_path), mlflow="http://127.0.0.1:9")
+    with pytest.raises(ResourceError, match=r"^MLflow at http://127.0.0.1:9 cannot be used"):  # it is asked for it
+        ablate.ablate(AblateConfig(run=run, variant=("x=arplus,init-from=models:/m/1",)))
+
+
 def test_a_setting_of_several_values_is_named_once_for_each() -> None:
     item = "frozen=arplus,model.adapter=8,optimizer.only=adapters,optimizer.only=norms and gates"
     (row,) = with_values(AblateConfig(), {"variant": (item,)}, source="test").variants

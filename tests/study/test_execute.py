@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import pytest
 from helpers.checkpoints import final_metrics, state
+from ray.exceptions import ActorDiedError
 
-from arplus.config import TrainConfig, TuneConfig
+from arplus.config import EvaluateConfig, ObjectiveConfig, TrainConfig, TuneConfig
 from arplus.runs import checkpoint
-from arplus.study import execute
+from arplus.study import execute, verdict
 from arplus.study.record import OBJECTIVE, Study, StudyFacts, StudyFolder
 from arplus.tracking import RunRef
 
@@ -81,3 +82,19 @@ def test_everything_stays_where_that_is_asked_for(tmp_path: Path) -> None:
     mine.drop_checkpoints()
     assert left(mine) == {"a": (2, True), "b": (2, True)}
     assert mine.trials["a"].kept == "all"
+
+
+@pytest.mark.parametrize("lambda0", [1.0, 0.0])
+def test_a_sweep_is_not_lost_for_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lambda0: float) -> None:
+    """Whose evaluation loses a worker, or would be of a response that was not trained."""
+    mine = study(tmp_path, objective=ObjectiveConfig(lambda0=lambda0))
+    end(mine, {"a": 50.0, "b": 40.0}, "finished")
+    asked = []
+
+    def evaluate(config: EvaluateConfig) -> None:
+        asked.append(config)
+        raise ActorDiedError
+
+    monkeypatch.setattr(verdict, "evaluate", evaluate)
+    assert verdict.judge(mine) is None
+    assert [config.against for config in asked] == [mine.folder.run("a").uri] * bool(lambda0)

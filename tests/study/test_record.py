@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from arplus import storage
-from arplus.config import StudyConfig, TrainConfig, TuneConfig, with_values
+from arplus.config import StudyConfig, TrainConfig, TuneConfig, to_dict, with_values
 from arplus.errors import RefusedError, UsageError
 from arplus.runs.attempt import SupersededError
-from arplus.study.record import OBJECTIVE, Study, StudyFolder, Trial
+from arplus.study.record import OBJECTIVE, Study, StudyFacts, StudyFolder, Trial, resolve_study
 from arplus.tracking import RunRef
 
 
@@ -74,6 +74,13 @@ def test_a_run_that_goes_on_takes_what_may_differ_from_the_study(tmp_path: Path)
     study.renew(trial)
     today = replace(run, workers=2, zero_stage=1, storage=f"{study.uri}/runs", log_every=began.run.log_every)
     assert trial.config == today
+
+
+def test_a_study_goes_on_from_the_model_that_its_alias_named_when_it_began(tmp_path: Path) -> None:
+    run = TrainConfig(storage=str(tmp_path), run_name="s", data="d", init_from="models:/m@best", mlflow="http://none")
+    facts = StudyFacts("sweep", "", "", "", config=to_dict(TuneConfig(run=replace(run, init_from="models:/m/3"))))
+    StudyFolder(f"{tmp_path}/s").facts.write(facts)
+    assert resolve_study(TuneConfig(run=run), "tune").run.init_from == "models:/m/3", "and MLflow is not asked"
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def registered(store, tmp_path_factory):
         checkpoint.save(uri, replace(STATE, weights=weights))
         tracked = begin(store)
         with tracking.Tracker(tracked, record=folder / f"{number}.jsonl") as tracker:
-            publish.log_best(tracker, uri, dataset)
-        publish.register(tracked, NAME, None if number else "best", {"response_ppl": "9.5"}, tracker.dropped)
+            model = publish.log_best(tracker, uri, dataset)
+        publish.register(tracked, model, NAME, None if number else "best", {"response_ppl": "9.5"}, tracker.dropped)
         runs.append(tracked)
     return runs
 
@@ -89,6 +89,9 @@ def test_a_model_answers_over_http_as_chat_does(environment):
         assert "row 1: " in wrong.value.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="400"):
             ask(url, dataframe_records=[{"gender": "男"}])
+        with pytest.raises(urllib.error.HTTPError) as wrong:
+            ask(url, dataframe_records=[one], params={"temperature": -1.0})
+        assert "--temperature: must be greater than or equal to 0" in wrong.value.read().decode()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, 9)
@@ -150,6 +153,32 @@ def test_a_name_of_mlflow_is_a_checkpoint_to_every_reader(store, registered):
     assert tracking.pin(f"models:/{NAME}/latest", store) == second
 
 
+def test_what_is_registered_stays_as_it_is_though_its_run_goes_on(store, tmp_path):
+    """Three jobs of one run: to step 3, again to step 3, and on to step 4, whose checkpoint is better."""
+    uri, dataset = str(tmp_path / "run"), write_dataset(tmp_path / "data", {"train": [[4]], "valid": [[3]]})
+    tracked, found = begin(store), []
+    for job, step in enumerate((3, 3, 4)):
+        weights = {name: value + 0.01 * step for name, value in STATE.weights.items()}
+        saved = checkpoint.save(uri, replace(STATE, progress=replace(STATE.progress, step=step), weights=weights))
+        checkpoint.mark_best(uri, saved, 9.0 - step)
+        with tracking.Tracker(tracked, record=tmp_path / f"{job}.jsonl") as tracker:
+            model = publish.log_best(tracker, uri, dataset, new=not job)
+        found.append(publish.register(tracked, model, "goes on", None, {"response_ppl": "9"}, tracker.dropped))
+        assert tracking.registered(tracked, "goes on") == found[-1]
+    assert found == ["models:/goes on/1", "models:/goes on/1", "models:/goes on/2"]
+    for version, step in zip(found[1:], (3, 4), strict=True):
+        with tracking.fetched(version, store) as folder:
+            state = checkpoint.load(folder)
+        assert all(torch.equal(state.weights[name], value + 0.01 * step) for name, value in STATE.weights.items()), step
+
+
+def test_an_alias_that_has_moved_does_not_move_a_run_that_goes_on():
+    assert tracking.as_begun("models:/a b@best", "models:/a b/1") == "models:/a b/1"
+    assert tracking.as_begun("models:/a b/latest", "models:/a b/1") == "models:/a b/1"
+    for other, before in (("models:/a b/2", "models:/a b/1"), ("models:/a@best", "models:/a b/1"), ("runs/x", None)):
+        assert tracking.as_begun(other, before) == other
+
+
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
@@ -158,6 +187,7 @@ def test_a_name_of_mlflow_is_a_checkpoint_to_every_reader(store, registered):
         ("models:/", "must be models:/NAME/VERSION, models:/NAME@ALIAS or runs:/ID/checkpoint"),
         ("models:/x", "must be models:/NAME/VERSION"),
         ("runs:/0123/checkpoint", "does not have it"),
+        ("runs:/{run}/nothing", "does not have it"),
         ("runs:/{run}/sample_replies.txt", "is not a checkpoint of arplus; a run has its best one as"),
     ],
 )

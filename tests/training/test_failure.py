@@ -40,6 +40,8 @@ def test_a_reason_is_one_short_line_without_credentials() -> None:
 def test_tags_say_all_that_is_known() -> None:
     error = failure.WorkersFailedError("run x: …", {"reason": "ValueError: a", "rank": "1"})
     assert failure.tags(error) == {"failure.reason": "ValueError: a", "failure.rank": "1"}
+    assert failure.in_words(error) == "worker 1: ValueError: a"
+    assert failure.in_words(RunError("diverged")) == "diverged"
     assert failure.tags(RunError("diverged")) == {"failure.reason": "diverged"}
 
 
@@ -48,8 +50,12 @@ def test_a_failure_is_noted_beside_the_run_and_only_of_the_attempt_before(tmp_pa
     job = attempt.take_over(run, "m")
     assert attempt.start(run, job, PLACES).workers == tuple(PLACES)
     failure.FailureNotes(run, job).after_exception(None, {1: OUT_OF_MEMORY})
+    first = attempt.read(run)
+    assert first is not None
+    assert first.failed
     second = attempt.start(run, job)
     assert second.restarted_by_failure
+    assert not second.failed, "what it ends of, if it does, is not known yet"
     assert second.failure["node"] == "two/10.0.0.2"
     assert not attempt.start(run, job).restarted_by_failure, "that one had another reason"
     other = attempt.take_over(run, "m")

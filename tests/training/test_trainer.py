@@ -24,6 +24,7 @@ from arplus.evaluation.delivery import destination
 from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import component_of
 from arplus.runs import checkpoint
+from arplus.runs.folder import RunFolder
 from arplus.runs.resume import ResumePoint
 from arplus.training.engine import NonFiniteLossError
 from arplus.training.hooks import StudyContext
@@ -219,6 +220,8 @@ def test_a_run_starts_from_a_registered_model(finished: tuple, data: str, tmp_pa
     uri = tracking.default_uri(finished[0].storage)
     config = resolve(settings(data, tmp_path, init_from="models:/a model/latest", mlflow=uri))
     assert config.init_from == "models:/a model/1", "of today's, whenever the run goes on"
+    RunFolder(f"{config.storage}/{config.run_name}").config.write(replace(config, init_from="models:/a model/0"))
+    assert resolve(settings(data, tmp_path, init_from="models:/a model/latest")).init_from == "models:/a model/0"
     best = checkpoint.load(str(Path(finished[0].storage) / "two")).weights
     assert all(torch.equal(best[name], value) for name, value in load(config, None)[1].weights().items())
     asked = EvaluateConfig(checkpoint="models:/a model/latest", data=data, split=("valid",), mlflow=uri)
