@@ -87,6 +87,15 @@ def test_a_second_evaluation_is_seen_and_the_runs_status_stays(config: EvaluateC
         assert run.info.status == status
 
 
+def test_a_checkpoint_without_a_run_gets_a_page_that_says_what_it_is(config: EvaluateConfig) -> None:
+    to = replace(destination(config), run_id=None, run_name="exported")
+    deliver(RESULT, config, to)
+    (run,) = MlflowClient(to.mlflow).search_runs(["1"], "attributes.run_name = 'exported'")
+    assert run.data.tags["mlflow.note.content"].startswith("Evaluation of a checkpoint of `exported`")
+    assert {"command", "mlflow.source.name", "code"} <= run.data.tags.keys()
+    assert run.info.status == "FINISHED"
+
+
 def test_what_mlflow_misses_can_be_replayed(
     config: EvaluateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
