@@ -45,7 +45,7 @@ def generator() -> None:
     """What the generator of records is made of, the extra ``demo``; a test without it is skipped."""
     for name in ("jieba", "chatterbot_corpus"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'arplus[demo]'")
+            pytest.skip(f"{name} is not installed: pip install -e '.[demo]'")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -206,7 +206,7 @@ def test_figures_go_to_json_and_mlflow(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "jobs/benchmark.py": "must be one of",
+    "jobs/benchmark.py": "a subject is required",
     "jobs/benchmark.py speed": "'speed'",
     "jobs/benchmark.py data": "--data: is required",
     "jobs/benchmark.py data --sped": "sped",

@@ -137,7 +137,7 @@ def test_the_text_is_each_examples_last_utterance_and_its_response(dataset: Data
 
 
 def test_vectors_are_made_again_to_the_byte_and_gensim_reads_them(dataset: Dataset, tmp_path: Path) -> None:
-    keyed = pytest.importorskip("gensim.models", reason="pip install 'arplus[vectors]'").KeyedVectors
+    keyed = pytest.importorskip("gensim.models", reason="pip install -e '.[vectors]'").KeyedVectors
     config = VectorsConfig(data=dataset.uri, output=str(tmp_path / "a.txt"), size=16, epochs=2)
     assert "40 of 40 characters" in make_vectors(config)
     make_vectors(replace(config, output=str(tmp_path / "b.txt")))

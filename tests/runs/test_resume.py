@@ -84,7 +84,7 @@ def test_what_must_not_differ_is_listed_with_both_values(config, data):
         start(other, data)
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
-        f"{run_uri(config)}: this run has other settings (preset: 'arplus' there, 'mine' here; seed: 0 there, 3 here; "
+        f"{run_uri(config)}: this run has other settings (seed: 0 there, 3 here; preset: 'arplus' there, 'mine' here; "
         "optimizer.lr: 0.002 there, 0.5 here); take another --run-name"
     )
 

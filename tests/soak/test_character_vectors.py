@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(900), pytest.mark.usefixture
 
 
 def test_a_run_starts_from_vectors_in_which_the_genders_are_neighbours(tmp_path: Path) -> None:
-    pytest.importorskip("gensim", reason="pip install 'arplus[vectors]'")
+    pytest.importorskip("gensim", reason="pip install -e '.[vectors]'")
     for command in (
         "jobs/synthesize.py --records 20000 --persona-answers 0.9 --output raw",
         "jobs/prepare.py --input raw --output data",

@@ -257,7 +257,7 @@ def test_a_missing_extra_says_what_to_install(missing, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     language.cache_clear()
-    with pytest.raises(UsageError, match=r"pip install 'arplus\[demo\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[demo\]'"):
         synthesize(config(output=str(tmp_path / "out"), records=10, chatterbot=True))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
