@@ -41,8 +41,9 @@ def run_worker(name: str, *arguments: object, timeout: float, given: str | None 
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name(name), *map(str, arguments)],
         input=given,
-        # Without what this process's own cluster, if it has one, left there: its port, for one.
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"},
+        # Without what this process's own cluster, if it has one, left there, such as its port; and GPUs may be counted.
+        env={k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE_"))}
+        | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
         timeout=timeout,
