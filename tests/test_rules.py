@@ -148,7 +148,7 @@ def test_a_run_without_validation_ends_and_keeps_its_last_checkpoint(roads: dict
     assert without.final.best_response_ppl is None
     assert without.final.valid == {}
     assert without.final.steps == without.state.progress.step == 3
-    assert any("has no validation example" in line and "the last one stands" in line for line in without.warnings)
+    assert any("has no validation example" in line and "last one takes its place" in line for line in without.warnings)
 
 
 def test_a_study_needs_validation(roads: dict[int, Road]) -> None:
