@@ -34,6 +34,10 @@ def test_workers_go_where_the_label_is(seen: dict[str, Any]) -> None:
     assert len(gpus) == 1
 
 
+def test_an_evaluation_takes_shares_of_the_gpus_that_it_is_given(seen: dict[str, Any]) -> None:
+    assert seen["evaluated"] == ["a100", "a100"]
+
+
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [

@@ -15,13 +15,17 @@ from typing import Any
 
 import forks
 import ray
+from prepared import random_state, write_dataset
+from ray._private import state
 from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from arplus.cluster import placement, preflight
-from arplus.config import PlacementConfig, TrainConfig, TuneConfig
+from arplus.config import EvaluateConfig, PlacementConfig, TrainConfig, TuneConfig
 from arplus.errors import ArplusError
+from arplus.evaluation import evaluate
+from arplus.runs import checkpoint
 from arplus.study.slots import find_slots
 from arplus.training import workers
 
@@ -98,7 +102,20 @@ def seen(folder: Path) -> dict[str, Any]:
         runs = [pool.submit(train, share, folder, f"run-{i}", 2) for i in range(2)]
         runs.append(pool.submit(train, labelled, folder, "labelled"))
         *found["shared"], found["labelled"] = [(names[node], gpus) for node, gpus in (run.result() for run in runs)]
+    found["evaluated"] = evaluated(folder, names)
     return found
+
+
+def evaluated(folder: Path, names: dict[str, str]) -> list[str]:
+    """The nodes of the actors that evaluated three windows, where each may have half of an A100."""
+    vars(evaluate)["WINDOW_BATCHES"] = 1
+    data = write_dataset(folder / "data", {"train": [[1]], "valid": [[1]], "test": [[140]]})
+    model = checkpoint.write(str(folder / "checkpoint"), random_state())
+    share = PlacementConfig(gpus_per_worker=0.5, accelerator_type="A100")
+    result = evaluate.evaluate(EvaluateConfig(checkpoint=model, data=data.uri, placement=share))
+    assert result["splits"]["test"]["examples"] == 140
+    actors = [actor for actor in state.actors().values() if "MapWorker" in actor["ActorClassName"]]
+    return sorted(names[actor["Address"]["NodeID"]] for actor in actors)
 
 
 if __name__ == "__main__":
