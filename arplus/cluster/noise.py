@@ -39,6 +39,8 @@ class _Chosen:
 
     def shows(self, line: str, process: Any) -> bool:
         """Whether a line of a process is shown; its lines come in order."""
+        if not line.strip():  # Ray Train's workers end each message to the progress bar by one
+            return False
         if process in self.tracing:
             if not line.startswith(("Traceback", " ")):  # its last line, which names the error
                 self.tracing.discard(process)
