@@ -10,7 +10,7 @@ from typing import Any
 
 from arplus import storage, tracking
 from arplus.cluster import job
-from arplus.config import EvaluateConfig, TrainConfig
+from arplus.config import EvaluateConfig
 from arplus.errors import ResourceError
 from arplus.evaluation.evaluate import GROUPS
 from arplus.runs import checkpoint
@@ -102,7 +102,7 @@ def _run(to: Destination) -> tracking.RunRef:
         if to.run_id and (found := tracking.find_run(to.mlflow, to.run_id)):
             return found
         said = f"Evaluation of a checkpoint of `{to.run_name}`, whose own run is not here; the artifact says which."
-        tags = job.tags(TrainConfig()) | {"kind": "evaluation", tracking.NOTE: said}
+        tags = job.tags() | {"kind": "evaluation", tracking.NOTE: said}
         return tracking.start_run(to.mlflow, to.experiment, to.run_name, tags=tags, params={})
     except ResourceError as error:
         if to.run_id is None:

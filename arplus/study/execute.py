@@ -152,7 +152,7 @@ class _Adapter(Searcher):
     ) -> None:
         super().__init__()
         self.study = study
-        self.tags = job.tags(study.config.run)
+        self.tags = job.tags(study.config.run.tag)
         self.source = source
         self.slots = slots
         self.scheduler = scheduler

@@ -66,7 +66,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     if attempt.read(uri) is not None or storage.exists(folder.facts.uri):
         raise UsageError(f"--run-name {run.run_name}: {uri} is a run or a study; take another name")
     assert run.mlflow is not None
-    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | job.tags(run)
+    tags = {"kind": "lr range test", "preset": run.preset, "fingerprint": dataset.fingerprint} | job.tags(run.tag)
     tracked = tracking.start_run(run.mlflow, run.experiment, run.run_name, tags=tags, params=params(run))
     with tracking.Tracker.beside(tracked, uri) as tracker:
         tracker.log_dataset(Path(run.data).name, dataset.fingerprint, run.data, "training")

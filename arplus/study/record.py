@@ -168,7 +168,7 @@ class Study:
             run.mlflow or tracking.default_uri(run.storage),
             run.experiment,
             run.run_name,
-            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | job.tags(run),
+            tags={"kind": kind, "preset": run.preset, "fingerprint": fingerprint} | job.tags(run.tag),
             params={k: v for k, v in flat(config).items() if k not in flat(run)} | params(run),
             resume_run_id=before.mlflow_run_id if before else None,
         )

@@ -182,7 +182,7 @@ def begin_tracking(
             config.experiment,
             config.run_name,
             tags={"preset": config.preset, "fingerprint": dataset.fingerprint}
-            | (part.tags if part else job_tags(config)),
+            | (part.tags if part else job_tags(config.tag)),
             params=publish.params(config),
             parent_run_id=part.parent_run_id if part else None,
             resume_run_id=start.mlflow_run_id,
