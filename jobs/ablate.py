@@ -22,6 +22,7 @@ def main() -> None:
     if command.dry_run:
         print(f"{ablate.plan(command.config)}\n{cli.submit_line('jobs/ablate.py', sys.argv[1:])}")
         return
+    command.config.run.require_data()  # before Ray starts
     connection.connect()
     result = ablate.ablate(command.config)
     print(ablate.shown(result))

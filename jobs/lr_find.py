@@ -21,6 +21,7 @@ def main() -> None:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
         print(cli.submit_line("jobs/lr_find.py", sys.argv[1:]))
         return
+    command.config.run.require_data()  # before Ray starts
     from arplus.cluster import connection
     from arplus.study import lr_find
 

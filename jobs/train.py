@@ -15,6 +15,7 @@ def main() -> None:
 
         print(f"{estimate.report(command.config)}\n{cli.submit_line('jobs/train.py', sys.argv[1:])}")
         return
+    command.config.require_data()  # before Ray starts
     from arplus.cluster import connection
     from arplus.training.trainer import summarise, train
 

@@ -21,6 +21,7 @@ def main() -> None:
     if command.dry_run:
         print(f"{tune.plan(command.config)}\n{cli.submit_line('jobs/tune.py', sys.argv[1:])}")
         return
+    command.config.run.require_data()  # before Ray starts
     connection.connect()
     result = tune.sweep(command.config)
     print(f"best: {result['best']}, response PPL {result['response_ppl']:.3f}")

@@ -51,6 +51,10 @@ MISTAKES = {
     "jobs/train.py arplus --dry-run --batch-size 3 --workers 2:4": "--batch-size: must be at least .* = 4",
     "jobs/chat.py --checkpoint nowhere --say 你好": "nowhere: no complete checkpoint there",
     "jobs/evaluate.py --data nowhere": "--checkpoint: is required",
+    "jobs/train.py arplus": "--data: is required",
+    "jobs/tune.py arplus": "--data: is required",
+    "jobs/lr_find.py arplus": "--data: is required",
+    "jobs/ablate.py": "--data: is required",
 }
 
 
@@ -58,7 +62,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     for (command, message), (code, said) in zip(MISTAKES.items(), run_all(list(MISTAKES), tmp_path), strict=True):
         assert code == 2, said
         assert re.search(message, said), said
-        assert len(said.splitlines()) == 1, f"{command}: one clear message and no traceback"
+        assert len(said.splitlines()) == 1, f"{command}: one clear message, no traceback, and no Ray was started"
     assert not list(tmp_path.iterdir())
 
 

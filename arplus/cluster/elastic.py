@@ -11,7 +11,7 @@ from uuid import uuid4
 import ray
 
 from arplus.cluster import ray_private
-from arplus.cluster.preflight import FEED_CPUS
+from arplus.cluster.scaling import FEED_CPUS
 
 _LOOK_S = 2.0
 _RENEW_S = 30.0

@@ -1,4 +1,4 @@
-"""What of the connected cluster a run's workers may take: all of it, or the nodes that qualify by the run's placement.
+"""Where workers may be: on all nodes of the connected cluster, or on those that qualify by a run's placement.
 
 Ray finds a kind of GPU by a resource of its nodes, ``accelerator_type:L4``, and labels by a selector. Its own words on
 workers that fit nowhere are "no available node", again and again, so that is found out here.
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import ray
 
 from arplus.cluster import connection, nodes
-from arplus.config import PlacementConfig, TrainConfig
-from arplus.errors import ResourceError, UsageError
+from arplus.config import Device, PlacementConfig
+from arplus.errors import ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +32,22 @@ class Room(NamedTuple):
     """CPUs of the nodes that qualify; infinite where all do."""
 
 
-def find_room(config: TrainConfig, workers: int) -> Room:
+def find_room(device: Device, placement: PlacementConfig, workers: int) -> Room:
     """What the cluster has for ``workers`` workers, by ``--device`` as in :func:`connection.offer`.
 
-    Raises :class:`ResourceError` where no node qualifies and none can come, and :class:`UsageError` for workers that
-    would share a GPU with others of their run.
+    Raises :class:`ResourceError` where no node qualifies and none can come.
     """
-    placement = config.placement
     cards = -(-workers // placement.runs_per_gpu)
     if not placement.flags:
-        room = Room(*connection.offer(config.device, cards))
-    else:
-        found = [node for node in _living() if qualifies(node, placement)]
-        gpus = int(sum(node["Resources"].get("GPU", 0) for node in found))
-        wanted = bool(placement.accelerator_type) or config.device == "gpu"
-        if not (gpus if wanted else found) and not (config.device == "gpu" and connection.may_grow()):
-            raise ResourceError(f"{placement.flags}: {_nobody(config)}")
-        offer = connection.offer(config.device, cards, alive=gpus)
-        cpus = sum(node["Resources"].get("CPU", 0.0) for node in found)
-        room = Room(*offer, within=math.inf if math.isinf(offer.cpus) else cpus)
-    if room.gpus and (problem := config.gpu_sharing_problem()):
-        raise UsageError(f"--gpus-per-worker: {problem}")
-    return room
+        return Room(*connection.offer(device, cards))
+    found = [node for node in _living() if qualifies(node, placement)]
+    gpus = int(sum(node["Resources"].get("GPU", 0) for node in found))
+    wanted = bool(placement.accelerator_type) or device == "gpu"
+    if not (gpus if wanted else found) and not (device == "gpu" and connection.may_grow()):
+        raise ResourceError(f"{placement.flags}: {_nobody(device)}")
+    offer = connection.offer(device, cards, alive=gpus)
+    cpus = sum(node["Resources"].get("CPU", 0.0) for node in found)
+    return Room(*offer, within=math.inf if math.isinf(offer.cpus) else cpus)
 
 
 def qualifies(node: Mapping[str, Any], placement: PlacementConfig) -> bool:
@@ -83,7 +77,7 @@ def _living() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _nobody(config: TrainConfig) -> str:
+def _nobody(device: Device) -> str:
     """That no node qualifies, and what nodes there are."""
 
     def described(node: dict[str, Any]) -> str:
@@ -91,5 +85,5 @@ def _nobody(config: TrainConfig) -> str:
         labels = [f"{key}={value}" for key, value in sorted(node["Labels"].items()) if key != "ray.io/node-id"]
         return f"{nodes.name_of(node)}: {', '.join([*kinds, *labels]) or 'no kind of GPU, no label'}"
 
-    wait = "; --device gpu waits for one" if config.device == "auto" and connection.may_grow() else ""
+    wait = "; --device gpu waits for one" if device == "auto" and connection.may_grow() else ""
     return f"no living node qualifies{wait}; there are {'; '.join(map(described, _living()))}"

@@ -114,7 +114,8 @@ def choose_worker_lines(wanted: Callable[[str, Any], bool]) -> None:
     if show := dict(dispatcher.handlers).get(name):
 
         def show_wanted(data: dict[str, Any]) -> None:
-            if lines := [line for line in data["lines"] if wanted(line, data.get("pid"))]:
+            process = data.get("ip"), data.get("pid")
+            if lines := [line for line in data["lines"] if wanted(line, process)]:
                 show(data | {"lines": lines})
 
         dispatcher.remove_handler(name)

@@ -5,9 +5,9 @@ A configuration is a tree of frozen dataclasses. The command line is made from t
 
 Modules: ``model`` (the network) · ``optimization`` (losses and AdamW) · ``training`` (a run, and the presets) ·
 ``placement`` (GPUs and nodes of workers) · ``studies`` (sweeps, ablations and range tests) · ``space`` (what a sweep
-varies) · ``variants`` (an ablation's rows beside presets) · ``jobs`` (all other jobs) · ``names`` (of runs and
-experiments) · ``gpus`` (their peaks) · ``settings`` (what a field says of itself: when it may change, what may be
-searched) · ``checks`` (plain values and back).
+varies) · ``variants`` (an ablation's rows beside presets) · ``jobs`` (all other jobs) · ``rules`` (from sessions to
+examples) · ``names`` (of runs and experiments) · ``gpus`` (their peaks) · ``settings`` (what a field says of itself:
+when it may change, what may be searched) · ``checks`` (plain values and back).
 """
 
 from arplus.config.checks import (
@@ -22,7 +22,6 @@ from arplus.config.jobs import (
     RESERVED_SPLITS,
     ChatConfig,
     EvaluateConfig,
-    ExampleRules,
     ExportConfig,
     PrepareConfig,
     Sampling,
@@ -39,6 +38,7 @@ from arplus.config.model import (
 )
 from arplus.config.optimization import ObjectiveConfig, OptimizerConfig
 from arplus.config.placement import PlacementConfig
+from arplus.config.rules import ExampleRules
 from arplus.config.settings import INLINE, Required, RequiredText, Role, dotted_names, flag, flat, names_of_role
 from arplus.config.space import Dimension, parse_space
 from arplus.config.studies import AblateConfig, LrFindConfig, StudyConfig, TuneConfig

@@ -13,7 +13,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 
 class Role(Enum):
-    """What a setting is to a run, and so when it may change. A setting that says nothing is IDENTITY."""
+    """What a setting is to a run, and so when it may change. A setting that says nothing is IDENTITY.
+
+    :mod:`arplus.runs.resume` refuses a run that would go on as another one.
+    """
 
     IDENTITY = auto()
     """What is computed: another value makes another run. Trials of a sweep may differ in it."""

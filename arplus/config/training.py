@@ -223,6 +223,11 @@ class TrainConfig:
         """The ZeRO stage of so many workers."""
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage
 
+    def require_data(self) -> None:
+        """Raises :class:`UsageError` where no data set is named; a dry run does without."""
+        if not self.data:
+            raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+
     def name_problems(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for names that MLflow, a file system or Ray would refuse.
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from arplus import kernels, storage, tracking
 from arplus.cluster import nodes, placement
-from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, TrainConfig, special_ids
+from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.personas import Persona
@@ -169,7 +169,7 @@ def windows_of(split: Split) -> EpochSampler:
 
 def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
     chosen = config.placement
-    cpus, gpus, within = placement.find_room(TrainConfig(device=config.device, placement=chosen), 1)
+    cpus, gpus, within = placement.find_room(config.device, chosen, 1)
     free = min(cpus - 1, within)
     if not gpus and free < 1:
         there = f", {within:g} of them where a model may be ({chosen.flags})" if within < cpus else ""

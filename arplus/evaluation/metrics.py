@@ -1,6 +1,7 @@
 """The standard metrics of replies, by which choices are made; :mod:`arplus.evaluation.paper_metrics` has the paper's.
 
-Both take ids and give numbers; both are filled batch by batch and add up over workers.
+Both take ids and give numbers; both are filled batch by batch and add up over workers. A new figure of these kinds is
+added here; a new group of figures is a field of ``Tally`` and a name in ``GROUPS`` (``evaluate.py``).
 """
 
 import math

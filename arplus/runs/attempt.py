@@ -3,7 +3,8 @@
 ``RUN/attempt.json`` names a job, the *owner*, and counts the starts of its workers. A job makes itself the owner when
 it starts, whoever was so before: a driver that is started again is never locked out. Its rank 0 raises the number at
 every start of the workers, and compares the file with its own attempt from then on. That is how an attempt that was cut
-off and replaced, but lives on, notices it and stops. The same file carries the job's word to stop.
+off and replaced, but lives on, notices it and stops (``StopRequests`` in :mod:`arplus.training.hooks.requests`). The
+same file carries the job's word to stop.
 
 Every change is made to the file as it was read (:meth:`arplus.documents.Document.update`), so of several at the same
 moment none is lost. Nothing here waits for storage that is away: :class:`arplus.runs.folder.RunFolder` does.

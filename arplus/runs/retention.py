@@ -1,4 +1,8 @@
-"""Which checkpoints of a run stay: while it trains, and what a study leaves of one that has ended."""
+"""Which checkpoints of a run stay: while it trains, and what a study leaves of one that has ended.
+
+A study asks for the latter when a trial ends (``study/trial.py``, ``study/execute.py``) and at its own end
+(``study/record.py``).
+"""
 
 from typing import Literal
 

@@ -212,7 +212,7 @@ class _Adapter(Searcher):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
         self._note(trial, result or {})
         if trial.ended:
-            self._reduce(trial, leader)
+            self._keep_best_weights(trial, leader)
         self.source.tell(trial)
 
     def stop(self) -> None:
@@ -244,7 +244,7 @@ class _Adapter(Searcher):
             trial.results.append({key: result[key] for key in ("examples", "response_ppl", OBJECTIVE)})
         self._save(trial)
 
-    def _reduce(self, trial: Trial, leader: Trial | None) -> None:
+    def _keep_best_weights(self, trial: Trial, leader: Trial | None) -> None:
         """Leaves one that has ended, and is not the best so far, its best weights: ASHA lets none of them go on.
 
         Its own process does so to one that ends now, as it saves once more after this; one that was the best so far

@@ -20,6 +20,7 @@ from ray.train import ScalingConfig, TrainingFailedError
 
 from arplus import storage, tracking
 from arplus.cluster import job, preflight
+from arplus.cluster.scaling import size_workers
 from arplus.config import LrFindConfig
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
@@ -57,7 +58,7 @@ def find(config: LrFindConfig) -> dict[str, Any]:
     dataset = Dataset.open(run.data)
     dataset.check_labels(run.model)
     check_start(run, dataset)
-    scaling = preflight.scaling(run)
+    scaling = size_workers(run)
     preflight.check_nodes(run, dataset, 0)  # it writes no checkpoint
     folder = StudyFolder(storage.join(run.storage, run.run_name))
     uri = folder.uri

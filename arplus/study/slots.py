@@ -3,8 +3,8 @@
 import math
 from typing import Literal, NamedTuple
 
-from arplus.cluster.placement import Room, find_room
-from arplus.cluster.preflight import FEED_CPUS, cpu_nodes, driver_cpus, fair_share
+from arplus.cluster.placement import Room
+from arplus.cluster.scaling import FEED_CPUS, cpu_nodes, driver_cpus, fair_share, find_room
 from arplus.config import MIN_WORKER_CPUS, StudyConfig, VocabularySizes
 from arplus.errors import ResourceError
 from arplus.training.footprint import checkpoint_bytes

@@ -1,4 +1,8 @@
-"""The one through which everything is logged: a local record, a bounded queue, threads in the background."""
+"""The one through which everything is logged: a local record, a bounded queue, threads in the background.
+
+While the server is away they wait and try again, and what a run's end leaves unsent can be replayed
+(:mod:`arplus.tracking.replay`). What the server refuses stays in the record alone (:mod:`arplus.tracking.refusal`).
+"""
 
 import contextlib
 import json

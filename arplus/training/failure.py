@@ -1,4 +1,7 @@
-"""Why workers failed, in one line, with rank, node and log: for the log, the run's folder, and MLflow's tags."""
+"""Why workers failed, in one line, with rank, node and log: for the log, the run's folder, and MLflow's tags.
+
+Where a GPU's memory was too small, the line says how to need less.
+"""
 
 import logging
 import os

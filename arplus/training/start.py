@@ -26,8 +26,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
     Raises :class:`UsageError` for names, models and components that cannot be.
     """
-    if not config.data:
-        raise UsageError("--data: is required: the URI of a prepared data set (make one with jobs/prepare.py)")
+    config.require_data()
     for field, problem in config.name_problems():
         raise UsageError(f"--{flag(field)}: {problem}")
     config = replace(

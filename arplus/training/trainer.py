@@ -19,6 +19,7 @@ from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 from arplus import storage, tracking
 from arplus.cluster import elastic, node, preflight
 from arplus.cluster.job import tags as job_tags
+from arplus.cluster.scaling import size_workers
 from arplus.config import InitConfig, TrainConfig
 from arplus.data.capacity import Filler
 from arplus.data.collate import BatchSpec
@@ -149,7 +150,7 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
     # A study has read the data before; anyone else is to hear at once where it cannot be.
     dataset = storage.with_retries(config.data, Dataset.open, config.data) if part else Dataset.open(config.data)
     dataset.check_labels(config.model)
-    scaling = preflight.scaling(config)
+    scaling = size_workers(config)
     if part is None:  # a study has asked for all its runs
         preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))
     if not dataset.split("valid").examples:

@@ -1,4 +1,7 @@
-"""The processes that train, as Ray Train starts them: the same for a run and for a range test."""
+"""The processes that train, as Ray Train starts them, and starts them again after failures.
+
+A run and a range test have the same.
+"""
 
 import logging
 import math

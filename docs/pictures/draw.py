@@ -73,7 +73,7 @@ def draw_runs(folder: Path, target: Path) -> None:
     axes.axvline(went_on[0][0], color=BLUE, linestyle=":")
     axes.set(xlabel="examples", ylabel="training loss, nats")
     axes.set_title("A run with a killed worker ends with the same weights, bit for bit", color=INK, fontsize=11)
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=1)  # upon the dotted lines
     save(figure, target)
 
 

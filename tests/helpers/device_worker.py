@@ -15,7 +15,8 @@ import forks
 import ray
 from ray.cluster_utils import Cluster
 
-from arplus.cluster import connection, preflight
+from arplus.cluster import connection
+from arplus.cluster.scaling import size_workers
 from arplus.config import Device, EvaluateConfig, TrainConfig, TuneConfig, from_dict
 from arplus.evaluation.evaluate import evaluate
 from arplus.study.slots import find_slots
@@ -32,7 +33,7 @@ def main(local: Cluster, joining: int) -> dict[str, Any]:
     ray.init(local.address, logging_level=logging.WARNING)
     found: dict[str, Any] = {"scaling": {}, "side_by_side": {}}
     for device in DEVICES:
-        scaling = preflight.scaling(TrainConfig(workers=2, device=device))
+        scaling = size_workers(TrainConfig(workers=2, device=device))
         found["scaling"][device] = scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker
         found["side_by_side"][device] = find_slots(
             TuneConfig(run=TrainConfig(workers=2, device=device)), 8

@@ -21,7 +21,8 @@ from ray.cluster_utils import Cluster
 from ray.train.torch import TorchConfig
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
-from arplus.cluster import placement, preflight
+from arplus.cluster import placement
+from arplus.cluster.scaling import size_workers
 from arplus.config import EvaluateConfig, PlacementConfig, TrainConfig, TuneConfig
 from arplus.errors import ArplusError
 from arplus.evaluation import evaluate
@@ -77,7 +78,7 @@ def train(config: TrainConfig, folder: Path, name: str, together: int = 1) -> An
     begun = folder / f"begun-{together}"
     begun.mkdir(exist_ok=True)
     arguments = {"folder": str(begun), "name": name, "together": together}
-    return workers.run(look, arguments, preflight.scaling(config), str(folder / name), timeout_minutes=1)
+    return workers.run(look, arguments, size_workers(config), str(folder / name), timeout_minutes=1)
 
 
 def seen(folder: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def seen(folder: Path) -> dict[str, Any]:
         found["qualify"][selector] = sorted(names[node] for node in ours), rays == ours and not more
     for name, changes in REFUSED.items():
         try:
-            preflight.scaling(TrainConfig(**changes))
+            size_workers(TrainConfig(**changes))
         except ArplusError as error:
             found["refused"][name] = error.exit_code, str(error)
     share = TrainConfig(placement=PlacementConfig(gpus_per_worker=0.5, accelerator_type="A100"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from arplus.cluster import preflight
+from arplus.cluster.scaling import size_workers
 from arplus.config import TrainConfig
 from arplus.training import workers
 
@@ -30,5 +30,5 @@ def test_a_worker_has_the_runs_timeout_and_sees_no_gpu_but_its_own(ray_cluster: 
         timeout = group._get_backend(torch.device("cpu")).options._timeout
         return os.environ.get("CUDA_VISIBLE_DEVICES"), timeout.total_seconds()
 
-    scaling = preflight.scaling(TrainConfig(device="cpu"))
+    scaling = size_workers(TrainConfig(device="cpu"))
     assert workers.run(sees, {}, scaling, str(tmp_path), timeout_minutes=1.5) == ("", 90)

@@ -1,4 +1,7 @@
-"""What a hook may do: methods that the loop calls, and what rank 0's may ask for; ``make_hooks`` lists the hooks."""
+"""What a hook may do: methods that the loop calls, and what rank 0's may ask for.
+
+A new hook is listed in ``make_hooks`` (``hooks/__init__.py``).
+"""
 
 from enum import IntFlag
 
