@@ -16,18 +16,18 @@ from arplus.model.ops import Linear, Module
 class KeyValue(NamedTuple):
     """What queries of the same B sequences may look at: keys and values of all heads, and where not to look."""
 
-    key_BHSC: Tensor
-    value_BHSC: Tensor
+    key_HBSC: Tensor
+    value_HBSC: Tensor
     mask: Tensor | None = None
-    """-inf where not to look, else 0: (B, 1, 1, S) or (1, 1, T, S)."""
+    """-inf where not to look, else 0: (B, 1, S) or (T, S)."""
 
     def append(self, new: "KeyValue") -> "KeyValue":
         """These positions and then the new ones, all of them visible: the cache of step by step decoding."""
-        return KeyValue(torch.cat([self.key_BHSC, new.key_BHSC], 2), torch.cat([self.value_BHSC, new.value_BHSC], 2))
+        return KeyValue(torch.cat([self.key_HBSC, new.key_HBSC], 2), torch.cat([self.value_HBSC, new.value_HBSC], 2))
 
     def weighed(self, by_B: Tensor) -> "KeyValue":
         """The same with all that is found in a sequence times a factor: attention is linear in its values."""
-        return self._replace(value_BHSC=self.value_BHSC * by_B.to(self.value_BHSC.dtype)[:, None, None, None])
+        return self._replace(value_HBSC=self.value_HBSC * by_B.to(self.value_HBSC.dtype)[:, None, None])
 
 
 Blocks = list[KeyValue]
@@ -83,11 +83,10 @@ class Attention(Module):
     def key_value(self, x_ND: Tensor, of: Sequences, weight_B: Tensor | None = None) -> Blocks:
         """What a decoder may look at of encoded sequences, weighed if wanted; an empty one is found to hold zeros."""
         _, own = self._project(x_ND, of, _beyond(of), parts=2)
-        if weight_B is not None:
-            weights = weight_B.split([block.sequences for block in of.blocks])
-            own = [found.weighed(weight) for found, weight in zip(own, weights, strict=True)]
-        # Laid out by heads once, not in every application that looks at them.
-        return [KeyValue(key.contiguous(), value.contiguous(), mask) for key, value, mask in own]
+        if weight_B is None:
+            return own
+        weights = weight_B.split([block.sequences for block in of.blocks])
+        return [found.weighed(weight) for found, weight in zip(own, weights, strict=True)]
 
     def routes(self, x_ND: Tensor, of: Sequences, memories: Sequence[Blocks], past: Blocks | None = None) -> Routes:
         """The decoder's routes: from each sequence to itself (causal), and to each memory, all with one query.
@@ -105,8 +104,10 @@ class Attention(Module):
         """Queries (unless ``parts`` is 2), and keys and values with their masks, block by block."""
         queries: list[Tensor] = []
         own = []
-        for block, hide in zip(of.pad(self.query_key_value(x_ND, parts)), hidden, strict=True):
-            *query, key, value = block.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Heads first, so that a head's queries, keys and values of a sequence are matrices that lie whole.
+        heads_HNC = self.query_key_value(x_ND, parts).unflatten(-1, (parts, self.heads, -1)).movedim(0, 2)
+        for block, hide in zip(of.pad(heads_HNC, 2), hidden, strict=True):
+            *query, key, value = block.unbind(0)
             queries += query
             own.append(KeyValue(key, value, key.new_zeros(hide.shape).masked_fill(hide, -torch.inf)))
         return queries, own
@@ -114,19 +115,19 @@ class Attention(Module):
     def _look(self, query: list[Tensor], to: Blocks, of: Sequences) -> Tensor:
         p = self.p if self.training else 0.0
         found = [self.ops.attend(q, *kv, p) for q, kv in zip(query, to, strict=True)]
-        return self.output(of.pack(heads_BHTC.transpose(1, 2).flatten(2) for heads_BHTC in found))
+        return self.output(of.pack(found, 1).transpose(0, 1).flatten(1))
 
 
 def _beyond(of: Sequences) -> list[Tensor]:
-    """The places past each sequence's end, (b, 1, 1, S); of an empty one all but the first, which holds zeros."""
+    """The places past each sequence's end, (b, 1, S); of an empty one all but the first, which holds zeros."""
     lengths = of.lengths.clamp(min=1).split([block.sequences for block in of.blocks])
     return [
-        (torch.arange(block.width, device=part.device) >= part[:, None])[:, None, None]
+        (torch.arange(block.width, device=part.device) >= part[:, None])[:, None]
         for block, part in zip(of.blocks, lengths, strict=True)
     ]
 
 
 def _later(of: Sequences) -> list[Tensor]:
-    """The places after each, (1, 1, S, S)."""
+    """The places after each, (S, S)."""
     device = of.offsets.device
-    return [torch.ones(b.width, b.width, dtype=torch.bool, device=device).triu(1)[None, None] for b in of.blocks]
+    return [torch.ones(b.width, b.width, dtype=torch.bool, device=device).triu(1) for b in of.blocks]

@@ -91,28 +91,32 @@ class Sequences:
         weight_N1 = (score_N - highest_B[self.sequence_N]).exp()[:, None]
         return (weight_N1 / self.spread(self.sum(weight_N1))).squeeze(1)
 
-    def pad(self, x_ND: Tensor) -> list[Tensor]:
-        """The sequences side by side, block by block: (N, …) to (b, S, …) each, zero where there is no token."""
+    def pad(self, x: Tensor, dim: int = 0) -> list[Tensor]:
+        """The sequences side by side, block by block: (…, N, …) to (…, b, S, …) each, zero where there is no token."""
         tokens = [block.tokens for block in self.blocks]
         padded = []
-        for block, x, slot in zip(self.blocks, x_ND.split(tokens), self.slot_N.split(tokens), strict=True):
-            rows = x.new_zeros(block.sequences * block.width, *x.shape[1:]).index_copy(0, slot, x)
-            padded.append(rows.unflatten(0, (block.sequences, block.width)))
+        for block, part, slot in zip(self.blocks, x.split(tokens, dim), self.slot_N.split(tokens), strict=True):
+            rows = _scatter(part, dim, slot, block.sequences * block.width)
+            padded.append(rows.unflatten(dim, (block.sequences, block.width)))
         return padded
 
-    def pack(self, padded: Iterable[Tensor]) -> Tensor:
-        """What :meth:`pad` was given: (b, S, …) of each block to (N, …)."""
+    def pack(self, padded: Iterable[Tensor], dim: int = 0) -> Tensor:
+        """What :meth:`pad` was given: (…, b, S, …) of each block to (…, N, …)."""
         rows = [block.sequences * block.width for block in self.blocks]
         packed = []
         for block, x, token in zip(self.blocks, padded, self.token.split(rows), strict=True):
             # Not a selection of rows: its gradient would be added up row by row, which takes ten times as long.
-            into = x.new_zeros(block.tokens + 1, *x.shape[2:])
-            packed.append(into.index_copy(0, token, x.flatten(0, 1))[: block.tokens])
-        return torch.cat(packed)
+            packed.append(_scatter(x.flatten(dim, dim + 1), dim, token, block.tokens + 1).narrow(dim, 0, block.tokens))
+        return torch.cat(packed, dim)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device; copies from pinned memory do not block."""
         return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _scatter(x: Tensor, dim: int, place: Tensor, size: int) -> Tensor:
+    """Zeros, ``size`` of them along ``dim``, but x at the places."""
+    return x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1 :]).index_copy_(dim, place, x)
 
 
 class Packed(NamedTuple):

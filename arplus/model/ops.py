@@ -23,12 +23,12 @@ class Operations:
         """Zeroes each element with probability p and scales the others up by 1 / (1 - p)."""
         return functional.dropout(x, p)
 
-    def attend(self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
-        """dropout(softmax(q·k / √C + mask)) · v, (B, H, T, C).
+    def attend(self, query_HBTC: Tensor, key_HBSC: Tensor, value_HBSC: Tensor, mask: Tensor | None, p: float) -> Tensor:
+        """dropout(softmax(q·k / √C + mask)) · v, (H, B, T, C).
 
-        The mask is -inf where not to look and broadcasts to (B, 1, T, S); no row of it is all -inf.
+        The mask is -inf where not to look and broadcasts to (H, B, T, S); no row of it is all -inf.
         """
-        return functional.scaled_dot_product_attention(query_BHTC, key_BHSC, value_BHSC, mask, dropout_p=p)
+        return functional.scaled_dot_product_attention(query_HBTC, key_HBSC, value_HBSC, mask, dropout_p=p)
 
     def factored_feed_forward(
         self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float

@@ -111,7 +111,7 @@ MASKS = {
 
 
 def routes(queries: int, batch: int = 3, width: int = 4) -> list[Tensor]:
-    """Queries, keys and values of two heads for seven places, laid out as the model does."""
+    """Queries, keys and values of two heads for seven places, which do not lie whole."""
     return [torch.randn(batch, n, 2, width).transpose(1, 2) for n in (queries, 7, 7)]
 
 

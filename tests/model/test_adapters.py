@@ -72,7 +72,7 @@ def test_either_is_of_effect_in_the_encoder_and_in_the_decoder(preset: str, whic
     memories = model.encode(batch)
 
     def found() -> tuple[list[Tensor], Tensor]:
-        keys = [block.key_BHSC for blocks in model.encode(batch)[0] for block in blocks]
+        keys = [block.key_HBSC for blocks in model.encode(batch)[0] for block in blocks]
         return keys, model.decode(batch.response, memories)
 
     before = found()

@@ -104,7 +104,7 @@ def characters(replies_BL: torch.Tensor) -> list[list[int]]:
 @pytest.mark.parametrize("blocks", [None, [2, 0, 3]])
 @torch.no_grad()
 def test_cached_decoding_equals_full_recomputation(config, blocks):
-    model, batch = make_model(config), take(make_batch(config), range(5), blocks)
+    model, batch = make_model(config).double(), take(make_batch(config), range(5), blocks)
     memories, cache = model.encode(batch), model.new_cache()
     full = parts(model.decode(batch.response, memories), batch.response.sequences)
     responses = parts(*batch.response)
@@ -114,7 +114,7 @@ def test_cached_decoding_equals_full_recomputation(config, blocks):
         step = model.decode(Packed(ids, one_each), memories, cache, start=t)
         for one, expected in zip(step, full, strict=True):
             if t < len(expected):
-                torch.testing.assert_close(one, expected[t], atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(one, expected[t], atol=1e-9, rtol=1e-9)
 
 
 @torch.no_grad()
