@@ -55,8 +55,9 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-test: quick
-	$(BIN)/python -m pytest -m "not soak and (ray or processes)"
+# Those that share a Ray go to one of the processes, and mostly wait; the others do the rest meanwhile.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not soak"
 
 check: setup
 	$(BIN)/ruff check .
