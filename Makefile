@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo quick test check soak gpu benchmark-deps clean
+.PHONY: help setup demo quick test test-ray test-rest check soak gpu benchmark-deps clean
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
@@ -55,9 +55,15 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-# Those that share a Ray go to one of the processes, and mostly wait; the others do the rest meanwhile.
+# Beside each other: those that share a Ray mostly wait, and the others compute meanwhile.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not soak"
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
+
+test-ray:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and ray"
+
+test-rest:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray"
 
 check: setup
 	$(BIN)/ruff check .

@@ -70,12 +70,8 @@ def gpu(pytestconfig: pytest.Config) -> "torch.device":
     return torch.device(pytestconfig.getoption("device"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads its groups in this hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what needs a Ray or other processes; what needs a GPU is left out, or skipped where there is none.
-
-    With ``--dist loadgroup`` all that shares the tests' Ray goes to one process, and each file of servers to one.
-    """
+    """Marks what needs a Ray or other processes; what needs a GPU is left out, or skipped where there is none."""
     if "gpu" not in config.getoption("markexpr"):
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in left_out]
@@ -88,10 +84,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
         if fixtures & {"spawn", "server", "s3_server"} or "s3" in values:
             item.add_marker(pytest.mark.processes)
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.xdist_group("spawn" if "spawn" in fixtures else item.path.name))
         if item.get_closest_marker("gpu") and not there:
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
 
