@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo quick test check soak gpu benchmark-deps clean
+.PHONY: help setup demo quick test test-ray test-rest check soak gpu benchmark-deps clean
 
 help:
 	@echo "make demo    records -> data set -> training -> evaluation -> replies, on this machine"
@@ -55,8 +55,15 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-test: quick
-	$(BIN)/python -m pytest -m "not soak and (ray or processes)"
+# Beside each other: those that share a Ray mostly wait, and the others compute meanwhile.
+test: setup
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
+
+test-ray:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and ray"
+
+test-rest:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray"
 
 check: setup
 	$(BIN)/ruff check .

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import forks
 from helpers.commands import ROOT, away, run, run_all, shared, words
 
 
 def interrupted(command: str, record: Path, folder: Path) -> tuple[int, str]:
     """Exit code and all output of a training that gets Ctrl-C, as from a terminal, once it has logged a step."""
     output = folder / "output"
-    with open(output, "w") as file:
+    with open(output, "w") as file, open(os.devnull) as nothing:
         # A terminal tells all processes that it has started, so Ray's too.
-        job = subprocess.Popen(words(command), cwd=folder, env=away(), stdout=file, stderr=file, start_new_session=True)
+        job = forks.start(words(command), folder, away(), [nothing.fileno(), file.fileno(), file.fileno()])
     deadline = time.monotonic() + 150
     while not (record.exists() and '"train/loss"' in record.read_text()):
         assert job.poll() is None, output.read_text()

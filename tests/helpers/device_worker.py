@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
-import forks
 import ray
 from ray.cluster_utils import Cluster
 
@@ -63,7 +62,6 @@ class Lines(logging.Handler):
 
 
 if __name__ == "__main__":
-    forks.use()
     cpus, gpus, joining = map(int, sys.argv[1:])
     cluster_of_one = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "num_gpus": gpus})
     try:

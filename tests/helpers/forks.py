@@ -1,11 +1,14 @@
-"""Ray's workers as forks of one process that has imported torch, DeepSpeed and MLflow, which takes each some seconds.
+"""Processes as forks of one that has imported torch, DeepSpeed and MLflow, which takes seven seconds of a CPU.
 
 Ray starts a worker by a script of its own; here that script is ``forked_worker.py``, which asks the server below for a
 child. The child takes over the worker's arguments, variables, folder and output, and is what Ray would have started.
-On a machine with a GPU workers start as ever: CUDA does not outlive a fork.
+:func:`start` asks for one that runs a job as this Python would. On a machine with a GPU all start as ever: CUDA does
+not outlive a fork.
 """
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,7 +19,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ IMPORTED = ("deepspeed", "mlflow.tracking", "pandas", "pyarrow.compute", "pyarro
 IMPORTED += ("arplus.model.network", "arplus.storage", "torch.utils.data")
 # What the first optimizer and DeepSpeed's first engine import by themselves: torch's compiler, a second each.
 IMPORTED += ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+IMPORTED += ("arplus.evaluation.replies", "arplus.tracking", "fsspec", "jsonschema", "rich.console", "sacrebleu")
 
 
 @contextlib.contextmanager
@@ -68,59 +73,140 @@ def use() -> None:
         ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).with_name("forked_worker.py"))
 
 
+def start(arguments: Sequence[str], folder: Path, variables: Mapping[str, str], files: Sequence[int]) -> Any:
+    """Starts ``python ARGUMENTS``, which begin with a script or ``-c``, in a process group of its own.
+
+    By the server that ``variables`` name, if they do. ``files`` become standard input, output and error. What is
+    returned has ``pid``, ``poll()`` and ``wait(timeout)``, as :class:`subprocess.Popen` has.
+    """
+    if PLACE in variables:
+        return Process(arguments, folder, variables, files)
+    given, output, error = files
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, stdin=given, stdout=output, stderr=error, start_new_session=True
+    )
+
+
+class Process:
+    """A fork of the server's."""
+
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, variables: Mapping[str, str], files: Sequence[int]
+    ) -> None:
+        self.returncode: int | None = None
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(variables[PLACE])
+        socket.send_fds(self._server, [b"."], files)
+        request = {"arguments": list(arguments), "variables": dict(variables), "folder": str(folder), "job": True}
+        self._server.sendall(json.dumps(request).encode())
+        self._server.shutdown(socket.SHUT_WR)
+        self.pid = int(self._server.recv(32))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, or the signal that ended it, below 0. Raises :class:`subprocess.TimeoutExpired`."""
+        if self.returncode is None:
+            if not select.select([self._server], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a fork", timeout or 0)
+            self.returncode = os.waitstatus_to_exitcode(int(self._server.recv(32)))
+            self._server.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The same, None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+
 def serve(place: str) -> None:
-    """Forks a worker for each request at the socket ``place``, until standard input ends."""
+    """Forks a process for each request at the socket ``place``, until standard input ends."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # as the engine sets it before it imports DeepSpeed
+    code = 0
+
+    def leave() -> None:
+        """Ends without taking apart all that was imported, which takes seconds and copies what was shared."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the first, and so the last to be called
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that no fork's collector looks through it, and copies it
     assert "ray" not in sys.modules, "it reads its variables at import, and a worker has some of its own"
     sys.path.remove(str(Path(__file__).parent))
-    signal.signal(signal.SIGCHLD, _reap)
+    running: dict[int, socket.socket] = {}
+
+    def reap(*_: object) -> None:
+        """Leaves nothing behind of processes that have ended, and tells their status."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with running.pop(ended[0]) as asked, contextlib.suppress(OSError):
+                    asked.sendall(str(ended[1]).encode())
+
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
         listener.listen(64)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
+        signal.signal(signal.SIGCHLD, reap)
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-            request, outputs = _taken(listener)
-            if os.fork() == 0:
+            asked, request, files = _taken(listener)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until it is known whose end it would be
+            pid = os.fork()
+            if pid == 0:
                 listener.close()
-                _become(request, outputs)
+                for other in (asked, *running.values()):
+                    other.close()
+                code = 1
+                try:
+                    _become(request, files)
+                    code = 0
+                except SystemExit as ended:
+                    code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+                    raise
                 return
-            for output in outputs:
-                os.close(output)
+            running[pid] = asked
+            with contextlib.suppress(OSError):  # whoever asked may be gone
+                asked.sendall(str(pid).ljust(32).encode())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            for file in files:
+                os.close(file)
 
 
-def _reap(*_: object) -> None:
-    """Leaves nothing behind of workers that have ended."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def _taken(listener: socket.socket) -> tuple[socket.socket, dict[str, Any], list[int]]:
+    asked = listener.accept()[0]
+    _, files, _, _ = socket.recv_fds(asked, 1, 3)
+    with asked.makefile("rb") as text:
+        return asked, json.load(text), list(files)
 
 
-def _taken(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    with listener.accept()[0] as asked:
-        _, outputs, _, _ = socket.recv_fds(asked, 1, 3)
-        with asked.makefile("rb") as text:
-            return json.load(text), list(outputs)
-
-
-def _become(request: dict[str, Any], outputs: list[int]) -> None:
-    """Goes on as the worker that was asked for, to its end."""
+def _become(request: dict[str, Any], files: list[int]) -> None:
+    """Goes on as the process that was asked for, to its end."""
     import numpy as np
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     os.setpgid(0, 0)  # Ray ends a worker's group
-    for number, output in enumerate(outputs):
-        os.dup2(output, number)
-        os.close(output)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["variables"])
     np.random.seed()
+    if "job" in request:
+        use()
     sys.argv = request["arguments"]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] != "-c":
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    sys.path.insert(0, "")
+    exec(compile(sys.argv.pop(1), "<string>", "exec"), vars(main))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forks
 import ray
 from prepared import random_state, write_dataset
 from ray._private import state
@@ -120,7 +119,6 @@ def evaluated(folder: Path, names: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    forks.use()
     vars(workers)["TorchConfig"] = partial(TorchConfig, backend="gloo")  # NCCL needs GPUs that are there
     head, *others = NODES.values()
     cluster = Cluster(initialize_head=True, head_node_args=head)
