@@ -35,11 +35,9 @@ def main() -> None:
     default, module = SUBJECTS[subject]
     settings = cli.parse(default, arguments, prog=f"{PROG} {subject}")
     from arplus.benchmark import figures, usage
-    from arplus.cluster import connection
 
     measure = importlib.import_module(f"arplus.benchmark.{module}").measure
     described = usage.describe()
-    connection.connect()
     result = measure(settings)
     print(figures.text(described, result))
     figures.write(subject, settings, described, result)

@@ -14,6 +14,7 @@ from arplus.benchmark.baselines import list_batches
 from arplus.benchmark.figures import Result, rate, size
 from arplus.benchmark.options import DataBenchmark
 from arplus.benchmark.usage import Usage
+from arplus.cluster import connection
 from arplus.config import ModelConfig
 from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
@@ -23,7 +24,8 @@ from arplus.data.windows import WindowMaker
 
 
 def measure(config: DataBenchmark) -> Result:
-    """Measures the feed on the connected Ray cluster."""
+    """Joins Ray, and measures the feed on its cluster."""
+    connection.connect()
     dataset = Dataset.open(storage.absolute(config.data))
     sampler = EpochSampler(
         split=dataset.split("train"),

@@ -10,6 +10,7 @@ from arplus.benchmark.baselines import repeated_lines
 from arplus.benchmark.figures import Result, rate, size
 from arplus.benchmark.options import PrepareBenchmark
 from arplus.benchmark.usage import Usage
+from arplus.cluster import connection
 from arplus.config import PrepareConfig, SynthesizeConfig
 from arplus.prepare.pipeline import prepare
 from arplus.synthetic.write import synthesize
@@ -19,7 +20,8 @@ REPEATED = 0.045
 
 
 def measure(config: PrepareBenchmark) -> Result:
-    """Measures on the connected Ray cluster."""
+    """Joins Ray, and measures on its cluster."""
+    connection.connect()
     with tempfile.TemporaryDirectory() as folder:
         source = config.input or str(Path(folder, "records.jsonl.gz"))
         if config.input is None:

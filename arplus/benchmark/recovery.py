@@ -25,6 +25,7 @@ from ray.util.state import list_actors
 from arplus import storage
 from arplus.benchmark.figures import Result, size
 from arplus.benchmark.options import FaultsBenchmark
+from arplus.cluster import connection
 from arplus.config import PrepareConfig, SynthesizeConfig, TrainConfig, preset, tiny
 from arplus.errors import RunError
 from arplus.prepare.pipeline import prepare
@@ -49,7 +50,8 @@ class Recovery:
 
 
 def measure(config: FaultsBenchmark) -> Result:
-    """Measures on the connected Ray cluster, with the run and its data in a temporary folder of this machine."""
+    """Joins Ray, and measures on its cluster, with the run and its data in a temporary folder of this machine."""
+    connection.connect()
     with tempfile.TemporaryDirectory() as folder:
         run = _settings(config, Path(folder))
         run_uri = storage.join(run.storage, run.run_name)
