@@ -182,7 +182,7 @@ def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
     where: dict[str, Any] = {"accelerator_type": chosen.accelerator_type, "label_selector": chosen.labels}
     dataset = ray.data.range(n, override_num_blocks=n).map_batches(
         Evaluator,
-        fn_constructor_args=(sampler, config),
+        fn_constructor_args=(sampler, config, gpus > 0),
         batch_size=1,  # a window; Ray Data refuses None beside a GPU
         compute=ActorPoolStrategy(size=min(gpus * chosen.runs_per_gpu or int(free), n)),
         # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
@@ -194,9 +194,9 @@ def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
 
 
 class Evaluator:
-    """Holds the model in a Ray Data actor and tallies windows of examples."""
+    """Holds the model in a Ray Data actor, which has a GPU or not, and tallies windows of examples."""
 
-    def __init__(self, sampler: EpochSampler, config: EvaluateConfig) -> None:
+    def __init__(self, sampler: EpochSampler, config: EvaluateConfig, has_gpu: bool = False) -> None:
         # Read here, not handed in: an actor that Ray starts again must not depend on an object that may be gone.
         with tracking.fetched(config.checkpoint, config.mlflow) as folder:
             self.state = checkpoint.load(folder)
@@ -205,8 +205,8 @@ class Evaluator:
         self.sampling = config.sampling.of(self.state.rules)
         self.spec = BatchSpec.of(self.state.config.model, self.state.sizes)
         leave_cudnn_out()
-        # A GPU that is not this actor's own is in sight too (ray#54868).
-        self.device = torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+        # A GPU that is not this actor's own is in sight too (ray#54868); and one that Ray counts may not be there.
+        self.device = torch.device("cuda" if has_gpu and torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda" and (share := config.placement.gpus_per_worker) < 1:
             torch.cuda.set_per_process_memory_fraction(share)  # as in training: the others would run out of it
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
