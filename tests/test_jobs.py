@@ -59,6 +59,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.processes
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     for (command, message), (code, said) in zip(MISTAKES.items(), run_all(list(MISTAKES), tmp_path), strict=True):
         assert code == 2, said
@@ -146,6 +147,7 @@ def test_a_job_by_uv_run(tmp_path: Path) -> None:
     assert alarming(done.stderr) == []
 
 
+@pytest.mark.processes
 def test_reference_weights_become_a_checkpoint(tmp_path: Path) -> None:
     characters, words = tmp_path / "characters.txt", tmp_path / "persona_words.txt"
     characters.write_text("".join(f"{chr(0x4E00 + i)} {i + 1}\n" for i in range(50)))

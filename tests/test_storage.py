@@ -283,6 +283,7 @@ def test_a_server_that_does_not_answer_is_a_lack_of_resources(s3_server: Any, mo
     check_refused(s3_server.uri("unreachable"), ResourceError)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("status", "expected"), [(500, ResourceError), (503, ResourceError), (403, RefusedError), (400, RefusedError)]
 )

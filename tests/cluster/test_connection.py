@@ -61,6 +61,7 @@ print(codes)
 """
 
 
+@pytest.mark.processes
 def test_what_ray_would_hang_at_is_said_in_a_line_and_in_seconds() -> None:
     """Wrong addresses, and a folder whose name is too long for sockets."""
     start = time.monotonic()
@@ -74,6 +75,7 @@ def test_what_ray_would_hang_at_is_said_in_a_line_and_in_seconds() -> None:
         assert message in said
 
 
+@pytest.mark.processes
 def test_a_ray_that_does_not_start_is_said_in_a_line() -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_OVERRIDE_RESOURCES": "{"}
     done = subprocess.run([sys.executable, "-c", JOIN], env=plain, capture_output=True, text=True, timeout=120)

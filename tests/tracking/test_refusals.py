@@ -125,6 +125,7 @@ def test_refused_artifacts_are_named_and_hold_up_nothing(store, artifacts, tmp_p
     assert replay_record(tmp_path / "r.jsonl", store) == 2
 
 
+@pytest.mark.processes
 def test_a_bucket_without_keys_holds_up_nothing(store, without_keys, tmp_path, caplog):
     run = begin_at(store, "s3://nobodys-bucket/artifacts")
     tracker = Tracker(run, record=tmp_path / "r.jsonl")
@@ -175,6 +176,7 @@ def test_status_and_metrics_do_not_wait_for_a_slow_file(store, artifacts, tmp_pa
     assert_all_but_artifacts(store, run)
 
 
+@pytest.mark.processes
 def test_a_file_that_fails_again_and_again_lets_the_others_pass(store, artifacts, tmp_path):
     artifacts.broken = "config.json"
     tracker = Tracker(begin_at(store, artifacts.uri), record=tmp_path / "r.jsonl")

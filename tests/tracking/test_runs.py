@@ -130,6 +130,7 @@ def test_a_run_can_be_marked_before_the_end(store, tmp_path):
     assert client.connect(store).get_run(run.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_same_store_and_experiment_at_once(tmp_path):
     program = """
 import os, sys, time
@@ -178,6 +179,7 @@ def test_an_experiment_that_another_process_made_meanwhile_is_taken(store, monke
     assert client.find_or_make_experiment(mlflow, store, "tests") == run.experiment_id
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["store", "server"])
 def test_a_model_is_registered_once_a_run_and_its_alias_moves(kind, request, tmp_path):
     uri = getattr(request.getfixturevalue(kind), "uri", None) or request.getfixturevalue(kind)
