@@ -57,6 +57,8 @@ quick: setup
 
 # Beside each other: those that share a Ray mostly wait, and the others compute meanwhile.
 test: setup
+	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 13 minutes on two cores."
+	@echo "What each of them says is shown when it ends."
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
 
 test-ray:
