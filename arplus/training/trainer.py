@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from arplus import storage, tracking
-from arplus.cluster import elastic, node, preflight
+from arplus.cluster import elastic, node, preflight, ray_private
 from arplus.cluster.job import tags as job_tags
 from arplus.cluster.scaling import size_workers
 from arplus.config import InitConfig, TrainConfig
@@ -75,7 +75,7 @@ def train(
         tracked=tracked,
         attempt=run.take_over(tracked.run_id),
         start=start.checkpoint,
-        progress_bar=part is None and sys.stderr.isatty(),
+        progress_bar=ray_private.progress_bar(config.run_name) if part is None and sys.stderr.isatty() else None,
         versions=node.versions(),
         part=part,
     )

@@ -105,10 +105,10 @@ def test_a_stopped_job_saves_and_goes_on_with_other_workers(data: str, storage: 
     job = faults.start_job(config)
     faults.wait_for_steps(config, 5, job)
     said = faults.end(job, number)
-    assert job.returncode == 1, said
+    assert job.returncode == 130, said
     stopped = progress_of(config).step
     assert 5 <= stopped < STEPS // 2, "saved at once, in mid-epoch"
-    assert f"error: stopped at step {stopped}; the same command goes on from there" in said
+    assert f"interrupted: stopped at step {stopped}; the same command goes on from there" in said
     assert "\nTraceback" not in said, "the job's own lines, not Ray's"
     before = attempt.read(str(faults.folder(config)))
     assert before is not None
