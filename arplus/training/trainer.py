@@ -220,7 +220,9 @@ def _log_results(
     tracker.log_text(run.final.name, run.final.text(final))
     if job.part is None:
         model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
-    tracker.set_tags({tracking.NOTE: publish.describe(job.config, dataset, tracker.run, final, model=model)})
+    last = storage.with_retries(run.uri, run.read_attempt)
+    said = publish.describe(job.config, dataset, tracker.run, final, model=model, last=last)
+    tracker.set_tags({tracking.NOTE: said})
     return model
 
 

@@ -77,6 +77,9 @@ def test_kills_change_nothing(
     assert mlflow_status(config, final.mlflow_run_id) == "FINISHED"
     tags = MlflowClient(tracking.default_uri(config.storage)).get_run(final.mlflow_run_id).data.tags
     assert [name for name in sorted(tags) if name.startswith("restart.")] == [f"restart.{2 + i}" for i in range(times)]
+    assert re.search(
+        r"\n\nWorker [01] on \S+ failed, and all were started again: the tag `restart\.", tags[tracking.NOTE]
+    )
     assert re.search(r"UTC, after worker [01] on \S+/[\d.]+: .*died.*\(its log: /.*\.err\)$", tags["restart.2"])
 
 
