@@ -222,7 +222,7 @@ class _Printed(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr)
+            print(f"{self.format(record)}\n", end="", file=sys.stderr)  # by one write, which nothing gets into
         except Exception:
             self.handleError(record)
 
