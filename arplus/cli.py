@@ -5,6 +5,7 @@ it is a bug).
 """
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,13 @@ from arplus.config import (
     validate,
     with_values,
 )
-from arplus.errors import ArplusError, UsageError, mask
+from arplus.errors import INTERRUPTED, ArplusError, UsageError, mask
 
 T = TypeVar("T")
 
+_SUBMIT = "ray job submit --working-dir . --"
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the process that a submitted job is."""
 _TYPES = ConstructorRegistry()
 """What is read otherwise than tyro does."""
 
@@ -187,31 +191,53 @@ def submit_line(prog: str, arguments: Sequence[str]) -> str:
     for i, word in reversed([*enumerate(kept)]):
         if word.replace("_", "-").partition("=")[0] == "--dry-run":
             del kept[i : i + 1 + (kept[i + 1 : i + 2] == ["True"])]
-    return f"on a cluster: ray job submit --working-dir . -- {shlex.join(['python', prog, *kept])}"
+    return f"on a cluster: {_SUBMIT} {shlex.join(['python', prog, *kept])}"
+
+
+def next_job(job: str, **flags: object) -> str:
+    """The command of a job with these flags, but for those that are not set; True stands alone."""
+    words = ["python", *job.split()]
+    for name, value in flags.items():
+        if value:
+            words += [f"--{flag(name)}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def conclude(found: Mapping[str, str | None]) -> None:
     """Ends a job's log with one block: by name, where its results are and what to do next; None is left out.
 
-    It goes to stderr, as all of the log does: what a job prints to stdout is for other programs.
+    It goes to stderr, as all of the log does: what a job prints to stdout is for other programs. After a submitted job,
+    the next one is to be submitted too.
     """
     sys.stdout.flush()  # in a submitted job's log both are one file
     rows = {name: value for name, value in found.items() if value}
+    if "next" in rows and _SUBMITTED in os.environ:
+        rows["next"] = f"{_SUBMIT} {rows['next']}"
     width = max(map(len, rows))
     print("\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows.items())]), file=sys.stderr)
+
+
+class _Printed(logging.Handler):
+    """Log lines go by ``print``: Ray makes it one that takes its progress bar out of the way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(f"{self.format(record)}\n", end="", file=sys.stderr)  # by one write, which nothing gets into
+        except Exception:
+            self.handleError(record)
 
 
 def run(main: Callable[[], Any]) -> None:
     """Runs a job's ``main`` with the project's logging, and ends the process with the matching exit code."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[_Printed()]
     )
     proxies.bypass()
     try:
         main()
     except ArplusError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'interrupted' if error.exit_code == INTERRUPTED else 'error'}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -10,6 +10,10 @@ NO_CREDENTIALS = (
 """What is wrong with a URI that holds credentials."""
 
 
+INTERRUPTED = 130
+"""Exit code of a job that its user ended."""
+
+
 class ArplusError(Exception):
     """An error that the user is told in one message, without a traceback."""
 

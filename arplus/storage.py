@@ -147,6 +147,12 @@ def join(uri: str, *parts: str) -> str:
     )
 
 
+def beside(uri: str, name: str) -> str:
+    """A file or folder of that name beside ``uri``, or in a bucket that is one by itself."""
+    head, slash, _ = uri.rstrip("/").rpartition("/")
+    return join(uri, name) if head.endswith("/") else f"{head}{slash}{name}"
+
+
 def within(uri: str, folder: str) -> bool:
     """Whether ``uri`` is the folder or lies in it, by whatever names of it: relative ones, ``file://``, links."""
     inner, outer = (os.path.realpath(resolve(u)[1]) if is_local(u) else resolve(u)[1] for u in (uri, folder))

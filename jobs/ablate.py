@@ -36,7 +36,7 @@ def main() -> None:
             "MLflow": result["runs_url"],
             "compare": result["compare_url"],
             "served by": result["serve"],
-            "next": f"python jobs/evaluate.py --checkpoint {result['checkpoint']} --data {data}",
+            "next": cli.next_job("jobs/evaluate.py", checkpoint=result["checkpoint"], data=data),
         }
     )
 

@@ -26,9 +26,10 @@ def main() -> None:
         {
             "checkpoint": result["checkpoint"],
             "metrics": config.json,
+            "replies": config.replies,
             "MLflow": page,
             "served by": tracking.open_command(to.mlflow),
-            "next": f"python jobs/chat.py --checkpoint {config.checkpoint}",
+            "next": cli.next_job("jobs/chat.py", checkpoint=config.checkpoint, mlflow=config.mlflow, say="你好"),
         }
     )
 

@@ -16,7 +16,7 @@ def main() -> None:
 
     with tracking.fetched(config.checkpoint or "", config.mlflow) as folder:
         print(export(replace(config, checkpoint=folder or None)))
-    cli.conclude({"model": config.output, "next": f"python jobs/chat.py --checkpoint {config.output}"})
+    cli.conclude({"model": config.output, "next": cli.next_job("jobs/chat.py", checkpoint=config.output)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def main() -> None:
         print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
         print(cli.submit_line("jobs/lr_find.py", sys.argv[1:]))
         return
-    command.config.run.require_data()  # before Ray starts
+    run = command.config.run
+    run.require_data()  # before Ray starts
     from arplus.cluster import connection
     from arplus.study import lr_find
 
@@ -35,8 +36,14 @@ def main() -> None:
         {
             "curve": result["plot"],
             "MLflow": result["mlflow_url"],
-            "next": f"python jobs/tune.py {result['preset']} --data {command.config.run.data} "
-            f"--lr-bounds {result['file']}",
+            "next": cli.next_job(
+                f"jobs/tune.py {result['preset']}",
+                tiny=command.tiny,
+                data=run.data,
+                storage=run.storage,
+                mlflow=run.mlflow,
+                lr_bounds=result["file"],
+            ),
         }
     )
 

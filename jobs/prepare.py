@@ -18,11 +18,12 @@ def main() -> None:
     manifest = prepare(config)
     print(report(manifest))
     connection.leave()
+    runs = None if storage.is_local(config.output) else storage.beside(config.output, "runs")
     cli.conclude(
         {
             "data set": config.output,
             "data card": storage.join(config.output, "data_card.html"),
-            "next": f"python jobs/train.py arplus --data {config.output}",
+            "next": cli.next_job("jobs/train.py arplus", data=config.output, storage=runs),
         }
     )
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 
-from arplus import cli
+from arplus import cli, storage
 from arplus.config import SynthesizeConfig
 
 
@@ -16,7 +16,8 @@ def main() -> None:
 
     counts = synthesize(config)
     print(json.dumps({"output": config.output, **dataclasses.asdict(counts)}))
-    cli.conclude({"records": config.output, "next": f"python jobs/prepare.py --input {config.output} --output data"})
+    prepare = cli.next_job("jobs/prepare.py", input=config.output, output=storage.beside(config.output, "data"))
+    cli.conclude({"records": config.output, "next": prepare})
 
 
 if __name__ == "__main__":

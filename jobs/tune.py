@@ -34,7 +34,7 @@ def main() -> None:
             "MLflow": result["runs_url"],
             "compare": result["compare_url"],
             "served by": result["serve"],
-            "next": f"python jobs/train.py --config {result['config']}",
+            "next": cli.next_job("jobs/train.py", config=result["config"]),
         }
     )
 

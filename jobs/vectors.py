@@ -13,9 +13,9 @@ def main() -> None:
     from arplus.pretrained.word2vec import make_vectors
 
     print(make_vectors(config))
-    width = "" if config.size == VectorsConfig.size else f" --model.embedding-size {config.size}"
-    start = f"python jobs/train.py arplus --data {config.data} --init.character-vectors {config.output}{width}"
-    cli.conclude({"vectors": config.output, "next": start})
+    width = None if config.size == VectorsConfig.size else config.size
+    flags = {"data": config.data, "init.character_vectors": config.output, "model.embedding_size": width}
+    cli.conclude({"vectors": config.output, "next": cli.next_job("jobs/train.py arplus", **flags)})
 
 
 if __name__ == "__main__":

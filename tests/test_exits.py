@@ -12,6 +12,7 @@ import pytest
 from arplus import cli
 from arplus.config import preset, to_dict
 from arplus.errors import ResourceError, UsageError
+from arplus.runs.attempt import StoppedError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
         (UsageError("--data: is wrong"), 2, "error: --data: is wrong\n"),
         (ResourceError("--workers: too many"), 3, "error: --workers: too many\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (StoppedError("stopped at step 9"), 130, "interrupted: stopped at step 9\n"),
     ],
 )
 def test_run_ends_with_the_errors_exit_code(
@@ -103,6 +105,17 @@ def test_a_dry_run_says_how_to_submit_the_job(arguments: list[str], rest: str) -
 def test_a_log_ends_with_one_block(capsys: pytest.CaptureFixture[str]) -> None:
     cli.conclude({"checkpoint": "runs/first", "MLflow": None, "next": "python jobs/chat.py"})
     assert capsys.readouterr() == ("", "\ncheckpoint  runs/first\nnext        python jobs/chat.py\n")
+
+
+def test_after_a_submitted_job_the_next_one_is_to_be_submitted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    cli.conclude({"next": cli.next_job("jobs/tune.py ar", tiny=True, data="a b", mlflow=None, lr_bounds="c")})
+    said = capsys.readouterr().err
+    assert (
+        said == "\nnext  ray job submit --working-dir . -- python jobs/tune.py ar --tiny --data 'a b' --lr-bounds c\n"
+    )
 
 
 def test_a_shell_completes_the_flags_of_a_job_with_presets() -> None:

@@ -5,30 +5,45 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers import forks
 from helpers.commands import ROOT, away, run, run_all, shared, words
 
+TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", 'stty cols 120 rows 40; exec "$@"', "-", *sys.argv[1:]])))
+"""
+"""Runs a command on a terminal, whose keys are this process's input."""
 
-def interrupted(command: str, record: Path, folder: Path) -> tuple[int, str]:
-    """Exit code and all output of a training that gets Ctrl-C, as from a terminal, once it has logged a step."""
+
+def interrupted(command: str, folder: Path) -> tuple[int, list[str]]:
+    """Exit code of a training on a terminal, with Ctrl-C once it has logged steps and drawn a bar, and all lines."""
     output = folder / "output"
-    with open(output, "w") as file, open(os.devnull) as nothing:
-        # A terminal tells all processes that it has started, so Ray's too.
-        job = forks.start(words(command), folder, away(), [nothing.fileno(), file.fileno(), file.fileno()])
+    terminal = [sys.executable, "-c", TERMINAL, sys.executable, *words(command)]
+    with open(output, "w") as file:
+        job = subprocess.Popen(terminal, cwd=folder, env=away(), stdin=subprocess.PIPE, stdout=file, stderr=file)
     deadline = time.monotonic() + 150
-    while not (record.exists() and '"train/loss"' in record.read_text()):
-        assert job.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
+    while not re.search(r"\d%\|.* step \d+/.*\d%\|", said := output.read_text(), re.DOTALL):
+        assert job.poll() is None, said
+        assert time.monotonic() < deadline, said
         time.sleep(0.1)
-    os.killpg(job.pid, signal.SIGINT)
-    return job.wait(100), output.read_text()
+    job.communicate(b"\x03", timeout=100)
+    return job.returncode, shown(output.read_bytes().decode())
+
+
+def shown(text: str) -> list[str]:
+    """The lines that a terminal shows in the end: what follows a carriage return is written over what was there."""
+    lines = []
+    for line in re.sub(r"\x1b\[\d*m", "", text).split("\n"):
+        cells = ""
+        for part in line.split("\r"):
+            cells = part + cells[len(part) :]
+        lines.append(cells.rstrip())
+    return lines
 
 
 def alarming(text: str) -> list[str]:
@@ -114,10 +129,14 @@ def test_from_records_to_a_reply(tmp_path: Path) -> None:
     reply = results[4].stdout.strip()
     assert 1 <= len(reply) <= 15
     assert results[7].stdout.strip() == reply, "an exported model answers as its checkpoint does"
-    stopped = f"{train} --run-name stopped --log-every 1 --epochs 500"
-    code, said = interrupted(stopped, tmp_path / "runs" / "stopped" / "tracking.jsonl", tmp_path)
-    (last,) = alarming(said)
-    assert (code, last.partition(" step ")[0]) == (1, "error: stopped at"), said
+    code, lines = interrupted(f"{train} --run-name stopped --log-every 1 --epochs 500", tmp_path)
+    assert code == 130, lines
+    *above, bar, last, end = lines
+    assert re.match(r"stopped: +\d+%\|.*\| \d.*(step/s|s/step)\]$", bar), lines
+    assert re.match(r"interrupted: stopped at step \d+; the same command goes on from there$", last), lines
+    assert not end
+    log = re.compile(r"\d\d:\d\d:\d\d INFO (ray: |told to end)|\(RayTrainWorker pid=\d+\) step ")
+    assert all(map(log.match, above)), "neither an empty line, nor one of Ray's, nor half a bar"
     (tmp_path / "data" / "manifest.json").unlink()
     broken = run("jobs/evaluate.py --checkpoint runs/first --data data", folder=tmp_path, environment=shared())
     assert broken.returncode == 2

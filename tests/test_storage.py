@@ -386,3 +386,17 @@ def test_within_is_the_folder_or_below_it() -> None:
         assert storage.within(uri, folder)
     for uri, folder in (("ab", "a"), ("a", "a/b"), ("a/../c", "a"), ("s3://b/xy", "s3://b/x"), ("s3://b/x", "/b")):
         assert not storage.within(uri, folder)
+
+
+@pytest.mark.parametrize(
+    ("uri", "beside"),
+    [
+        ("raw", "data"),
+        ("demo/raw/", "demo/data"),
+        ("/raw", "/data"),
+        ("s3://b/raw", "s3://b/data"),
+        ("s3://b", "s3://b/data"),
+    ],
+)
+def test_what_is_beside_a_folder(uri: str, beside: str) -> None:
+    assert storage.beside(uri, "data") == beside

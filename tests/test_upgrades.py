@@ -36,7 +36,12 @@ TAKEN = {
             f"ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator.{name}"
             for name in ("get_or_create_autoscaling_coordinator", "ResourceRequestPriority.HIGH")
         ],
-        "mute_reports": ["ray.train.v2._internal.execution.context", "ray.data._internal.progress"],
+        "mute_reports": [
+            "ray.train.v2._internal.execution.context",
+            "ray.data._internal.progress",
+            "ray.tune.utils.util.warn_if_slow",
+            "ray.tune.analysis.experiment_analysis",
+        ],
         "choose_worker_lines": [
             f"ray._private.ray_logging.global_worker_stdstream_dispatcher.{name}"
             for name in ("handlers", "add_handler", "remove_handler")

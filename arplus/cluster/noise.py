@@ -16,15 +16,18 @@ HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 
 What they are made of lives as long as the run, so they can be started again.
 """
-OVERLOADED = "Failed to send resource request"
-"""Ray Train's controller says so, with a traceback, where a busy machine does not answer it at once; it asks again."""
+EXPECTED = ("Failed to send resource request", "Graceful shutdown of backend failed. This is expected")
+"""What Ray Train's controller says with a traceback, though it goes on: a busy machine does not answer it at once, and
+a worker that has died cannot end as the others do."""
+_TRACEBACK = ("Traceback", " ", "\t", "ray.exceptions.", "The actor is dead because")
+"""Starts of the lines that follow."""
 _NO_NODE = "1".rjust(56, "0")
 
 
 def leave_out() -> None:
     """Leaves :data:`HARMLESS` out of what this process prints, be it of its own or of its workers; once connected.
 
-    And the traceback of what is :data:`OVERLOADED`, whose own line stays.
+    And the tracebacks of what is :data:`EXPECTED`, whose own line stays.
     """
     ray_private.choose_worker_lines(_Chosen().shows)
     _say_it_unheard()
@@ -39,13 +42,11 @@ class _Chosen:
 
     def shows(self, line: str, process: Any) -> bool:
         """Whether a line of a process is shown; its lines come in order."""
-        if not line.strip():  # Ray Train's workers end each message to the progress bar by one
-            return False
         if process in self.tracing:
-            if not line.startswith(("Traceback", " ")):  # its last line, which names the error
-                self.tracing.discard(process)
-            return False
-        if OVERLOADED in line:
+            if line.startswith(_TRACEBACK):
+                return False
+            self.tracing.discard(process)
+        if any(words in line for words in EXPECTED):
             self.tracing.add(process)
         return HARMLESS not in line
 

@@ -100,10 +100,15 @@ def autoscaling_coordinator() -> tuple[Any, Any]:
 
 
 def mute_reports() -> None:
-    """Mutes two loggers that are named by Ray's files: one repeats every report, one regrets that bars are off."""
+    """Mutes loggers that are named by Ray's files.
+
+    One repeats every report, one regrets that bars are off, one finds it slow that a sweep keeps its record on storage,
+    one does not find the files that Ray Tune was told not to write.
+    """
     reports = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
     logging.getLogger(str(reports)).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for name in ("ray.data._internal.progress", "ray.tune.utils.util", "ray.tune.analysis.experiment_analysis"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def choose_worker_lines(wanted: Callable[[str, Any], bool]) -> None:
@@ -151,8 +156,11 @@ def keep_keys_out_of_trials() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
 
 
-def progress_bar(total: int, name: str) -> Any:
-    """A bar that a worker moves and the driver draws; "experimental" in Ray, which has no other."""
+def progress_bar(name: str) -> Any:
+    """A bar that this process draws and any worker that is given it moves; "experimental" in Ray, which has no other.
+
+    All that are given it move the same one, also a worker that takes the place of a dead one.
+    """
     from ray.experimental import tqdm_ray
 
-    return tqdm_ray.tqdm(total=total, desc=name)
+    return tqdm_ray.tqdm(desc=name, unit="step")

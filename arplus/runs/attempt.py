@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from arplus import storage
 from arplus.documents import Document
-from arplus.errors import ArplusError, RunError
+from arplus.errors import INTERRUPTED, ArplusError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class SupersededError(RunError):
 
 class StoppedError(RunError):
     """The job was told to stop, and its workers did."""
+
+    exit_code = INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)

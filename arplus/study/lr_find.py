@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.train import ScalingConfig, TrainingFailedError
 
@@ -157,7 +158,7 @@ def plot(points: list[dict[str, float]], lr: dict[str, float], title: str) -> st
     axes.axvspan(lr["low"], lr["high"], color="#2a6", alpha=0.12, label=f"bounds {lr['low']:.1e} … {lr['high']:.1e}")
     axes.axvline(lr["suggestion"], color="#c52", label=f"steepest fall {lr['suggestion']:.1e}")
     top = max(losses[: len(losses) // 2])
-    axes.set(xscale="log", xlabel="learning rate", ylabel="L_D (nats a target)", title=title)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="L_D (nats per target)", title=title)
     axes.set_ylim(min(losses) - 0.1, top + 0.5 * (top - min(losses)) + 0.1)
     axes.legend(frameon=False)
     text = io.StringIO()
@@ -218,6 +219,8 @@ def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> lis
             points.append(
                 {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
             )
+            if dist.get_rank() == 0 and len(points) % max(config.steps // 10, 1) == 0:
+                log.info("step %d/%d | lr %.2e | L_D %.4f", len(points), config.steps, rate, result.dialogue)
             mean = 0.9 * mean + 0.1 * result.dialogue
             smoothed = mean / (1 - 0.9 ** len(points))
             lowest = min(lowest, smoothed)

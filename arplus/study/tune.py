@@ -239,7 +239,9 @@ def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None,
     what = config.run.objective.compared.lower()
     said = f"**{best.name} won with a {what} of {best.score:.3f}** ({_shown(best.values)})"
     if others and best.score and others[0].score:
-        said += f", {100 * (others[0].score / best.score - 1):.2f} % below {others[0].name}: {judged or 'not judged'}"
+        early = ", which was stopped early" if others[0].outcome == "stopped" else ""
+        below = 100 * (1 - best.score / others[0].score)
+        said += f", {below:.2f} % below {others[0].name}{early}: {judged or 'not judged'}"
     names = list(dict.fromkeys(name for trial in ranked for name in trial.values))
     rows = [["trial", *names, "PPL", "outcome"], ["---"] * (len(names) + 3)]
     rows += [[t.name, *(_value(t.values.get(n)) for n in names), f"{t.score:.3f}", t.outcome] for t in ranked[:10]]

@@ -17,7 +17,7 @@ from arplus.errors import ArplusError, ResourceError
 from arplus.evaluation.replies import sample_replies
 from arplus.evaluation.served import FLAVOR
 from arplus.runs import checkpoint
-from arplus.runs.attempt import StoppedError
+from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.folder import FinalMetrics
 from arplus.training import failure
 
@@ -57,11 +57,12 @@ def describe(
     final: FinalMetrics | None = None,
     *,
     model: Model | None = None,
+    last: Attempt | None = None,
     error: Exception | None = None,
 ) -> str:
     """What the run is; what it found once it has ended, and where, with its model if that was sent; why it did not.
 
-    Markdown.
+    Markdown. The ``last`` attempt may be one that a failure made.
     """
     examples = dataset.split("train", config.feed.max_examples).examples
     limit = f"{config.epochs} epochs" + (f" or {config.max_steps:,} steps" if config.max_steps else "")
@@ -75,6 +76,9 @@ def describe(
         return f"**{'Stopped' if isinstance(error, StoppedError) else 'Failed'}:** {failure.in_words(error)}.\n\n{said}"
     if final is None:
         return said
+    if last is not None and last.restarted_by_failure:
+        who = f"Worker {last.failure.get('rank', '?')} on {last.failure.get('node', 'an unknown node')}"
+        said = f"{who} failed, and all were started again: the tag `restart.{last.number}` says why.\n\n{said}"
     ppl = "not measured" if final.best_response_ppl is None else f"{final.best_response_ppl:.3f}"
     said = (
         f"**{config.objective.compared} on validation: {ppl}**, the lowest of a run of {final.examples:,} examples in "

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from arplus import storage, tracking
-from arplus.cluster import elastic, node, preflight
+from arplus.cluster import elastic, node, preflight, ray_private
 from arplus.cluster.job import tags as job_tags
 from arplus.cluster.scaling import size_workers
 from arplus.config import InitConfig, TrainConfig
@@ -75,7 +75,7 @@ def train(
         tracked=tracked,
         attempt=run.take_over(tracked.run_id),
         start=start.checkpoint,
-        progress_bar=part is None and sys.stderr.isatty(),
+        progress_bar=ray_private.progress_bar(config.run_name) if part is None and sys.stderr.isatty() else None,
         versions=node.versions(),
         part=part,
     )
@@ -220,7 +220,9 @@ def _log_results(
     tracker.log_text(run.final.name, run.final.text(final))
     if job.part is None:
         model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
-    tracker.set_tags({tracking.NOTE: publish.describe(job.config, dataset, tracker.run, final, model=model)})
+    last = storage.with_retries(run.uri, run.read_attempt)
+    said = publish.describe(job.config, dataset, tracker.run, final, model=model, last=last)
+    tracker.set_tags({tracking.NOTE: said})
     return model
 
 

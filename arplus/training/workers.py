@@ -54,8 +54,7 @@ def run(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
-            # Ray hides no GPU from a worker that has none (ray#54868), and torch and DeepSpeed would take it.
-            worker_runtime_env={} if scaling.use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+            worker_runtime_env={"env_vars": _variables(scaling)},
             callbacks=list(callbacks),
         ),
     )
@@ -70,6 +69,14 @@ def run(
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     return outcome.result()
+
+
+def _variables(scaling: ScalingConfig) -> dict[str, str]:
+    """What workers have in their environment."""
+    # Ray Train's own print says everything twice, so that a progress bar that has ended begins again.
+    own = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    # Ray hides no GPU from a worker that has none (ray#54868), and torch and DeepSpeed would take it.
+    return own if scaling.use_gpu else own | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def set_up(gpu_share: float, side_by_side: int = 1) -> torch.device:

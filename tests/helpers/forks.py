@@ -77,7 +77,7 @@ def start(arguments: Sequence[str], folder: Path, variables: Mapping[str, str], 
     """Starts ``python ARGUMENTS``, which begin with a script or ``-c``, in a process group of its own.
 
     By the server that ``variables`` name, if they do. ``files`` become standard input, output and error. What is
-    returned has ``pid``, ``poll()`` and ``wait(timeout)``, as :class:`subprocess.Popen` has.
+    returned has ``pid``, ``wait(timeout)`` and ``returncode``, as :class:`subprocess.Popen` has.
     """
     if PLACE in variables:
         return Process(arguments, folder, variables, files)
@@ -110,12 +110,6 @@ class Process:
                 raise subprocess.TimeoutExpired("a fork", timeout or 0)
             self.returncode = os.waitstatus_to_exitcode(int(self._server.recv(32)))
             self._server.close()
-        return self.returncode
-
-    def poll(self) -> int | None:
-        """The same, None while it runs."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
         return self.returncode
 
 

@@ -145,7 +145,10 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     assert said.startswith(
         f"**trial-0001 won with a response perplexity of {result['response_ppl']:.3f}** (optimizer.lr"
     )
-    assert "below trial-0002: the difference to trial-0002 is more than noise" in said
+    (below,) = re.findall(r", (\S+) % below trial-0002, which was stopped early: the difference to trial-0002", said)
+    other = runs["trial-0002"].data.metrics["result/response_ppl"]
+    assert float(below) == pytest.approx(100 * (1 - result["response_ppl"] / other), abs=0.01)
+    assert "is more than noise" in said
     assert "place 2 of 2" in runs["trial-0002"].data.tags["result"]
     assert runs["trial-0001"].data.metrics["result/percent_above_best"] == 0
     assert runs["trial-0002"].data.params["optimizer.lr"] == "1e-06"

@@ -90,7 +90,7 @@ def test_a_run_that_stopped_early_is_finished_and_says_so() -> None:
         tracked=AWAY,
         attempt=Attempt(owner="", number=1, mlflow_run_id="run"),
         start=None,
-        progress_bar=False,
+        progress_bar=None,
         versions={},
     )
     progress = TrainProgress(fingerprint="", step=5)

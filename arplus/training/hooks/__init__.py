@@ -55,8 +55,8 @@ def make_hooks(
         hooks += [StopRequests(job.run_uri, mine)]
         if job.part is None:
             hooks += [Console(steps)]
-        if job.progress_bar:
-            hooks += [ProgressBar(steps, config.run_name)]
+        if job.progress_bar is not None:
+            hooks += [ProgressBar(job.progress_bar, steps)]
         if profiled := config.profiled_steps:
             hooks += [Profiler(profiled, job.run_uri, tracker)]
     hooks += [Preemption()]

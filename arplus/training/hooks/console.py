@@ -1,8 +1,9 @@
 """The log lines and the progress bar."""
 
 import logging
+from typing import Any
 
-from arplus.cluster import ray_private
+from arplus.data.loader import Step
 from arplus.runs.checkpoint import TrainProgress
 from arplus.training.hooks.base import Hook
 
@@ -35,14 +36,15 @@ class Console(Hook):
 
 
 class ProgressBar(Hook):
-    """A bar in the driver's terminal; rank 0's."""
+    """The bar at the foot of the driver's terminal; rank 0's."""
 
-    def __init__(self, total_steps: int, name: str) -> None:
-        self.bar = ray_private.progress_bar(total_steps, name)
+    def __init__(self, bar: Any, total_steps: int) -> None:
+        self.bar = bar
+        self.bar.total = total_steps
 
-    def on_log(self, progress: TrainProgress, metrics: dict[str, float]) -> None:
-        """Moves the bar."""
-        self.bar.update(progress.step - self.bar.n)
+    def after_step(self, progress: TrainProgress, step: Step) -> None:
+        """Moves the bar, which tells the driver once per second."""
+        self.bar.update(progress.step + 1 - self.bar.n)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -1,6 +1,7 @@
 """What every worker of a run is given, and how a run ends early."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from arplus import tracking
 from arplus.config import TrainConfig
@@ -30,7 +31,8 @@ class RunContext:
     """The job's ownership of the run, before its workers' first start."""
     start: str | None
     """Checkpoint from which the job starts; None for the beginning."""
-    progress_bar: bool
+    progress_bar: Any
+    """The driver's, for rank 0 to move; None where nobody would see it."""
     versions: dict[str, str]
     """Those of the job's own node, which every worker's must equal (:func:`arplus.cluster.node.versions`)."""
     part: StudyContext | None = None
