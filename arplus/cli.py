@@ -35,7 +35,7 @@ from arplus.errors import INTERRUPTED, ArplusError, UsageError, mask
 T = TypeVar("T")
 
 _SUBMIT = "ray job submit --working-dir . --"
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the process that a submitted job is."""
 _TYPES = ConstructorRegistry()
 """What is read otherwise than tyro does."""
@@ -211,7 +211,7 @@ def conclude(found: Mapping[str, str | None]) -> None:
     """
     sys.stdout.flush()  # in a submitted job's log both are one file
     rows = {name: value for name, value in found.items() if value}
-    if "next" in rows and _SUBMITTED in os.environ:
+    if "next" in rows and SUBMITTED in os.environ:
         rows["next"] = f"{_SUBMIT} {rows['next']}"
     width = max(map(len, rows))
     print("\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows.items())]), file=sys.stderr)

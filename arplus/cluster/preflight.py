@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from arplus import storage
 from arplus.cluster import node, nodes, placement
-from arplus.cluster.scaling import find_room
+from arplus.cluster.scaling import find_room_of_run
 from arplus.config import TrainConfig
 from arplus.data.dataset import Dataset
 from arplus.errors import ResourceError, UsageError
@@ -31,7 +31,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
     :class:`UsageError` for what a node cannot reach, and :class:`ResourceError` for versions that differ, for GPUs or
     space that are missing, and for a node that does not answer.
     """
-    if config.compile == "on" and not find_room(config, 1).gpus:
+    if config.compile == "on" and not find_room_of_run(config, 1).gpus:
         raise ResourceError(
             "--compile on: the cluster has no GPU alive, and on CPUs it takes longer; leave it out, or take "
             "--device gpu where an autoscaler starts GPU nodes"
@@ -64,7 +64,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
 def warn_of_slow_bf16(config: TrainConfig, facts: dict[str, node.NodeReport]) -> None:
     """Warns, once for all workers, where they are to compute in bf16 on processors that have no instructions for it."""
     slow = [name for name, said in facts.items() if not said.bf16]
-    if config.precision == "bf16" and slow and not find_room(config, 1).gpus:
+    if config.precision == "bf16" and slow and not find_room_of_run(config, 1).gpus:
         log.warning("%s (node %s)", node.SLOW_BF16, ", ".join(slow))
 
 

@@ -21,7 +21,7 @@ def size_workers(config: TrainConfig) -> ScalingConfig:
     """
     driver = driver_cpus()
     fewest, wanted = config.world_sizes[0], config.world_sizes[-1]
-    cpus, gpus, within = find_room(config, wanted)
+    cpus, gpus, within = find_room_of_run(config, wanted)
     chosen = config.placement
     if gpus and fewest > gpus * chosen.runs_per_gpu:
         kind = f" that qualify by {chosen.flags}" if chosen.flags else ""
@@ -57,7 +57,7 @@ def size_workers(config: TrainConfig) -> ScalingConfig:
     )
 
 
-def find_room(config: TrainConfig, workers: int) -> placement.Room:
+def find_room_of_run(config: TrainConfig, workers: int) -> placement.Room:
     """What the connected cluster has for ``workers`` of a run's workers; see :func:`placement.find_room`.
 
     Raises :class:`UsageError` for workers that would share a GPU with others of their run.

@@ -4,7 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 from arplus.cluster.placement import Room
-from arplus.cluster.scaling import FEED_CPUS, cpu_nodes, driver_cpus, fair_share, find_room
+from arplus.cluster.scaling import FEED_CPUS, cpu_nodes, driver_cpus, fair_share, find_room_of_run
 from arplus.config import MIN_WORKER_CPUS, StudyConfig, VocabularySizes
 from arplus.errors import ResourceError
 from arplus.training.footprint import checkpoint_bytes
@@ -22,7 +22,7 @@ class Slots(NamedTuple):
 
 def find_slots(config: StudyConfig, runs: int) -> Slots:
     """Slots for at most ``runs`` runs on the connected cluster; see :func:`fit`."""
-    room = find_room(config.run, config.run.world_sizes[-1] * (config.concurrency or 1))
+    room = find_room_of_run(config.run, config.run.world_sizes[-1] * (config.concurrency or 1))
     return fit(config, runs, *room, driver=driver_cpus(), nodes=cpu_nodes())
 
 

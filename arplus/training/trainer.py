@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 
-from arplus import storage, tracking
+from arplus import cli, storage, tracking
 from arplus.cluster import elastic, node, preflight, ray_private
 from arplus.cluster.job import tags as job_tags
 from arplus.cluster.scaling import size_workers
@@ -123,7 +123,7 @@ def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]
         "model": model,
         "MLflow": page and tracking.run_url(page),
         "served by": tracking.open_command(mlflow),
-        "next": f"python jobs/evaluate.py --checkpoint {uri} --data {config.data}",
+        "next": cli.next_job("jobs/evaluate.py", checkpoint=uri, data=config.data),
     }
 
 
@@ -220,8 +220,7 @@ def _log_results(
     tracker.log_text(run.final.name, run.final.text(final))
     if job.part is None:
         model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
-    last = storage.with_retries(run.uri, run.read_attempt)
-    said = publish.describe(job.config, dataset, tracker.run, final, model=model, last=last)
+    said = publish.describe(job.config, dataset, tracker.run, final, model=model, last=run.read_attempt())
     tracker.set_tags({tracking.NOTE: said})
     return model
 

@@ -191,7 +191,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["variables"])
     np.random.seed()
-    if "job" in request:
+    if "job" in request and "RAY_ADDRESS" not in os.environ:  # it may start a Ray of its own
         use()
     sys.argv = request["arguments"]
     if sys.argv[0] != "-c":
