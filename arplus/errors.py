@@ -40,6 +40,15 @@ class RunError(ArplusError):
     """A job ended before it was done, by no mistake in its input; the message says what to do. Exit code 1."""
 
 
+class NonFiniteLossError(RunError):
+    """The global loss of a step or the norm of its gradient is not a finite number; the step was not applied."""
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+        """Which of the steps that were read it was, from 0."""
+
+
 _SCHEME = re.compile(r"\s*(?:[^:/=@]*=)?([A-Za-z][A-Za-z0-9+.-]*):(/{1,2})")
 """Starts an address, or a name and an address as in ``NAME=URI``."""
 _IN_TEXT = re.compile(

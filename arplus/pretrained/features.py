@@ -65,6 +65,9 @@ class FrozenFeatures:
         unknown = self.found[characters.special.unk] or 0
         self.theirs_V = torch.tensor([unknown if i is None else i for i in self.found])
         self.first = self.found[characters.special.bos]
+        # Not decorators, which would import the compiler, for a second, into all that reads a checkpoint.
+        self.contextual = torch.compiler.disable(self._contextual)
+        self.pointwise = torch.compiler.disable(self._pointwise)
 
     def check(self, characters: Vocabulary, rules: ExampleRules, what: str) -> None:
         """Raises :class:`UsageError`, about ``what``, for a model that cannot serve."""
@@ -84,9 +87,8 @@ class FrozenFeatures:
                 "characters and a [CLS] long; prepare the data with fewer"
             )
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def contextual(self, packed: Packed) -> list[Tensor]:
+    def _contextual(self, packed: Packed) -> list[Tensor]:
         """The hidden states of the chosen layers, (N, H) each."""
         of, ids, config = packed.sequences, self._theirs(packed.ids), self.network.config
         states: list[list[Tensor]] = [[] for _ in self.layers]
@@ -103,9 +105,8 @@ class FrozenFeatures:
                 state.append(found.hidden_states[i][:, 1:])
         return [of.pack(state) for state in states]
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def pointwise(self, packed: Packed, start: int) -> Tensor:
+    def _pointwise(self, packed: Packed, start: int) -> Tensor:
         """The embeddings alone, (N, H)."""
         ids, network = self._theirs(packed.ids)[None], self.network
         if network.config.model_type == "xlnet":

@@ -6,7 +6,6 @@ rates that are worth a sweep.
 """
 
 import io
-import itertools
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.train import ScalingConfig, TrainingFailedError
 
@@ -30,12 +28,8 @@ from arplus.evaluation.sheets import as_csv
 from arplus.runs import attempt
 from arplus.study.record import StudyFolder
 from arplus.training import workers
-from arplus.training.engine import Engine, NonFiniteLossError
-from arplus.training.hooks import RunEndedError
-from arplus.training.loop import seed_dropout
 from arplus.training.publish import params
-from arplus.training.start import check_start, load, resolve
-from arplus.training.trainer import loaders, on_all_ranks
+from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
 
@@ -184,46 +178,8 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
 
 
 def _worker(arguments: dict[str, Any]) -> list[dict[str, float]] | UsageError:
+    # Here, since this module is also imported by jobs that have no engine.
+    from arplus.study import lr_curve
+
     config: LrFindConfig = arguments["config"]
-    run = config.run
-    device = workers.set_up(run.placement.gpus_per_worker)
-    try:
-        dataset, model, _ = on_all_ranks(lambda: storage.with_retries(run.data, load, run, None))
-    except RunEndedError as ended:
-        error: UsageError = ended.args[0]
-        return error
-    loader, _ = loaders(run, dataset, device)
-    return curve(Engine(model, run, device, config.steps), loader.batches, loader.steps, config)
-
-
-def curve(engine: Engine, batches: Any, steps: int, config: LrFindConfig) -> list[dict[str, float]]:
-    """The curve: rate and losses per step, to the last step, to a loss that is not finite, or to one that is too high.
-
-    ``batches(epoch, first, last)`` gives this worker's part of ``steps`` steps per epoch; all workers see the same
-    losses and so end at the same step.
-    """
-    factor = (config.lr_to / config.lr_from) ** (1 / (config.steps - 1))
-    points: list[dict[str, float]] = []
-    mean, lowest = 0.0, math.inf
-    for epoch in itertools.count():
-        for step in batches(epoch, 0, min(steps, config.steps - len(points))):
-            rate = config.lr_from * factor ** len(points)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            seed_dropout(config.run.seed, len(points))
-            engine.train_step(step)
-            try:
-                (result,), _ = engine.read()
-            except NonFiniteLossError:
-                return points
-            points.append(
-                {"lr": rate, "loss": result.loss, "dialogue_loss": result.dialogue, "grad_norm": result.grad_norm}
-            )
-            if dist.get_rank() == 0 and len(points) % max(config.steps // 10, 1) == 0:
-                log.info("step %d/%d | lr %.2e | L_D %.4f", len(points), config.steps, rate, result.dialogue)
-            mean = 0.9 * mean + 0.1 * result.dialogue
-            smoothed = mean / (1 - 0.9 ** len(points))
-            lowest = min(lowest, smoothed)
-            if smoothed > config.give_up * lowest or len(points) == config.steps:
-                return points
-    raise AssertionError("itertools.count ends")
+    return lr_curve.run(config)

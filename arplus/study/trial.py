@@ -19,13 +19,12 @@ from ray.util.queue import Empty, Queue
 
 from arplus import storage, tracking
 from arplus.documents import Document
-from arplus.errors import ArplusError
+from arplus.errors import ArplusError, NonFiniteLossError
 from arplus.runs.attempt import StoppedError
 from arplus.runs.checkpoint import compared
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.study.record import OBJECTIVE, Trial
-from arplus.training.engine import NonFiniteLossError
-from arplus.training.hooks import StudyContext
+from arplus.training.context import StudyContext
 from arplus.training.trainer import train
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from arplus import kernels
 from arplus.config import TrainConfig
 from arplus.data.loader import Step
-from arplus.errors import RunError
+from arplus.errors import NonFiniteLossError
 from arplus.kernels.gpu import has_bf16
 from arplus.model.batch import Batch
 from arplus.model.cost import train_only
@@ -78,15 +78,6 @@ class Unread(NamedTuple):
     counts: list[int]
     """What each of these is divided by: targets or examples of the global batch."""
     lr: float
-
-
-class NonFiniteLossError(RunError):
-    """The global loss of a step or the norm of its gradient is not a finite number; the step was not applied."""
-
-    def __init__(self, message: str, index: int = 0) -> None:
-        super().__init__(message)
-        self.index = index
-        """Which of the steps that were read it was, from 0."""
 
 
 class Engine:

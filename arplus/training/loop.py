@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from arplus.config import TrainConfig
 from arplus.data.loader import RankLoader, Step
+from arplus.errors import NonFiniteLossError
 from arplus.runs.checkpoint import TrainProgress
-from arplus.training.engine import Engine, NonFiniteLossError
+from arplus.training.engine import Engine
 from arplus.training.group import RollCall
 from arplus.training.hooks.base import Hook, Request
 from arplus.training.meter import Meter, peak_of

@@ -1,19 +1,18 @@
-"""One training run as a Ray Train job: workers, engine, feed, tracking and checkpoints put together."""
+"""One training run as a Ray Train job: what its own process does before, around and after the workers' work.
+
+What the workers do is in :mod:`arplus.training.rank`.
+"""
 
 import contextlib
-import functools
 import logging
 import shutil
-import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import ray.train
-import torch
-import torch.distributed as dist
 from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 
 from arplus import cli, storage, tracking
@@ -21,29 +20,19 @@ from arplus.cluster import elastic, node, preflight, ray_private
 from arplus.cluster.job import tags as job_tags
 from arplus.cluster.scaling import size_workers
 from arplus.config import InitConfig, TrainConfig
-from arplus.data.capacity import Filler
-from arplus.data.collate import BatchSpec
 from arplus.data.dataset import Dataset
-from arplus.data.loader import RankLoader
-from arplus.data.sampler import EpochSampler
-from arplus.data.windows import WindowMaker, serve
 from arplus.errors import ArplusError, ResourceError
 from arplus.runs import attempt, checkpoint
-from arplus.runs.attempt import Attempt, StoppedError, SupersededError
-from arplus.runs.checkpoint import TrainProgress
+from arplus.runs.attempt import StoppedError, SupersededError
 from arplus.runs.folder import FinalMetrics, RunFolder
 from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
 from arplus.training import failure, publish, workers
-from arplus.training.engine import Engine, NonFiniteLossError, is_compiled
+from arplus.training.context import RunContext, StudyContext
 from arplus.training.footprint import checkpoint_bytes
-from arplus.training.hooks import RunContext, RunEndedError, StudyContext, close_hooks, final_metrics, make_hooks
-from arplus.training.loop import fit, total_steps
-from arplus.training.start import check_start, load, resolve
+from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def train(
@@ -253,103 +242,10 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     return cast(FinalMetrics, outcome)
 
 
-def loaders(config: TrainConfig, dataset: Dataset, device: torch.device) -> tuple[RankLoader, RankLoader]:
-    """The training and the validation batches of one worker; a collective call."""
-    spec = BatchSpec.of(config.model, dataset.sizes)
-
-    def loader(split: str, shuffled: bool) -> RankLoader:
-        sampler = EpochSampler(
-            split=dataset.split(split, config.feed.max_examples if split == "train" else None),
-            batch_size=config.batch_size,
-            window_batches=config.feed.batches_of_window(config.batch_size),
-            seed=config.seed,
-            shuffled=shuffled,
-        )
-        maker = WindowMaker(
-            sampler=sampler,
-            spec=spec,
-            workers=dist.get_world_size(),
-            accumulation=config.gradient_accumulation_steps,
-            prefetch=config.feed.prefetch,
-        )
-        server = on_all_ranks(lambda: serve(maker), only_rank_0=True) if maker.workers > 1 else None
-        largest = config.micro_batch_size(maker.workers)
-        filler = Filler(dataset.rules, largest) if is_compiled(config, device) else None
-        return RankLoader(maker, dist.get_rank(), server, filler)
-
-    return loader("train", True), loader("valid", False)
-
-
 def _worker(arguments: dict[str, Any]) -> FinalMetrics | Exception:
     """What runs in every Ray Train worker. Rank 0's return value is the job's."""
+    # Here, since this module is also imported by the job's own process and by Ray Train's controller.
+    from arplus.training import rank
+
     job: RunContext = arguments["job"]
-    try:
-        return _run(job)
-    except NonFiniteLossError as error:
-        # Every worker is here. Returned, not raised: a retry would come to the same step and the same loss.
-        return error
-    except RunEndedError as ended:
-        reason: Exception = ended.args[0]
-        return reason
-
-
-def _run(job: RunContext) -> FinalMetrics:
-    config, run = job.config, RunFolder(job.run_uri)
-    device = workers.set_up(config.placement.gpus_per_worker, job.part.side_by_side if job.part else 1)
-    on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
-    places = [""] * dist.get_world_size()
-    dist.all_gather_object(places, failure.here())
-    mine, start = on_all_ranks(lambda: _begin(job, run, places), only_rank_0=True)
-    dataset, model, state = on_all_ranks(lambda: storage.with_retries(run.uri, load, config, start))
-    progress = TrainProgress(fingerprint=dataset.fingerprint) if state is None else state.progress
-    if start is not None and run.holds(start):
-        restore = functools.partial(run.checkpoints.restore_best, start, progress)
-        progress.set_best(on_all_ranks(restore, only_rank_0=True))
-    else:
-        progress.validations_since_best = 0  # this run's patience, not another's
-    train_loader, valid_loader = loaders(config, dataset, device)
-    steps = total_steps(config, train_loader)
-    engine = Engine(model, config, device, steps)
-    if state is not None:
-        engine.load_moments(state.moments, progress.step)
-        engine.schedule.load(state.schedule)
-    hooks = make_hooks(job, mine, engine, dataset, steps, start)
-    try:
-        fit(engine, train_loader, valid_loader, progress, config, hooks)
-        return final_metrics(job, progress, steps, hooks)
-    finally:
-        close_hooks(hooks)
-
-
-def _begin(job: RunContext, run: RunFolder, places: list[str]) -> tuple[Attempt, str | None]:
-    """The attempt of this start, and the checkpoint to go on from: the job's newest, else the one it started from."""
-    mine = run.start_attempt(job.attempt, places)
-    found = run.checkpoints.newest(after=job.attempt.number)
-    start, step = (found[0], found[1].progress.step) if found else (job.start, None)
-    if mine.number > job.attempt.number + 1:
-        where = "from where the job started" if step is None else f"from step {step}"
-        said = f" after {failure.sentence(mine.failure)}" if mine.restarted_by_failure else ""
-        log.warning(
-            "the workers were started again (attempt %d)%s, %d of them: going on %s",
-            mine.number,
-            said,
-            dist.get_world_size(),
-            where,
-        )
-    return mine, start
-
-
-def on_all_ranks(work: Callable[[], T], *, only_rank_0: bool = False) -> T:
-    """What ``work`` gives on this worker, or on rank 0; :class:`RunEndedError` on all where one has our errors."""
-    mine: tuple[Any, Exception | None] = (None, None)
-    if dist.get_rank() == 0 or not only_rank_0:
-        try:
-            mine = (work(), None)
-        except ArplusError as problem:
-            mine = (None, problem)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine if only_rank_0 else (None, mine[1]))
-    for _, error in found:
-        if error is not None:
-            raise RunEndedError(error)
-    return found[0][0] if only_rank_0 else mine[0]
+    return rank.run(job)

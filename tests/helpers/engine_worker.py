@@ -203,7 +203,8 @@ def after_a_bad_step(configs: list[TrainConfig], bad: str) -> list[tuple[str, in
 
     What is said of which step, and whether the weights are those of the other two steps.
     """
-    from arplus.training.engine import Engine, NonFiniteLossError
+    from arplus.errors import NonFiniteLossError
+    from arplus.training.engine import Engine
 
     def infinite(_: Any, __: Any, losses: Losses) -> Losses:
         return losses._replace(sum_dialogue=losses.sum_dialogue + torch.inf)  # its gradient is finite

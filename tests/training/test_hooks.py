@@ -14,7 +14,8 @@ from arplus.data.loader import Step
 from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.tracking import RunRef, Tracker
-from arplus.training.hooks import RunContext, RunEndedError, close_hooks, final_metrics, profiler
+from arplus.training.context import RunContext, RunEndedError
+from arplus.training.hooks import close_hooks, final_metrics, profiler
 from arplus.training.hooks.base import Hook
 from arplus.training.hooks.profiler import Profiler
 from arplus.training.hooks.reports import Mlflow, SystemMetrics

@@ -19,15 +19,14 @@ from arplus import tracking
 from arplus.cluster import node, preflight
 from arplus.config import EvaluateConfig, TrainConfig, flat
 from arplus.data.dataset import Dataset
-from arplus.errors import ResourceError, UsageError
+from arplus.errors import NonFiniteLossError, ResourceError, UsageError
 from arplus.evaluation.delivery import destination
 from arplus.evaluation.evaluate import evaluate
 from arplus.model.cost import component_of
 from arplus.runs import checkpoint
 from arplus.runs.folder import RunFolder
 from arplus.runs.resume import ResumePoint
-from arplus.training.engine import NonFiniteLossError
-from arplus.training.hooks import StudyContext
+from arplus.training.context import StudyContext
 from arplus.training.start import load, resolve
 from arplus.training.trainer import begin_tracking, train
 

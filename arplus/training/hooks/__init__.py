@@ -1,7 +1,7 @@
 """What a run does around its loop: a list of hooks, each with one job; the loop knows none of them by name.
 
 Modules: ``base`` (what a hook may do) · ``console`` · ``reports`` (MLflow and Ray Train) · ``checkpoints`` (with the
-audit) · ``requests`` (stop, preemption, early stopping) · ``profiler`` · ``context`` (what a run's workers are given).
+audit) · ``requests`` (stop, preemption, early stopping) · ``profiler``.
 A new one is a class of :class:`Hook` and a line in :func:`make_hooks`.
 """
 
@@ -15,12 +15,12 @@ from arplus.data.dataset import Dataset
 from arplus.runs.attempt import Attempt, StoppedError
 from arplus.runs.checkpoint import TrainProgress
 from arplus.runs.folder import FinalMetrics
+from arplus.training.context import RunContext, RunEndedError
 from arplus.training.engine import Engine
 from arplus.training.failure import sentence
 from arplus.training.hooks.base import Hook
 from arplus.training.hooks.checkpoints import AuditTrail, Checkpoints
 from arplus.training.hooks.console import Console, ProgressBar
-from arplus.training.hooks.context import RunContext, RunEndedError, StudyContext
 from arplus.training.hooks.profiler import Profiler
 from arplus.training.hooks.reports import Mlflow, RayReports, SystemMetrics
 from arplus.training.hooks.requests import EarlyStopping, Preemption, StopRequests
@@ -28,9 +28,6 @@ from arplus.training.meter import memory_bytes
 
 __all__ = [
     "Hook",
-    "RunContext",
-    "RunEndedError",
-    "StudyContext",
     "close_hooks",
     "final_metrics",
     "make_hooks",

@@ -12,9 +12,9 @@ from arplus.runs import attempt
 from arplus.runs.attempt import Attempt
 from arplus.runs.audit import Audit
 from arplus.runs.checkpoint import TrainProgress, TrainState
+from arplus.training.context import RunContext, RunEndedError
 from arplus.training.engine import Engine
 from arplus.training.hooks.base import Hook, Request
-from arplus.training.hooks.context import RunContext, RunEndedError
 from arplus.training.saver import Saver
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from arplus.runs.attempt import Attempt, Watch
 from arplus.runs.checkpoint import TrainProgress
+from arplus.training.context import RunEndedError
 from arplus.training.hooks.base import Hook, Request
-from arplus.training.hooks.context import RunEndedError
 
 log = logging.getLogger(__name__)
 
