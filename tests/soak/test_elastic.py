@@ -157,8 +157,8 @@ def start(config: TrainConfig, cluster: Cluster) -> tuple[subprocess.Popen[str],
 def worker_counts(config: TrainConfig) -> list[int]:
     """How many workers the run had, in order, from what it tracked."""
     client = MlflowClient(tracking.default_uri(config.storage))
-    (experiment,) = (e.experiment_id for e in client.search_experiments() if e.name == config.experiment)
-    (run,) = client.search_runs([experiment], f"attributes.run_name = '{config.run_name}'")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"attributes.run_name = '{config.run_name}'")
     history = sorted(client.get_metric_history(run.info.run_id, "perf/workers"), key=lambda m: m.timestamp)
     counts = [int(m.value) for m in history]
     return [n for n, before in zip(counts, [0, *counts[:-1]], strict=True) if n != before]
