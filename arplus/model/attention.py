@@ -19,7 +19,7 @@ class KeyValue(NamedTuple):
     key_HBSC: Tensor
     value_HBSC: Tensor
     mask: Tensor | None = None
-    """-inf where not to look, else 0: (B, 1, S) or (T, S)."""
+    """-inf where not to look, else 0: (1, B, 1, S) or (T, S)."""
 
     def append(self, new: "KeyValue") -> "KeyValue":
         """These positions and then the new ones, all of them visible: the cache of step by step decoding."""
@@ -119,10 +119,13 @@ class Attention(Module):
 
 
 def _beyond(of: Sequences) -> list[Tensor]:
-    """The places past each sequence's end, (b, 1, S); of an empty one all but the first, which holds zeros."""
+    """The places past each sequence's end, (1, b, 1, S); of an empty one all but the first, which holds zeros.
+
+    In four dimensions, since torch has fused kernels for masks of two and of four.
+    """
     lengths = of.lengths.clamp(min=1).split([block.sequences for block in of.blocks])
     return [
-        (torch.arange(block.width, device=part.device) >= part[:, None])[:, None]
+        (torch.arange(block.width, device=part.device) >= part[:, None])[None, :, None]
         for block, part in zip(of.blocks, lengths, strict=True)
     ]
 

@@ -24,6 +24,11 @@ class Block(NamedTuple):
     tokens: int
     width: int
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all are of that width, so that tokens end to end are what padded ones are."""
+        return self.tokens == self.sequences * self.width
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
@@ -96,7 +101,7 @@ class Sequences:
         tokens = [block.tokens for block in self.blocks]
         padded = []
         for block, part, slot in zip(self.blocks, x.split(tokens, dim), self.slot_N.split(tokens), strict=True):
-            rows = _scatter(part, dim, slot, block.sequences * block.width)
+            rows = part if block.is_full else _scatter(part, dim, slot, block.sequences * block.width)
             padded.append(rows.unflatten(dim, (block.sequences, block.width)))
         return padded
 
@@ -105,8 +110,10 @@ class Sequences:
         rows = [block.sequences * block.width for block in self.blocks]
         packed = []
         for block, x, token in zip(self.blocks, padded, self.token.split(rows), strict=True):
+            part = x.flatten(dim, dim + 1)
             # Not a selection of rows: its gradient would be added up row by row, which takes ten times as long.
-            packed.append(_scatter(x.flatten(dim, dim + 1), dim, token, block.tokens + 1).narrow(dim, 0, block.tokens))
+            spare = part if block.is_full else _scatter(part, dim, token, block.tokens + 1)
+            packed.append(spare.narrow(dim, 0, block.tokens))
         return torch.cat(packed, dim)
 
     def to(self, device: torch.device | str) -> Self:

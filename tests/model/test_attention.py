@@ -51,6 +51,18 @@ def test_encoder_self_attention(blocks):
     close(found[:1] + found[2:], [pair.look(x, x) for x in parts(x_ND, of) if len(x)])
 
 
+def test_torch_has_a_fused_kernel_for_every_mask():
+    """Of three dimensions it would make plain products."""
+    attention = Attention(D, HEADS, 0.0).eval()
+    x_ND, of = sequences([3, 5])
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        encoded_ND = attention(x_ND, of)
+        attention.routes(x_ND, of, [attention.key_value(encoded_ND, of)])
+    fused = [event.key for event in found.key_averages() if "attention" in event.key]
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in fused
+    assert "aten::_scaled_dot_product_attention_math" not in fused
+
+
 @pytest.mark.parametrize("memories", [0, 1, 2])
 @BLOCKS
 @torch.no_grad()
