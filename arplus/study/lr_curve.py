@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def run(config: LrFindConfig) -> list[dict[str, float]] | UsageError:
     """The curve of a fresh model, or why there can be none."""
     settings = config.run
-    device = workers.set_up(settings.placement.gpus_per_worker)
+    device = workers.set_up(settings)
     try:
         dataset, model, _ = on_all_ranks(lambda: storage.with_retries(settings.data, load, settings, None))
     except RunEndedError as ended:

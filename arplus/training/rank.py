@@ -51,7 +51,7 @@ def run(job: RunContext) -> FinalMetrics | Exception:
 
 def _train(job: RunContext) -> FinalMetrics:
     config, folder = job.config, RunFolder(job.run_uri)
-    device = workers.set_up(config.placement.gpus_per_worker, job.part.side_by_side if job.part else 1)
+    device = workers.set_up(config, job.part.side_by_side if job.part else 1)
     on_all_ranks(lambda: node.check_versions(socket.gethostname(), node.versions(), job.versions))
     places = [""] * dist.get_world_size()
     dist.all_gather_object(places, failure.here())

@@ -22,7 +22,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from arplus import storage
 from arplus.cluster import connection
+from arplus.config import TrainConfig
 from arplus.kernels.gpu import leave_cudnn_out
+
+WORTH_THREADS = 1 << 20
+"""Examples of a micro-batch × d² from which a worker on CPUs takes all its cores. OpenMP's threads wait for each other
+thousands of times in a step, so that each of Ray's processes beside them makes a small step longer: one of ``arplus
+--tiny`` takes 86 ms with one thread and 107 with two, on two cores. Beside another busy process it is 152 and 344."""
 
 
 def run(
@@ -79,7 +85,7 @@ def _variables(scaling: ScalingConfig) -> dict[str, str]:
     return own if scaling.use_gpu else own | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def set_up(gpu_share: float, side_by_side: int = 1) -> torch.device:
+def set_up(config: TrainConfig, side_by_side: int = 1) -> torch.device:
     """Sets logging, threads and kernels up in a worker; its device. ``side_by_side`` runs share the machine.
 
     A worker that has a share of a GPU takes no more of its memory: torch keeps what it once took, and the others, not
@@ -91,12 +97,15 @@ def set_up(gpu_share: float, side_by_side: int = 1) -> torch.device:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     leave_cudnn_out()
     device = ray.train.torch.get_device()
+    gpu_share = config.placement.gpus_per_worker
     if device.type == "cuda" and gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_share, device)
     if device.type == "cpu":
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
-        sharing = ray.train.get_context().get_local_world_size() * side_by_side
-        torch.set_num_threads(max(cores() // sharing, 1))
+        context = ray.train.get_context()
+        sharing = context.get_local_world_size() * side_by_side
+        small = config.micro_batch_size(context.get_world_size()) * config.model.d_model**2 < WORTH_THREADS
+        torch.set_num_threads(1 if small else max(cores() // sharing, 1))
     return device
 
 
