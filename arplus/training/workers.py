@@ -104,9 +104,14 @@ def set_up(config: TrainConfig, side_by_side: int = 1) -> torch.device:
         # Ray gives a worker as many threads as logical CPUs; the feed's tasks are light, so take the cores.
         context = ray.train.get_context()
         sharing = context.get_local_world_size() * side_by_side
-        small = config.micro_batch_size(context.get_world_size()) * config.model.d_model**2 < WORTH_THREADS
-        torch.set_num_threads(1 if small else max(cores() // sharing, 1))
+        torch.set_num_threads(threads(config, context.get_world_size(), sharing))
     return device
+
+
+def threads(config: TrainConfig, workers: int, sharing: int) -> int:
+    """Threads of one of so many workers, ``sharing`` of which have the node's cores: one for small steps."""
+    small = config.micro_batch_size(workers) * config.model.d_model**2 < WORTH_THREADS
+    return 1 if small else max(cores() // sharing, 1)
 
 
 def cores() -> int:

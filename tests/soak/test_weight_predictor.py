@@ -56,7 +56,7 @@ def test_a_weight_of_0_silences_a_persona(tmp_path: Path) -> None:
     """Of the demo's model, which was trained at 1: what is left is chance."""
     done("jobs/synthesize.py --records 40000 --persona-answers 0.9 --chatterbot --seed 1 --output raw", tmp_path)
     done("jobs/prepare.py --input raw --output data --valid 0.02 --test 0.02", tmp_path)
-    run = "--data data --storage runs --run-name demo --epochs 2 --max-steps 2000 --seed 1"
+    run = "--data data --storage runs --run-name demo --max-steps 1200 --seed 1"
     done(f"jobs/train.py arplus --tiny {run}", tmp_path)
     agreement = []
     for weight in (0, 1):
