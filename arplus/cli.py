@@ -31,12 +31,11 @@ from arplus.config import (
     with_values,
 )
 from arplus.errors import INTERRUPTED, ArplusError, UsageError, mask
+from arplus.process import SUBMITTED
 
 T = TypeVar("T")
 
 _SUBMIT = "ray job submit --working-dir . --"
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray sets it for the process that a submitted job is."""
 _TYPES = ConstructorRegistry()
 """What is read otherwise than tyro does."""
 

@@ -1,6 +1,9 @@
-"""Peak memory of this process."""
+"""What this process is: whether Ray started it as a job, and its peak memory."""
 
 from pathlib import Path
+
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable that Ray sets for the process that a submitted job is."""
 
 
 def peak_memory_bytes() -> int:

@@ -78,6 +78,19 @@ print("done")
     assert ended.stdout.endswith("done\n"), ended.stderr
 
 
+def test_only_workers_import_deepspeed() -> None:
+    """Seconds, which each job's own process, Ray Train's controller and each trial would spend before anything else."""
+    script = """
+import sys
+from arplus.evaluation import evaluate
+from arplus.study import ablate, lr_find, tune
+from arplus.training import trainer
+print({"deepspeed", "torch._dynamo"} & set(sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.stdout == "set()\n", ended.stderr
+
+
 @pytest.mark.processes
 def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
     ended = job("arplus", "--dry-run", "--seed", "5")
@@ -136,16 +149,3 @@ def test_a_users_error_ends_the_job_with_2_and_one_line() -> None:
     assert ended.stdout == ""
     assert ended.stderr.startswith("error: --batch-size: ")
     assert ended.stderr.count("\n") == 1
-
-
-def test_only_workers_import_deepspeed() -> None:
-    """Seconds, which each job's own process, Ray Train's controller and each trial would spend before anything else."""
-    script = """
-import sys
-from arplus.evaluation import evaluate
-from arplus.study import ablate, lr_find, tune
-from arplus.training import trainer
-print({"deepspeed", "torch._dynamo"} & set(sys.modules))
-"""
-    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
-    assert ended.stdout == "set()\n", ended.stderr

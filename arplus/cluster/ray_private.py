@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from arplus import cli
+from arplus.process import SUBMITTED
 
 READ_IN = "2.60.0"
 """The version in which all of this was read."""
@@ -77,7 +77,7 @@ def submitted_job() -> dict[str, Any]:
     from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY, JobInfoStorageClient
     from ray.experimental.internal_kv import _internal_kv_get
 
-    settings = json.loads(os.environ.get(cli.SUBMITTED) or "{}")
+    settings = json.loads(os.environ.get(SUBMITTED) or "{}")
     job = (settings.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
     if job is None:
         return {}

@@ -107,13 +107,14 @@ class Sequences:
 
     def pack(self, padded: Iterable[Tensor], dim: int = 0) -> Tensor:
         """What :meth:`pad` was given: (…, b, S, …) of each block to (…, N, …)."""
-        rows = [block.sequences * block.width for block in self.blocks]
+        places = [block.sequences * block.width for block in self.blocks]
         packed = []
-        for block, x, token in zip(self.blocks, padded, self.token.split(rows), strict=True):
-            part = x.flatten(dim, dim + 1)
-            # Not a selection of rows: its gradient would be added up row by row, which takes ten times as long.
-            spare = part if block.is_full else _scatter(part, dim, token, block.tokens + 1)
-            packed.append(spare.narrow(dim, 0, block.tokens))
+        for block, x, token in zip(self.blocks, padded, self.token.split(places), strict=True):
+            rows = x.flatten(dim, dim + 1)
+            if not block.is_full:
+                # Not a selection of rows: its gradient would be added up row by row, which takes ten times as long.
+                rows = _scatter(rows, dim, token, block.tokens + 1).narrow(dim, 0, block.tokens)
+            packed.append(rows)
         return torch.cat(packed, dim)
 
     def to(self, device: torch.device | str) -> Self:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,20 +34,20 @@ PROGRESS_S = 30.0
 """Seconds between two words on a study's progress at least, unless a run has ended."""
 
 
-class Source:
+class Source(ABC):
     """Where a study's runs come from."""
 
+    @abstractmethod
     def next(self) -> Trial | None:
         """The record of a new run, made with :meth:`Study.add`; None where there is none any more."""
-        raise NotImplementedError
 
     def tell(self, trial: Trial) -> None:
         """Says that a run ended; a source that learns nothing from it leaves this out."""
         return None
 
+    @abstractmethod
     def progress(self) -> str:
         """How far the study is, for the log."""
-        raise NotImplementedError
 
 
 def execute(

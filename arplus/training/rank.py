@@ -77,10 +77,10 @@ def _train(job: RunContext) -> FinalMetrics:
         close_hooks(hooks)
 
 
-def _begin(job: RunContext, run: RunFolder, places: list[str]) -> tuple[Attempt, str | None]:
+def _begin(job: RunContext, folder: RunFolder, places: list[str]) -> tuple[Attempt, str | None]:
     """The attempt of this start, and the checkpoint to go on from: the job's newest, else the one it started from."""
-    mine = run.start_attempt(job.attempt, places)
-    found = run.checkpoints.newest(after=job.attempt.number)
+    mine = folder.start_attempt(job.attempt, places)
+    found = folder.checkpoints.newest(after=job.attempt.number)
     start, step = (found[0], found[1].progress.step) if found else (job.start, None)
     if mine.number > job.attempt.number + 1:
         where = "from where the job started" if step is None else f"from step {step}"

@@ -1,11 +1,12 @@
 """A weight predictor learns which replies are about the persona, and is of use: ten minutes on two quiet cores."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import run, shared
+from helpers.commands import ROOT, run, shared
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600), pytest.mark.usefixtures("generator", "ray_cluster")]
 
@@ -54,10 +55,9 @@ def test_its_weights_tell_the_replies_apart_and_are_better_than_any_other(folder
 
 def test_a_weight_of_0_silences_a_persona(tmp_path: Path) -> None:
     """Of the demo's model, which was trained at 1: what is left is chance."""
-    done("jobs/synthesize.py --records 40000 --persona-answers 0.9 --chatterbot --seed 1 --output raw", tmp_path)
-    done("jobs/prepare.py --input raw --output data --valid 0.02 --test 0.02", tmp_path)
-    run = "--data data --storage runs --run-name demo --max-steps 1200 --seed 1"
-    done(f"jobs/train.py arplus --tiny {run}", tmp_path)
+    commands = (ROOT / "Makefile").read_text().replace("$(DEMO)/", "")
+    for job in ("synthesize", "prepare", "train"):
+        done(re.findall(rf"jobs/{job}\.py .*", commands)[0], tmp_path)
     agreement = []
     for weight in (0, 1):
         where = f"--checkpoint runs/demo --data data --split test --persona-weight {weight} --json {weight}.json"
