@@ -192,6 +192,7 @@ def test_greedy_replies(golden):
     steps = 8
     greedy = Sampling(temperature=0, max_characters=steps, min_characters=0)
     pad, eos = golden.ids["[PAD]"], golden.ids["[EOS]"]
+    model.fold()
     replies = generate(model, golden.batch(golden.cases), greedy)
     for case, reply in zip(golden.cases, replies.tolist(), strict=True):
         assert [*(i for i in reply if i != pad), eos] == case["greedy_8_steps"]

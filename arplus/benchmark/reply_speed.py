@@ -41,6 +41,7 @@ def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) 
     torch.manual_seed(0)
     model, paper = PersonaTransformer(network, sizes).to(there), PaperARPlus(network, sizes).to(there)
     kernels.use(model, there)
+    model.fold()
 
     def ours(batches: list[Batch] = mine) -> None:
         for batch in batches:

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from arplus import kernels, storage, tracking
+from arplus import storage, tracking
 from arplus.cluster import nodes, placement
 from arplus.config import EvaluateConfig, ExampleRules, SpecialIds, special_ids
 from arplus.data.collate import BatchSpec, ExampleRng, Window
@@ -32,13 +32,12 @@ from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
 from arplus.evaluation.metrics import PredictorMetrics, StandardMetrics
 from arplus.evaluation.paper_metrics import PaperMetrics
-from arplus.evaluation.replies import readable
+from arplus.evaluation.replies import readable, ready_model
 from arplus.kernels.gpu import has_bf16, leave_cudnn_out
 from arplus.model.batch import Batch
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
 from arplus.runs import checkpoint
-from arplus.runs.checkpoint import build_model
 from arplus.sums import Sums
 
 PAPER_BATCH = 64
@@ -210,9 +209,8 @@ class Evaluator:
         if self.device.type == "cuda" and (share := config.placement.gpus_per_worker) < 1:
             torch.cuda.set_per_process_memory_fraction(share)  # as in training: the others would run out of it
         self.batch_size = config.batch_size or BATCH_SIZES[self.device.type]
-        self.model = build_model(self.state).to(self.device)
+        self.model = ready_model(self.state, self.device)
         self.model.persona_weight = None if config.persona_weight == "auto" else config.persona_weight
-        kernels.use(self.model, self.device)
         self.special = special_ids(self.state.sizes.characters)
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:

@@ -19,6 +19,7 @@ from arplus.data.sampler import EpochSampler
 from arplus.data.sessions import to_table
 from arplus.errors import UsageError
 from arplus.model.generate import generate
+from arplus.model.network import PersonaTransformer
 from arplus.runs.checkpoint import TrainState, build_model
 from arplus.text import GENDERS
 
@@ -27,6 +28,14 @@ def raw_profile(gender: str, location: str, tags: str) -> dict[str, object]:
     """A profile in PersonalDialog's raw form: 男, 女, male, female or empty; "省 市"; tags joined by ``;``."""
     raw = {word: raw for raw, word in GENDERS.items()}
     return {"gender": raw.get(gender, gender), "loc": location, "tag": [tags]}
+
+
+def ready_model(state: TrainState, device: torch.device) -> PersonaTransformer:
+    """A checkpoint's model as replies and evaluation take it: on its device, with its operations, folded."""
+    model = build_model(state).to(device)
+    kernels.use(model, device)
+    model.fold()
+    return model
 
 
 class Responder:
@@ -44,9 +53,8 @@ class Responder:
         persona_weight: float | None = None,
     ) -> None:
         self.state = state
-        self.model = build_model(state)
+        self.model = ready_model(state, torch.device("cpu"))
         self.model.persona_weight = persona_weight
-        kernels.use(self.model, torch.device("cpu"))
         self.profile = profile
         self.sampling = sampling.of(state.rules)
         self.rng = torch.Generator().manual_seed(seed)
@@ -98,8 +106,7 @@ def sample_replies(state: TrainState, dataset: Dataset, n: int = 12) -> str:
         return "no validation examples\n"
     table = sampler.read(0, 0, [*spec.columns, *({"target_words"} - set(spec.columns))])
     batch = Window(table, spec).batch(np.arange(len(table)), ExampleRng(0, 0))
-    model = build_model(state)
-    kernels.use(model, torch.device("cpu"))
+    model = ready_model(state, torch.device("cpu"))
     replies = generate(model, batch, Sampling().of(state.rules), torch.Generator().manual_seed(0))
     blocks = []
     for example, reply in zip(table.to_pylist(), replies.tolist(), strict=True):

@@ -53,14 +53,6 @@ class CpuOperations(Operations):
         weight_HBTS = (score_HBTS if mask is None else score_HBTS.add_(mask)).softmax(-1)
         return (self.dropout(weight_HBTS, p) if p else weight_HBTS) @ value_HBSC
 
-    def factored_feed_forward(
-        self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
-    ) -> Tensor:
-        """Without a backward pass as one r → r product, where folding the two costs less than it saves."""
-        if p or torch.is_grad_enabled() or 2 * len(x_NR) < len(bias_R):
-            return super().factored_feed_forward(x_NR, expand_FR, bias_F, contract_RF, bias_R, p)
-        return self.linear(x_NR, contract_RF @ expand_FR, torch.addmv(bias_R, contract_RF, bias_F))
-
     def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
         """A thousand rows of logits at a time."""
         return linear_cross_entropies(hidden_GND, weight_VD, target_N, linear=self.linear, rows=ROWS, at_once=AT_ONCE)

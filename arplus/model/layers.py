@@ -16,7 +16,7 @@ from torch.nn import functional
 from arplus.config import ModelConfig
 from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Sequences
-from arplus.model.ops import Dropout, Linear, Module
+from arplus.model.ops import Dropout, Linear
 
 Stack = Literal["both", "encoder", "decoder"]
 """What a layer serves."""
@@ -41,22 +41,33 @@ class FeedForward(nn.Module):
         return self.contract(self.dropout(self.activate(self.expand(x))))
 
 
-class FactoredFeedForward(Module):
+class FactoredFeedForward(nn.Module):
     """The factored feed-forward d → r → FF → r → d, with a ReLU at each r."""
 
     def __init__(self, d_model: int, r: int, ff_size: int, dropout: float) -> None:
         super().__init__()
         self.narrow, self.expand = Linear(d_model, r), Linear(r, ff_size)
-        self.contract, self.widen = Linear(ff_size, r), Linear(r, d_model)
-        self.dropout, self.p = Dropout(dropout), dropout
+        self.contract: Linear | nn.Identity = Linear(ff_size, r)
+        self.widen = Linear(r, d_model)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, D)."""
         x_NR = self.narrow(x_ND).relu()
-        p = self.p if self.training else 0.0
-        expand, contract = self.expand, self.contract
-        x_NR = self.ops.factored_feed_forward(x_NR, expand.weight, expand.bias, contract.weight, contract.bias, p)
+        x_NR = self.contract(self.dropout(self.expand(x_NR)))
         return self.widen(self.dropout(x_NR.relu()))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Makes of r → FF → r, which is linear without dropout, one product r → r: for replies, not for training."""
+        expand, contract = self.expand, self.contract
+        if isinstance(contract, nn.Identity):
+            return
+        folded = nn.utils.skip_init(Linear, expand.in_features, contract.out_features)
+        folded.weight = nn.Parameter(contract.weight @ expand.weight)
+        folded.bias = nn.Parameter(torch.addmv(contract.bias, contract.weight, expand.bias))
+        folded.ops = expand.ops
+        self.expand, self.contract = folded, nn.Identity()
 
 
 class Adapter(nn.Module):

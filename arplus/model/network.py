@@ -27,7 +27,7 @@ from arplus.model.attention import Attention, Blocks
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.embedding import SequenceInput
 from arplus.model.features import FeatureInput, FrozenModel
-from arplus.model.layers import Adapter, Layer, PostNormLayer, ReZeroLayer, Stack
+from arplus.model.layers import Adapter, FactoredFeedForward, Layer, PostNormLayer, ReZeroLayer, Stack
 from arplus.model.memory import LayerWiseMemory, PersonaMemory
 from arplus.model.objective import Losses, OutputHead, weight_sums
 from arplus.model.predictor import WeightPredictor
@@ -212,6 +212,12 @@ class PersonaTransformer(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(weights[name])
+
+    def fold(self) -> None:
+        """Has every factored feed-forward folded: for replies, which know no dropout, and not for training."""
+        for module in self.modules():
+            if isinstance(module, FactoredFeedForward):
+                module.fold()
 
     def _unique(self, layers: nn.ModuleList) -> Iterator[Layer]:
         for layer in layers:

@@ -2,7 +2,7 @@
 
 A module that computes by them is a :class:`Module`, and reads them from ``self.ops``. :func:`arplus.kernels.use` sets
 others there, once, when an engine or a responder is built. Shape suffixes are those of :mod:`arplus.model.batch`; G is
-the two losses, F and R the wide and the narrow side of a factored feed-forward.
+the two losses.
 """
 
 import torch
@@ -29,13 +29,6 @@ class Operations:
         The mask is -inf where not to look and broadcasts to (H, B, T, S); no row of it is all -inf.
         """
         return functional.scaled_dot_product_attention(query_HBTC, key_HBSC, value_HBSC, mask, dropout_p=p)
-
-    def factored_feed_forward(
-        self, x_NR: Tensor, expand_FR: Tensor, bias_F: Tensor, contract_RF: Tensor, bias_R: Tensor, p: float
-    ) -> Tensor:
-        """contract(dropout(expand(x))), (N, R): all of it linear but for the dropout."""
-        wide_NF = self.linear(x_NR, expand_FR, bias_F)
-        return self.linear(self.dropout(wide_NF, p) if p else wide_NF, contract_RF, bias_R)
 
     def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
         """Cross-entropies (G,) of the targets under softmax(hidden · weightᵀ), in nats summed over N, fp32."""

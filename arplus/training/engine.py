@@ -39,7 +39,6 @@ from arplus.errors import NonFiniteLossError
 from arplus.kernels.gpu import has_bf16
 from arplus.model.batch import Batch
 from arplus.model.cost import train_only
-from arplus.model.layers import FactoredFeedForward
 from arplus.model.network import PersonaTransformer
 from arplus.model.objective import Losses
 from arplus.torch_private import leave_update_out, set_timeout
@@ -104,8 +103,6 @@ class Engine:
             model.compile(
                 dynamic=False, mode="reduce-overhead" if config.gradient_accumulation_steps == 1 else "default"
             )
-        if self.stage == 3:
-            _tell_what_is_read(model)
         train_only(model, config.optimizer.only)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Weight decay on everything, as in the paper's code. `fused` is one kernel for all tensors, on CPU too.
@@ -350,18 +347,6 @@ def zero_config(stage: int, parameters: int) -> dict[str, Any]:
         "stage3_max_live_parameters": 2 * BUCKET,
         "stage3_max_reuse_distance": 2 * BUCKET,
     }
-
-
-def _tell_what_is_read(model: PersonaTransformer) -> None:
-    """Has ZeRO-3 gather for a factored feed-forward the weights of its two layers that it multiplies with itself.
-
-    Not by ``set_z3_leaf_modules``, which reduces a module's gradients once, and these are applied again and again.
-    """
-    for module in model.modules():
-        if isinstance(module, FactoredFeedForward):
-            for layer in (module.expand, module.contract):
-                for parameter in layer.parameters():
-                    deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _own_part(value: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from arplus.kernels import BACKENDS, cpu
@@ -172,53 +171,6 @@ def test_attention_drops_in_expectation_nothing(ops: Operations) -> None:
     mask = torch.full((1, 1, 7, 7), -torch.inf).triu(1)
     found = ops.attend(*many, mask, 0.25)
     expected = PLAIN.attend(query[:1], key[:1], value[:1], mask, 0.0)[0]
-    assert ((found.mean(0) - expected).abs() < 5 * found.std(0) / len(found) ** 0.5).all()
-
-
-# ----------------------------------------------------------------------------------------------- factored feed-forward
-
-
-def weights(r: int = 6, wide: int = 40) -> list[Tensor]:
-    """Those of a factored feed-forward with their biases."""
-    return [torch.randn(wide, r), torch.randn(wide), torch.randn(r, wide), torch.randn(r)]
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 50])
-def test_factored_feed_forward(ops: Operations, rows: int) -> None:
-    hold(ops, lambda of, *x: of.factored_feed_forward(*x, 0.0), torch.randn(rows, 6), *(w / 6 for w in weights()))
-
-
-@pytest.mark.parametrize("rows", [1, 50])
-def test_factored_feed_forward_under_autocast(ops: Operations, rows: int) -> None:
-    hold_bf16(ops, lambda of, *x: of.factored_feed_forward(*x, 0.0), torch.randn(rows, 6), *weights())
-
-
-@pytest.mark.parametrize("p", [0.25, 1e-4, 0.999])
-def test_factored_feed_forward_with_dropout(ops: Operations, p: float) -> None:
-    """A unit matrix after the dropout shows what it dropped; also where that is nothing, or nearly all."""
-    x, (expand, bias, _, _) = torch.randn(10, 40), weights(r=40)
-    torch.manual_seed(1)
-    shown = ops.factored_feed_forward(x, expand, bias, torch.eye(40), torch.zeros(40), p)
-    kept = (shown != 0).double() / (1 - p)
-    assert (kept == 0).any() == (p > 1e-4)
-
-    def plain(x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor, last: Tensor) -> Tensor:
-        return functional.linear(functional.linear(x, expand, bias) * kept, contract, last)
-
-    def ours(*x: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        return ops.factored_feed_forward(*x, p)
-
-    inputs = [x, *weights(r=40)]
-    for found, exact in zip(results(ours, inputs), results(plain, [x.double() for x in inputs]), strict=True):
-        torch.testing.assert_close(found.double(), exact, atol=1e-4 / (1 - p), rtol=1e-4)
-
-
-def test_factored_feed_forward_drops_in_expectation_nothing(ops: Operations) -> None:
-    x, of = torch.randn(1, 6), weights()
-    found = ops.factored_feed_forward(x.expand(50_000, 6), *of, 0.25)
-    expected = PLAIN.factored_feed_forward(x, *of, 0.0)[0]
-    assert found.std(0).min() > 0.1
     assert ((found.mean(0) - expected).abs() < 5 * found.std(0) / len(found) ** 0.5).all()
 
 

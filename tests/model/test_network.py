@@ -196,6 +196,17 @@ def test_stacks_of_the_same_weights_are_a_shared_one():
     assert unshared(batch) == shared(batch)
 
 
+@torch.no_grad()
+def test_a_folded_model_computes_the_same_without_the_wide_product(config):
+    model, batch = make_model(config).double(), make_batch(config)
+    expected, wide = model(batch), dict(model.named_parameters())
+    model.fold()
+    for found, loss in zip(model(batch), expected, strict=True):
+        torch.testing.assert_close(found, loss, atol=1e-9, rtol=1e-9)
+    gone = wide.keys() - dict(model.named_parameters()).keys()
+    assert gone == {name for name in wide if config.ff_bottleneck and "contract" in name}
+
+
 @pytest.mark.parametrize("preset", ["arplus", "no-memn2n", "no-rezero"])
 @torch.no_grad()
 def test_shared_layers_are_applied_in_order_and_then_again(preset):
@@ -333,7 +344,7 @@ def test_dropout_is_on_in_training_alone(config):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_everything_that_drops_does_so_at_the_configured_rate(config, training):
-    rates: dict[str, set[float]] = {"attend": set(), "dropout": set(), "factored_feed_forward": set()}
+    rates: dict[str, set[float]] = {"attend": set(), "dropout": set()}
 
     class Recorded(Operations):
         def __getattribute__(self, name: str) -> Any:
@@ -349,5 +360,4 @@ def test_everything_that_drops_does_so_at_the_configured_rate(config, training):
             module.ops = recorded
     model(make_batch(config))
     rate = {0.3 if training else 0.0}
-    factored = rate if config.ff_bottleneck else set()
-    assert rates == {"attend": rate, "dropout": rate - {0.0}, "factored_feed_forward": factored}
+    assert rates == {"attend": rate, "dropout": rate - {0.0}}
