@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.local_cluster import submitted_lines
 
 from arplus import cli, storage, tracking
 from arplus.config import preset, to_dict
@@ -29,6 +30,12 @@ NAMED = re.compile(r"(?:`|[ \n])((?:arplus|cluster|docker|docs|jobs|tests)/[\w./
 
 class ParsedError(Exception):
     """Ends a job where it has read its command line."""
+
+
+def test_the_guide_to_clusters_submits_each_job_once() -> None:
+    """The soak of submitted jobs runs these lines."""
+    jobs = [re.findall(r"^    ray job submit .* -- python (jobs/\w+\.py)", line) for line in submitted_lines()]
+    assert sorted(jobs) == [[f"jobs/{path.name}"] for path in sorted(ROOT.glob("jobs/*.py"))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

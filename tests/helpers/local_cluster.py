@@ -29,6 +29,12 @@ EPOCHS = 2
 COLOUR = re.compile(r"\x1b\[\d+m")
 
 
+def submitted_lines() -> list[str]:
+    """The lines of ``cluster/README.md`` that submit each job once, in the order in which they build on each other."""
+    paragraphs = [p.strip("\n").splitlines() for p in (ROOT / "cluster" / "README.md").read_text().split("\n\n")]
+    return next(lines for lines in paragraphs if "jobs/synthesize.py" in lines[0] and "jobs/export.py" in lines[-1])
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A cluster that runs; this process's environment is the one that its ``env`` file makes."""
