@@ -130,4 +130,4 @@ def _pad(of_N: Tensor, tokens: int, value: int) -> Tensor:
 
 
 def _rounded(n: float) -> int:
-    return MULTIPLE * math.ceil(n / MULTIPLE)
+    return MULTIPLE * max(math.ceil(n / MULTIPLE), 1)  # never none, which would not grow

@@ -178,7 +178,9 @@ def on_stop_signal(act: Callable[[], None], told: threading.Event | None = None)
 
 
 def _check_owner(run_uri: str, there: Attempt | None, mine: Attempt) -> Attempt:
-    if there is None or there.owner != mine.owner:
+    if there is None:
+        raise SupersededError(f"{run_uri}: its attempt.json is gone; whoever deletes a run's folder ends the run")
+    if there.owner != mine.owner:
         raise SupersededError(f"{run_uri}: another job has taken this run over, and goes on with it; this one stops")
     return there
 

@@ -79,7 +79,7 @@ class RunFolder:
 
     def holds(self, uri: str) -> bool:
         """Whether what is at ``uri``, such as a checkpoint, is this run's own."""
-        return uri.startswith(f"{self.uri}/")
+        return storage.within(uri, self.uri)
 
 
 class Checkpoints:

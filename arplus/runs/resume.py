@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from arplus import storage
 from arplus.config import Role, TrainConfig, dotted_names, flat, names_of_role
 from arplus.data.dataset import Dataset
-from arplus.errors import UsageError
+from arplus.errors import RefusedError, UsageError
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
 from arplus.runs.folder import RunFolder
@@ -48,10 +48,14 @@ def find_resume_point(config: TrainConfig, run: RunFolder, dataset: Dataset) -> 
         return ResumePoint(None, None)
     own = run.holds(config.resume)
     if started and not own:
-        raise UsageError(
-            f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "
-            "auto to go on with it"
-        )
+        before = run.config.find()
+        if before is None or before.resume != config.resume:
+            raise UsageError(
+                f"--resume {config.resume}: {run.uri} exists and is another run; take another --run-name, or --resume "
+                "auto to go on with it"
+            )
+        if run.checkpoints.list_complete():  # the same command again
+            return _auto(config, run, dataset)
     brought = {
         "init-from": config.init_from,
         "init.character-vectors": config.init.character_vectors,
@@ -89,11 +93,11 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
     else:
         _refuse_what_is_there(other)
         raise UsageError(f"--resume {uri}: must be auto, never, or the URI of a checkpoint or of a run's folder")
-    if state.progress.step and not state.moments:
-        raise UsageError(f"--resume {uri}: holds weights alone; --init-from starts a new run from them")
     # Another run may have been tracked elsewhere, and its checkpoint has what its weights came to.
     _check(state, config, dataset, uri, MAY_DIFFER | STARTS | {"experiment"})
     log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
+    if own:
+        log.info("the same command would begin there again; --resume auto goes on with what is trained now")
     return ResumePoint(uri, state.mlflow_run_id if own else None)
 
 
@@ -101,7 +105,9 @@ def _refuse_what_is_there(run: RunFolder) -> None:
     """Raises :class:`UsageError` with what is wrong with the newest checkpoint of a run that has no whole one."""
     if complete := run.checkpoints.list_complete():
         try:
-            checkpoint.load(complete[-1])
+            storage.with_retries(run.uri, checkpoint.load, complete[-1])
+        except RefusedError:
+            raise
         except UsageError as error:
             raise UsageError(f"{run.uri}: no checkpoint can be read ({error}); take another --run-name") from None
 
@@ -119,5 +125,7 @@ def _check(state: TrainState, config: TrainConfig, dataset: Dataset, what: str, 
             f"{what}: this run trained on data of fingerprint {state.progress.fingerprint}, and {config.data} has "
             f"{dataset.fingerprint}; take another --run-name"
         )
+    if state.progress.step and not state.moments:
+        raise UsageError(f"{what}: holds weights alone; --init-from starts a run of another --run-name from them")
     if different := find_differences(state.config, config, may_differ):
         raise UsageError(f"{what}: this run has other settings ({'; '.join(different)}); take another --run-name")

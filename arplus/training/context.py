@@ -40,7 +40,4 @@ class RunContext:
 
 
 class RunEndedError(Exception):
-    """Raised on all workers at the same place: the run ends here, and starting the workers again would not help.
-
-    ``args[0]`` is the reason on rank 0, an error of ours; other workers may have None.
-    """
+    """The run ends here, and starting the workers again would not help; ``args[0]`` is the reason, an error of ours."""

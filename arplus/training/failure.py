@@ -32,7 +32,7 @@ _CONSEQUENCE = re.compile("connection closed by peer|connection reset|broken pip
 
 
 class WorkersFailedError(RunError):
-    """The workers failed once more than they may; ``facts`` are :func:`describe`'s of the last time."""
+    """Ray Train gave up; ``facts`` are :func:`describe`'s of the last time that workers failed, if it was for that."""
 
     def __init__(self, message: str, facts: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -78,8 +78,8 @@ def reason(error: BaseException) -> str:
     if not isinstance(error, ArplusError | RayError):
         text = f"{type(error).__name__}: {text}"
     text = redact(text)
-    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     out_of_memory = isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in text
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return f"{text}; {LOWER_MEMORY}" if out_of_memory else text
 
 

@@ -134,7 +134,7 @@ class _Loop:
             progress.unvalidated = True
             if Request.END in requested or not self._validate_unless_ended():
                 requested |= Request.END
-            self.meter.restart()
+            self.meter.skip_pause()
         if at_end or due or requested & (Request.SAVE | Request.END):
             self._save()
         return Request.END in requested or self._is_over()
@@ -200,7 +200,7 @@ class _Loop:
             hook.on_checkpoint(self.progress)
         for hook in self.hooks:
             hook.after_checkpoint(self.progress, time.monotonic() - began)
-        self.meter.restart()
+        self.meter.skip_pause()
 
     def _explain(self, error: NonFiniteLossError) -> NonFiniteLossError:
         trained = self.unread[error.index]

@@ -131,10 +131,11 @@ class Meter:
         before, self.added = self.added, time.monotonic()
         return self.added - before
 
-    def restart(self) -> None:
-        """Forgets the steps and the clock, so that a validation or a save is not counted as training time."""
-        self._clear()
-        self.added = self.started
+    def skip_pause(self) -> None:
+        """Leaves out the time since the last step, so that a validation or a save is not counted as training time."""
+        now = time.monotonic()
+        self.started += now - self.added
+        self.added = now
 
     def take(self, progress: TrainProgress) -> dict[str, float]:
         """Means and rates since the last call, as MLflow names them, and starts anew; a collective call."""

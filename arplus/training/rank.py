@@ -62,7 +62,7 @@ def _train(job: RunContext) -> FinalMetrics:
         restore = functools.partial(folder.checkpoints.restore_best, start, progress)
         progress.set_best(on_all_ranks(restore, only_rank_0=True))
     else:
-        progress.validations_since_best = 0  # this run's patience, not another's
+        progress.best_response_ppl, progress.validations_since_best = None, 0  # this run's, not another's
     train_loader, valid_loader = loaders(config, dataset, device)
     steps = total_steps(config, train_loader)
     engine = Engine(model, config, device, steps)

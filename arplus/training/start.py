@@ -17,6 +17,7 @@ from arplus.pretrained import start as pretrained
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
 from arplus.runs.folder import RunFolder
+from arplus.tracking.run import absolute_uri
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config,
         data=storage.absolute(config.data),
         storage=storage.absolute(config.storage),
+        # Ray Train and Tune have their workers and trials work in folders of their own.
+        resume=config.resume if config.resume in ("auto", "never") else storage.absolute(config.resume),
+        mlflow=config.mlflow and absolute_uri(config.mlflow),
         run_name=config.run_name or config.preset,
         experiment=config.experiment or "arplus",
     )
@@ -69,7 +73,7 @@ def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> N
 
 def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransformer, TrainState | None]:
     """The data set, the model with its weights, and the state that it starts from; without a collective call."""
-    dataset = Dataset.open(config.data)
+    dataset = storage.with_retries(config.data, Dataset.open, config.data)
     torch.manual_seed(config.seed)
     model = features.attach(PersonaTransformer(config.model, dataset.sizes), dataset.characters, dataset.rules)
     state = checkpoint.load(start, moments=True) if start else None

@@ -55,20 +55,7 @@ def train(
     start = find_resume_point(config, run, dataset)
     check_start(config, dataset, new=start.checkpoint is None)
     tracked = begin_tracking(config, dataset, start, part)
-    run.config.write(config)
-    if start.checkpoint is None:  # the audit of attempts that came to nothing
-        run.delete_audit()
-    job = RunContext(
-        config=config,
-        run_uri=run.uri,
-        tracked=tracked,
-        attempt=run.take_over(tracked.run_id),
-        start=start.checkpoint,
-        progress_bar=ray_private.progress_bar(config.run_name) if part is None and sys.stderr.isatty() else None,
-        versions=node.versions(),
-        part=part,
-    )
-    tracker = _log_inputs(job, run, dataset)
+    tracker = tracking.Tracker.beside(tracked, run.uri)
     status: tracking.Status | None = "FAILED"
 
     def stop() -> None:
@@ -77,6 +64,20 @@ def train(
             tracker.mark("KILLED")  # now: `ray job stop` gives three seconds, perhaps too few for what follows
 
     try:
+        run.config.write(config)
+        if start.checkpoint is None:  # the audit of attempts that came to nothing
+            run.delete_audit()
+        job = RunContext(
+            config=config,
+            run_uri=run.uri,
+            tracked=tracked,
+            attempt=run.take_over(tracked.run_id),
+            start=start.checkpoint,
+            progress_bar=ray_private.progress_bar(config.run_name) if part is None and sys.stderr.isatty() else None,
+            versions=node.versions(),
+            part=part,
+        )
+        _log_inputs(tracker, config, run, dataset)
         kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_stop_signal(stop, told_to_stop), kept:
             final = _run_workers(job, scaling, callbacks)
@@ -188,16 +189,14 @@ def begin_tracking(
         return tracking.RunRef(absolute_uri(uri), "", start.mlflow_run_id)
 
 
-def _log_inputs(job: RunContext, run: RunFolder, dataset: Dataset) -> tracking.Tracker:
-    """The run's tracker, which has the settings, and which data it is, with its card."""
-    tracker, config = tracking.Tracker.beside(job.tracked, run.uri), job.config
+def _log_inputs(tracker: tracking.Tracker, config: TrainConfig, run: RunFolder, dataset: Dataset) -> None:
+    """The settings, and which data it is, with its card."""
     tracker.set_tags({tracking.NOTE: publish.describe(config, dataset, tracker.run)})
     tracker.log_text(run.config.name, run.config.text(config))
     tracker.log_dataset(Path(config.data).name, dataset.fingerprint, config.data, "training")
     card = storage.join(config.data, "data_card.html")
     if page := storage.with_retries(card, storage.find_bytes, card):
         tracker.log_text("data_card.html", page.decode())
-    return tracker
 
 
 def _log_results(
@@ -208,7 +207,12 @@ def _log_results(
     run.final.write(final)
     tracker.log_text(run.final.name, run.final.text(final))
     if job.part is None:
-        model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
+        try:
+            model = storage.with_retries(run.uri, publish.log_best, tracker, run.uri, dataset, new=job.start is None)
+        except ArplusError as error:  # the run is complete
+            log.warning(
+                "the model is not among the run's artifacts in MLflow: %s; the same command again sends it", error
+            )
     said = publish.describe(job.config, dataset, tracker.run, final, model=model, last=run.read_attempt())
     tracker.set_tags({tracking.NOTE: said})
     return model
@@ -230,13 +234,15 @@ def _run_workers(job: RunContext, scaling: ScalingConfig, callbacks: Sequence[ra
     except TrainingFailedError as error:
         log.error("%s", error)
         last = RunFolder(job.run_uri).read_attempt()
-        facts = last.failure if last and last.failed and isinstance(error, WorkerGroupError) else {}
-        said = failure.sentence(facts) if facts else failure.reason(error)
-        raise failure.WorkersFailedError(
-            f"run {config.run_name}: its workers failed once more than --max-failures {config.max_failures} allows "
-            f"(the last time {said}); the same command goes on from the newest checkpoint",
-            facts,
-        ) from error
+        facts, said = {}, f"Ray Train ended it ({failure.reason(error)})"
+        if isinstance(error, WorkerGroupError):
+            facts = last.failure if last and last.failed else failure.describe(error.worker_failures, ())
+            said = (
+                f"its workers failed once more than --max-failures {config.max_failures} allows "
+                f"(the last time {failure.sentence(facts)})"
+            )
+        said = f"run {config.run_name}: {said}; the same command goes on from the newest checkpoint"
+        raise failure.WorkersFailedError(said, facts) from error
     if isinstance(outcome, Exception):
         raise outcome
     return cast(FinalMetrics, outcome)

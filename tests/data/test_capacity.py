@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.small_models import WEIGHTED, gradients, make_batch, make_model, small
+from helpers.small_models import WEIGHTED, gradients, make_batch, make_model, small, take
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from arplus import kernels
@@ -58,6 +58,16 @@ def test_batches_of_one_capacity_are_of_one_shape_and_none_is_dropped() -> None:
     assert grown.example_id_B.equal(large.example_id_B)
     assert len(grown.context.ids) == filler.capacities[-1].context
     assert filler(batches[:1])[0].context.ids.shape == (filler.capacities[0].context,)
+
+
+@pytest.mark.timeout(60)
+def test_a_first_batch_without_examples_leaves_room_to_grow() -> None:
+    """That of a worker whose share of the last batch is empty, where a run goes on at an epoch's last step."""
+    config = small("arplus")
+    filler = Filler(RULES, examples=9)
+    filler([take(make_batch(config), [])])
+    batch = make_batch(config, 9)
+    assert filler([batch])[0].example_id_B.equal(batch.example_id_B)
 
 
 @pytest.mark.processes

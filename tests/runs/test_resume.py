@@ -199,6 +199,30 @@ def test_a_uri_does_not_overwrite_another_run(config, data):
         start(replace(second, resume=chosen), data)
 
 
+def test_the_same_command_goes_on_with_the_run_that_it_began(config, data):
+    first = save(config, 20)
+    second = replace(config, run_name="second", resume=first)
+    RunFolder(run_uri(second)).config.write(second)
+    assert start(second, data).checkpoint == first, "it had not come to a checkpoint of its own"
+    own = save(second, 30)
+    assert start(second, data) == ResumePoint(own, "mlflow-second")
+
+
+def test_a_run_is_rewound_by_any_name_of_its_folder(config, data, caplog):
+    caplog.set_level(logging.INFO)
+    first = save(config, 10)
+    save(config, 20)
+    assert start(replace(config, resume=f"file://{first}"), data).mlflow_run_id == "mlflow-first"
+    assert "--resume auto goes on" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("resume", ["auto", "uri"])
+def test_a_run_does_not_go_on_without_its_optimizer(config, data, resume):
+    uri = save(config, 10, moments={})
+    with pytest.raises(UsageError, match="holds weights alone; --init-from"):
+        start(config if resume == "auto" else replace(config, run_name="second", resume=uri), data)
+
+
 def test_a_uri_is_compared_too(config, data):
     chosen = save(config, 10)
     with pytest.raises(UsageError, match="batch_size: 32 there, 16 here"):

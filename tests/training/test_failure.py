@@ -22,7 +22,7 @@ def test_the_first_to_fail_is_named_and_not_who_waited_for_it() -> None:
     assert failure.sentence(found) == "worker 1 on two/10.0.0.2: ValueError: a b (its log: /logs/worker-b.err)"
 
 
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError(f"RuntimeError: {OUT_OF_MEMORY}")])
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError(f"{'x' * 500} {OUT_OF_MEMORY}")])
 def test_the_flags_that_lower_a_gpus_memory_are_named(error: Exception) -> None:
     said = failure.reason(error)
     assert all(flag in said for flag in ("--gradient-accumulation-steps", "--zero-stage", "--batch-size"))

@@ -55,6 +55,18 @@ def test_mfu_is_the_real_tokens_arithmetic_over_the_peak() -> None:
     assert f"| MFU {metrics['perf/mfu']:.1%} |" in describe(TrainProgress(fingerprint=""), metrics, 10)
 
 
+def test_a_pause_takes_no_step_out_of_the_means_and_no_time() -> None:
+    meter = Meter(total_steps=10, config=config(), sizes=SIZES, device=CPU)
+    meter.add([StepResult(1.0, 1.0, 1.0, 1.0, 0.1)])
+    meter.added -= 100  # a validation that took so many seconds
+    meter.started -= 100
+    meter.skip_pause()
+    meter.add([StepResult(3.0, 1.0, 1.0, 1.0, 0.1)])
+    metrics = meter.take(TrainProgress(fingerprint="", step=2))
+    assert metrics["train/loss"] == 2
+    assert metrics["perf/examples_per_second"] > 2 * config().batch_size / 50
+
+
 def test_a_validation_divides_by_real_targets() -> None:
     c = replace(config(), zero_stage=0)
     engine = Engine(initial_model(c), c, CPU)

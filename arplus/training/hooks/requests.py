@@ -78,8 +78,8 @@ class EarlyStopping(Hook):
         """Says that this validation was the last one."""
         if dist.get_rank() == 0 and self.is_over(progress):
             log.info(
-                "stopping early at step %d: no perplexity below %.3f in %d validations (--patience)",
+                "stopping early at step %d: no perplexity below %s in %d validations (--patience)",
                 progress.step,
-                progress.best_response_ppl,
+                "infinity" if progress.best_response_ppl is None else f"{progress.best_response_ppl:.3f}",
                 self.patience,
             )
