@@ -21,7 +21,8 @@ def run_name_problem(name: str) -> str | None:
         return f"must be the path of a folder within --storage, without .. and the like (got {name!r})"
     longest = max(len(part.encode(errors="surrogatepass")) for part in name.split("/"))
     if len(name) > LONGEST_RUN_NAME or longest > LONGEST_FOLDER_NAME:
-        return f"must have at most {LONGEST_RUN_NAME} characters, and as many bytes as a folder's name (has {longest})"
+        has = f"has {len(name)} characters, and a folder of {longest} bytes"
+        return f"must have at most {LONGEST_RUN_NAME} characters, and as many bytes as a folder's name ({has})"
     return _character_problem(name)
 
 

@@ -81,7 +81,7 @@ class TuneConfig(StudyConfig):
         except ValueError as error:
             yield "space", str(error)
             return
-        if self.lr_bounds is not None and any(item.startswith("optimizer.lr=") for item in self.space):
+        if self.lr_bounds is not None and any(item.partition("=")[0].strip() == "optimizer.lr" for item in self.space):
             yield "lr_bounds", "gives the bounds of optimizer.lr, and --space does so too; leave one out"
         if self.search == "grid":
             sizes = [len(d.grid(self.grid_points)) for d in dimensions]
@@ -194,6 +194,12 @@ class AblateConfig(StudyConfig):
         tried = (self.rates - 1) * sum(self.lr_of(row) is None for row in rows)
         return len(self.sizes) * (len(rows) * self.seeds + tried)
 
+    @property
+    def most_at_once(self) -> int:
+        """Runs that none has to wait for: the rates are tried first, then all seeds."""
+        tried = sum(self.rates if self.lr_of(row) is None else 0 for row in self.rows)
+        return len(self.sizes) * max(len(self.rows) * self.seeds, tried)
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""
         yield from super().check()
@@ -212,7 +218,7 @@ class AblateConfig(StudyConfig):
         if self.run.optimizer.eps != base.optimizer.eps:
             yield "optimizer.eps", "is each row's own; leave it out"
         if self.run.feed.max_examples is not None:
-            yield "feed", "--feed.max-examples is what --sessions sets; leave it out"
+            yield "feed.max_examples", "is what --sessions sets; leave it out"
 
     def _check_variants(self) -> Iterator[tuple[str, str]]:
         try:

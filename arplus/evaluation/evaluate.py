@@ -226,7 +226,7 @@ class Evaluator:
         table = self.sampler.read(0, index, [*columns, *({"target_words"} - set(columns))])
         window = Window(table, self.spec)
         random, random_persona = (
-            torch.Generator().manual_seed(self.config.seed * 1_000_003 + 2 * index + i) for i in range(2)
+            torch.Generator().manual_seed((self.config.seed * 1_000_003 + 2 * index + i) % 2**63) for i in range(2)
         )
         nats_GR = np.zeros((2, len(window)))
         tally = Tally.empty(self.special, self.state.rules)

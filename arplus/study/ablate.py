@@ -82,7 +82,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     dataset = _dataset(config)
     sizes = training_sets(config, dataset)
     _check_variants(config, dataset, sizes[0])
-    slots = find_slots(config, len(config.rows) * len(sizes) * config.seeds)
+    slots = find_slots(config, config.most_at_once)
     preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
@@ -123,13 +123,18 @@ def _dataset(config: AblateConfig) -> Dataset:
 
 
 def training_sets(config: AblateConfig, dataset: Dataset) -> list[Split]:
-    """The training sets, smallest first. Raises :class:`UsageError` for more sessions than there are."""
+    """The training sets, smallest first. Raises :class:`UsageError` for too many sessions, or one set twice."""
     whole = dataset.split("train")
     found = []
     for sessions in config.sizes:
         # Rows are in no session's order, so N sessions are as many examples as N sessions have on average.
         first = None if sessions is None else max(round(sessions * whole.examples / max(whole.sessions, 1)), 1)
         found.append(dataset.split("train", first))
+    if len({split.examples for split in found}) < len(found):
+        raise UsageError(
+            f"--sessions {config.sessions}: two of these are the same set; the training split has "
+            f"{whole.sessions:,} sessions"
+        )
     return sorted(found, key=lambda split: split.examples)
 
 

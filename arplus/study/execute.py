@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -95,6 +96,8 @@ def execute(
 
     with attempt.on_stop_signal(stop):
         tuner.fit()
+    if adapter.error is not None:
+        raise adapter.error
     storage.with_retries(study.folder.ray, storage.delete, study.folder.ray)
     if len(adapter.failures) >= IN_A_ROW:
         raise RunError(
@@ -164,11 +167,13 @@ class _Adapter(Searcher):
         self.ended, self.told_at = -1, 0.0
         self.failures: list[str] = []
         """Why the last runs failed; empty once one has not."""
+        self.error: Exception | None = None
+        """What kept a record from being written, as where another job has taken the study over."""
 
     def suggest(self, trial_id: str) -> Any:
         """The next run, written down before it starts."""
         trial = None
-        if not self.stopping and len(self.failures) < IN_A_ROW:
+        if not self.stopping and self.error is None and len(self.failures) < IN_A_ROW:
             if self.again:
                 self.study.renew(trial := self.again.pop(0))
             else:
@@ -190,11 +195,26 @@ class _Adapter(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Notes a validation."""
-        self._note(self.live[trial_id], result)
+        with self._ending_the_study():
+            self._note(self.live[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Notes how a run ended; Tune ends its process after this."""
-        trial, leader = self.live.pop(trial_id), self.study.best
+        with self._ending_the_study():
+            self._complete(self.live.pop(trial_id), result, error)
+
+    @contextmanager
+    def _ending_the_study(self) -> Iterator[None]:
+        """Keeps an error for the study's end, which it brings about: Tune would start a run that has ended again."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is None:
+                self.error = error
+                threading.Thread(target=self.stop, name="stop-study", daemon=True).start()
+
+    def _complete(self, trial: Trial, result: dict[str, Any] | None, error: bool) -> None:
+        leader = self.study.best
         self.study.tracked_run(trial)
         if error or result is None:
             trial.outcome, trial.problem = "failed", "its process ended again and again; the log says why"

@@ -120,6 +120,8 @@ def analyse(rates: list[float], losses: list[float]) -> dict[str, float]:
     ``low`` is where the smoothed loss has done a tenth of its fall, ``high`` where it is lowest, ``suggestion`` where,
     between the two, it falls steepest along log(rate). Raises :class:`RunError` where it never falls.
     """
+    if not losses:
+        raise RunError("the loss was not finite at the first step; take a lower --lr-from")
     curve = smooth(losses)
     lowest = int(curve.argmin())
     fall = curve[0] - curve[lowest]

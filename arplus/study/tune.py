@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -65,7 +65,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
         scheduler = asha if config.scheduler == "asha" else None
         execute.execute(study, source, slots, tracker, again=again, scheduler=scheduler)
         execute.check_outcome(study)
-        return finish(config, study, tracker, dataset)
+        return finish(config, dimensions, study, tracker, dataset)
 
 
 def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]:
@@ -189,7 +189,9 @@ def rows(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def finish(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset: Dataset) -> dict[str, Any]:
+def finish(
+    config: TuneConfig, dimensions: Sequence[Dimension], study: Study, tracker: tracking.Tracker, dataset: Dataset
+) -> dict[str, Any]:
     """Writes the best settings and all figures, tracks them on the parent, and registers the best model."""
     best = study.best
     assert best is not None
@@ -226,13 +228,23 @@ def finish(config: TuneConfig, study: Study, tracker: tracking.Tracker, dataset:
     ended = sum(trial.ended for trial in study.trials.values())
     tracker.log({f"best/{key}": value for key, value in figures.items() if key != OBJECTIVE}, step=ended)
     tracker.set_tags(
-        {"best": best.name, "best.run": run.run_id, tracking.NOTE: _described(config, study, judged, result)}
+        {
+            "best": best.name,
+            "best.run": run.run_id,
+            tracking.NOTE: _described(config, dimensions, study, judged, result),
+        }
         | {f"best.{k}": _value(v) for k, v in best.values.items()}
     )
     return result
 
 
-def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None, result: Mapping[str, Any]) -> str:
+def _described(
+    config: TuneConfig,
+    dimensions: Sequence[Dimension],
+    study: Study,
+    judged: verdict.Verdict | None,
+    result: Mapping[str, Any],
+) -> str:
     """The sweep's page: who won, by how much, whether it is noise, and where things are."""
     ranked = verdict.ranking(study)
     best, others = ranked[0], ranked[1:]
@@ -252,7 +264,7 @@ def _described(config: TuneConfig, study: Study, judged: verdict.Verdict | None,
         f"{said}. Every trial had one seed; another one may change more than the examples do.\n\n"
         f"{model}Train with its settings: `jobs/train.py --config {result['config']}`. "
         f"[Compare the trials]({result['compare_url']}).\n\n{table}\n\n"
-        f"{len(study.trials)} trials over {', '.join(f'`{d.text}`' for d in space(config))} on `{config.run.data}`."
+        f"{len(study.trials)} trials over {', '.join(f'`{d.text}`' for d in dimensions)} on `{config.run.data}`."
     )
 
 

@@ -257,7 +257,8 @@ def end_run(run: RunRef, status: str, tags: Mapping[str, str]) -> None:
     client = connect(run.uri)
     ended = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()]
     with explain(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
-        client.set_terminated(run.run_id, status)
+        # The end of one that has ended stays what it was.
+        client.set_terminated(run.run_id, status, client.get_run(run.run_id).info.end_time)
         client.log_batch(run.run_id, tags=ended)
 
 

@@ -126,6 +126,7 @@ def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
     config = with_values(config, {}, source="test")
     assert [row.name for row in config.rows] == ["no-albert", "arplus", "dropped", "slow"], "their presets, no other"
     assert config.runs == 3 * (3 + 1) + 2, "the one with a rate of its own is not tuned"
+    assert replace(config, seeds=1).most_at_once == 3 * 3, "as many as there are rates to try"
     size = dataset.split("train")
     tried = ablate.rate_specs(config, size)
     assert {spec.row.name for spec in tried} == {"no-albert", "arplus", "dropped"}
@@ -231,6 +232,9 @@ def test_settings_that_hold_for_all_rows_pass() -> None:
 def test_more_sessions_than_there_are(dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="the split train has 200 examples, not"):
         ablate.training_sets(AblateConfig(sessions="1000000"), dataset)
+    whole = dataset.split("train").sessions
+    with pytest.raises(UsageError, match=rf"--sessions {whole},all: two of these are the same set"):
+        ablate.training_sets(AblateConfig(sessions=f"{whole},all"), dataset)
 
 
 def test_the_plan_counts_the_runs(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a study leaves of a run that has ended, while others go on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,9 +8,11 @@ from typing import Any, cast
 import pytest
 from helpers.checkpoints import final_metrics, state
 from ray.exceptions import ActorDiedError
+from ray.tune.search import Searcher
 
 from arplus.config import EvaluateConfig, ObjectiveConfig, TrainConfig, TuneConfig
 from arplus.runs import checkpoint
+from arplus.runs.attempt import SupersededError
 from arplus.study import execute, verdict
 from arplus.study.record import OBJECTIVE, Study, StudyFacts, StudyFolder
 from arplus.tracking import RunRef
@@ -37,6 +40,20 @@ def end(mine: Study, ppls: dict[str, float], outcome: str) -> None:
         adapter.live[name] = trial
         result = {"examples": 9, "response_ppl": ppl, OBJECTIVE: ppl, "outcome": outcome}
         adapter.on_trial_complete(name, result)
+
+
+def test_an_error_of_a_record_ends_the_study_and_is_not_tunes(tmp_path: Path) -> None:
+    """Tune would start a run again whose end cannot be written, and take it back from who took the study over."""
+    mine = study(tmp_path)
+    adapter = execute._Adapter(mine, cast(Any, SimpleNamespace(progress=lambda: "")), cast(Any, None), [], None)
+    adapter.live = {name: mine.add(name, {}, mine.config.run) for name in ("a", "b")}
+    mine.folder.facts.write(replace(mine.facts, owner="another"))
+    adapter.on_trial_result("a", {"examples": 9, "response_ppl": 1.0, OBJECTIVE: 1.0})
+    adapter.on_trial_complete("a", None, error=True)
+    adapter.on_trial_complete("b", None, error=True)
+    assert isinstance(adapter.error, SupersededError)
+    assert not adapter.live
+    assert adapter.suggest("c") == Searcher.FINISHED
 
 
 def left(mine: Study) -> dict[str, tuple[int, bool]]:

@@ -143,7 +143,7 @@ def test_what_a_study_cannot_have_is_refused() -> None:
         with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')}: "):
             sweep(**{flag: value})
     with pytest.raises(UsageError, match=r"--lr-bounds: .*leave one out"):
-        sweep(lr_bounds="file", space=["optimizer.lr=uniform(1,2)"])
+        sweep(lr_bounds="file", space=["optimizer.lr =uniform(1,2)"])
 
 
 def command(*arguments: str) -> TuneConfig:
