@@ -10,7 +10,7 @@ from arplus.config import PAPER_ROWS, ExampleRules
 from arplus.data.capacity import MULTIPLE, Capacity, Filler, fill
 from arplus.model.batch import Batch
 
-RULES = ExampleRules(max_utterance_characters=30)
+RULES = ExampleRules(max_utterance_characters=8, max_context_utterances=3)
 
 
 def shapes(batch: Batch) -> list[object]:
