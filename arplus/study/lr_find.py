@@ -23,7 +23,7 @@ from arplus.cluster.scaling import size_workers
 from arplus.config import LrFindConfig
 from arplus.config.space import bounds_problem
 from arplus.data.dataset import Dataset
-from arplus.errors import RunError, UsageError
+from arplus.errors import ArplusError, RunError, UsageError
 from arplus.evaluation.sheets import as_csv
 from arplus.runs import attempt
 from arplus.study.record import StudyFolder
@@ -173,7 +173,10 @@ def _run(config: LrFindConfig, scaling: ScalingConfig, uri: str) -> list[dict[st
             "the range test's workers failed (the failure is above); it is short, so start it again"
         ) from error
     finally:
-        storage.delete(storage.join(uri, "ray"))
+        try:
+            storage.delete(storage.join(uri, "ray"))
+        except ArplusError as error:  # the range test's own end is to be heard, not this
+            log.warning("Ray's own files are left in %s: %s", uri, error)
     if isinstance(outcome, Exception):
         raise outcome
     return cast(list[dict[str, float]], outcome)

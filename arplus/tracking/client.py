@@ -176,12 +176,17 @@ def find_run(uri: str, run_id: str) -> RunRef | None:
     uri = absolute_uri(uri)
     with explain(uri):
         experiment_id = _experiment_of(connect(uri), run_id)
-    return None if experiment_id is None else RunRef(uri, experiment_id, run_id)
+    if experiment_id is None:
+        logger.warning("MLflow run %s was deleted or is on another server", run_id)
+        return None
+    return RunRef(uri, experiment_id, run_id)
 
 
 def _reopened(client: Any, run_id: str) -> str | None:
-    """Sets a run back to RUNNING and gives its experiment; None where it is gone."""
-    if (experiment_id := _experiment_of(client, run_id)) is not None:
+    """Sets a run back to RUNNING and gives its experiment; None, with a warning, where it is gone."""
+    if (experiment_id := _experiment_of(client, run_id)) is None:
+        logger.warning("MLflow run %s was deleted or is on another server: a new run is started", run_id)
+    else:
         client.update_run(run_id, status="RUNNING")
     return experiment_id
 
@@ -195,10 +200,7 @@ def _experiment_of(client: Any, run_id: str) -> str | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
-    if found is None or found.info.lifecycle_stage != "active":
-        logger.warning("MLflow run %s was deleted or is on another server: a new run is started", run_id)
-        return None
-    return str(found.info.experiment_id)
+    return None if found is None or found.info.lifecycle_stage != "active" else str(found.info.experiment_id)
 
 
 def find_or_make_experiment(client: Any, uri: str, name: str) -> str:

@@ -172,7 +172,8 @@ def test_without_mlflow_the_tables_are_written_and_the_lack_is_said(
         (folder(config) / name).unlink()
     study.tracked = study.tracked._replace(uri="http://127.0.0.1:9")
     tracker = tracking.Tracker(study.tracked, record=tmp_path / "r.jsonl")
-    found = tune.finish(study.config, study, tracker, Dataset.open(config.run.data))  # type: ignore[arg-type]
+    dataset = Dataset.open(config.run.data)
+    found = tune.finish(study.config, tune.space(study.config), study, tracker, dataset)  # type: ignore[arg-type]
     tracker.close(timeout=0.1)
     assert found["model"] is None
     assert found["trials"] == result["trials"]
