@@ -123,7 +123,7 @@ def test_a_sweep_told_to_end_saves_its_trial_and_goes_on(data: str, tmp_path: Pa
         assert job.wait(300) == 130
     finally:
         job.kill()
-    assert "error: study eight: stopped; the same command goes on with it" in (tmp_path / "log").read_text()
+    assert "interrupted: study eight: stopped; the same command goes on with it" in (tmp_path / "log").read_text()
     assert {run.info.status for run in mlflow_runs(tmp_path, "eight").values()} == {"KILLED"}
     assert list((tmp_path / "eight" / "runs" / "trial-0001" / "checkpoints").glob("*/manifest.json"))
     assert [t.outcome for t in records(tmp_path).values()] == ["running"]
