@@ -76,7 +76,7 @@ check: setup
 soak: setup
 	$(BIN)/python -m pytest -m soak
 
-# Eight minutes on an H100; build/gpu holds what was found.
+# Not run yet; some eight minutes on an H100, by a guess. build/gpu holds what was found.
 gpu: setup
 	$(BIN)/python tests/gpu/run.py
 

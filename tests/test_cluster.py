@@ -300,7 +300,7 @@ def test_the_image_has_what_the_jobs_need(tmp_path):
     found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = {*project["dependencies"], *extras["demo"], *extras["vectors"]}
+    needed = {*project["dependencies"], *extras["demo"], *extras["vectors"], *extras["pretrained"]}
     assert {"torch", "jieba"} <= needed == set(found.stdout.split())
 
 

@@ -51,6 +51,8 @@ def test_the_guides_commands(cluster: Cluster, data: str) -> None:
         "ablate.py": "ablate.py --tiny --row ar --row arplus --examples 400",
         "--seeds 3": "--seeds 1",
         "--entrypoint-num-gpus 1": "",
+        "--device gpu": "",
+        "--concurrency 4": "",
         "benchmark.py train": "benchmark.py train --rounds 1 --batches 1 --batch-size 8",
     }
     for line in local_cluster.submitted_lines():
