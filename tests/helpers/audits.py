@@ -12,7 +12,8 @@ from arplus.runs.audit import SCHEMA
 def read(run_uri: str) -> pa.Table:
     """The rows that count: those of the last attempt of each (epoch, step). Empty where there is no audit."""
     folder = storage.join(run_uri, "audit")
-    files = storage.list_files(folder, missing_ok=True)
+    # A writer that is killed with -9 leaves a file of another name, .….parquet.….tmp, which is no audit.
+    files = [uri for uri in storage.list_files(folder, missing_ok=True) if uri.endswith(".parquet")]
     tables = [pq.read_table(pa.BufferReader(storage.read_bytes(uri))) for uri in files]
     rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
     last = rows.group_by(["epoch", "step"]).aggregate([("attempt", "max")]).rename_columns(["epoch", "step", "attempt"])
