@@ -65,6 +65,8 @@ def here() -> str:
 
 def describe(exceptions: Mapping[int, Exception], workers: Sequence[str]) -> dict[str, str]:
     """The worker that failed first, as far as one can tell: ``reason``, ``rank``, and ``node`` and ``log`` if known."""
+    if not exceptions:  # as where Ray Train finds that NCCL hangs (ray.train.v2.api.exceptions.NCCLHangError)
+        return {"reason": "hangs, as Ray Train says in the log"}
     rank, error = min(exceptions.items(), key=lambda item: (bool(_CONSEQUENCE.search(str(item[1]))), item[0]))
     node, _, file = (workers[rank] if rank < len(workers) else "").partition(" ")
     facts = {"reason": reason(error), "rank": str(rank), "node": node, "log": file}

@@ -19,6 +19,7 @@ def test_the_first_to_fail_is_named_and_not_who_waited_for_it() -> None:
     found = failure.describe({0: CLOSED, 1: ValueError("a\n  b")}, PLACES)
     assert found == {"reason": "ValueError: a b", "rank": "1", "node": "two/10.0.0.2", "log": "/logs/worker-b.err"}
     assert failure.describe({0: CLOSED}, [])["rank"] == "0", "better than nothing, and without a place"
+    assert failure.sentence(failure.describe({}, [])) == "a worker: hangs, as Ray Train says in the log"
     assert failure.sentence(found) == "worker 1 on two/10.0.0.2: ValueError: a b (its log: /logs/worker-b.err)"
 
 
