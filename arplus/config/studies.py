@@ -190,15 +190,16 @@ class AblateConfig(StudyConfig):
     @property
     def runs(self) -> int:
         """Runs in all; with tuned rates the first seed's have one for each rate."""
-        rows = self.rows
-        tried = (self.rates - 1) * sum(self.lr_of(row) is None for row in rows)
-        return len(self.sizes) * (len(rows) * self.seeds + tried)
+        return len(self.sizes) * (len(self.rows) * self.seeds + (self.rates - 1) * self._tuned_rows)
 
     @property
     def most_at_once(self) -> int:
         """Runs that none has to wait for: the rates are tried first, then all seeds."""
-        tried = sum(self.rates if self.lr_of(row) is None else 0 for row in self.rows)
-        return len(self.sizes) * max(len(self.rows) * self.seeds, tried)
+        return len(self.sizes) * max(len(self.rows) * self.seeds, self.rates * self._tuned_rows)
+
+    @property
+    def _tuned_rows(self) -> int:
+        return sum(self.lr_of(row) is None for row in self.rows)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -173,7 +173,7 @@ class _Adapter(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next run, written down before it starts."""
         trial = None
-        if not self.stopping and self.error is None and len(self.failures) < IN_A_ROW:
+        if not self.stopping and len(self.failures) < IN_A_ROW:
             if self.again:
                 self.study.renew(trial := self.again.pop(0))
             else:
@@ -210,7 +210,7 @@ class _Adapter(Searcher):
             yield
         except Exception as error:
             if self.error is None:
-                self.error = error
+                self.error, self.stopping = error, True
                 threading.Thread(target=self.stop, name="stop-study", daemon=True).start()
 
     def _complete(self, trial: Trial, result: dict[str, Any] | None, error: bool) -> None:

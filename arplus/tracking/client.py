@@ -176,22 +176,17 @@ def find_run(uri: str, run_id: str) -> RunRef | None:
     uri = absolute_uri(uri)
     with explain(uri):
         experiment_id = _experiment_of(connect(uri), run_id)
-    if experiment_id is None:
-        logger.warning("MLflow run %s was deleted or is on another server", run_id)
-        return None
-    return RunRef(uri, experiment_id, run_id)
+    return None if experiment_id is None else RunRef(uri, experiment_id, run_id)
 
 
 def _reopened(client: Any, run_id: str) -> str | None:
     """Sets a run back to RUNNING and gives its experiment; None, with a warning, where it is gone."""
-    if (experiment_id := _experiment_of(client, run_id)) is None:
-        logger.warning("MLflow run %s was deleted or is on another server: a new run is started", run_id)
-    else:
+    if (experiment_id := _experiment_of(client, run_id, ": a new run is started")) is not None:
         client.update_run(run_id, status="RUNNING")
     return experiment_id
 
 
-def _experiment_of(client: Any, run_id: str) -> str | None:
+def _experiment_of(client: Any, run_id: str, otherwise: str = "") -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -200,7 +195,10 @@ def _experiment_of(client: Any, run_id: str) -> str | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
-    return None if found is None or found.info.lifecycle_stage != "active" else str(found.info.experiment_id)
+    if found is None or found.info.lifecycle_stage != "active":
+        logger.warning("MLflow run %s was deleted or is on another server%s", run_id, otherwise)
+        return None
+    return str(found.info.experiment_id)
 
 
 def find_or_make_experiment(client: Any, uri: str, name: str) -> str:
@@ -252,14 +250,13 @@ def _describe(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping
 def end_run(run: RunRef, status: str, tags: Mapping[str, str]) -> None:
     """Sets the status and tags of a run that another process has logged to; what is refused is left, with a warning.
 
-    Raises :class:`ResourceError` for a server that does not answer.
+    One that has ended keeps its end. Raises :class:`ResourceError` for a server that does not answer.
     """
     from mlflow.entities import RunTag
 
     client = connect(run.uri)
     ended = [RunTag(k, str(v)[:TAG_LENGTH]) for k, v in tags.items()]
     with explain(run.uri), _unless_refused(f"MLflow run {run.run_id}: cannot be set to {status}"):
-        # The end of one that has ended stays what it was.
         client.set_terminated(run.run_id, status, client.get_run(run.run_id).info.end_time)
         client.log_batch(run.run_id, tags=ended)
 

@@ -158,7 +158,10 @@ class Meter:
             **self._mfu(elapsed),
             **self._ranks(),
         }
-        self._clear()
+        self.results.clear()
+        self.tokens = Tokens()
+        self.waited = 0.0
+        self.started = time.monotonic()
         return metrics
 
     def _weight(self) -> dict[str, float]:
@@ -188,12 +191,6 @@ class Meter:
             "perf/slowest_rank_seconds": slowest,
             "perf/median_rank_seconds": statistics.median_low(seconds),
         }
-
-    def _clear(self) -> None:
-        self.results.clear()
-        self.tokens = Tokens()
-        self.waited = 0.0
-        self.started = time.monotonic()
 
 
 def peak_of(device: torch.device, precision: str) -> float | None:

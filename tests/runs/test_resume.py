@@ -216,11 +216,10 @@ def test_a_run_is_rewound_by_any_name_of_its_folder(config, data, caplog):
     assert "--resume auto goes on" in caplog.messages[-1]
 
 
-@pytest.mark.parametrize("resume", ["auto", "uri"])
-def test_a_run_does_not_go_on_without_its_optimizer(config, data, resume):
-    uri = save(config, 10, moments={})
+def test_a_run_does_not_go_on_without_its_optimizer(config, data):
+    save(config, 10, moments={})
     with pytest.raises(UsageError, match="holds weights alone; --init-from"):
-        start(config if resume == "auto" else replace(config, run_name="second", resume=uri), data)
+        start(config, data)
 
 
 def test_a_uri_is_compared_too(config, data):
