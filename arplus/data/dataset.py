@@ -70,6 +70,19 @@ class Dataset:
                     f"with a larger --{name}"
                 )
 
+    def check_vocabularies(self, characters: Vocabulary, persona_words: Vocabulary, *, of: str) -> None:
+        """Raises :class:`UsageError` where a model's vocabularies are not these to the token; ``of`` says whose."""
+        for kind, mine, theirs in (
+            ("characters", self.characters.tokens, characters.tokens),
+            ("persona words", self.persona_words.tokens, persona_words.tokens),
+        ):
+            if mine != theirs:
+                raise UsageError(
+                    f"--data {self.uri}: its {len(mine)} {kind} are not the {len(theirs)} of {of}; prepare the data "
+                    "with the vocabularies that it was trained on (jobs/prepare.py --character-vocabulary … "
+                    "--persona-vocabulary …, both in vocabulary/ of the data set before)"
+                )
+
     def check_labels(self, *models: ModelConfig, training: bool = True) -> None:
         """Raises :class:`UsageError` where one of these models predicts a weight, and has nothing to learn that from.
 

@@ -135,16 +135,7 @@ def _usable(uri: str, dataset: Dataset, config: EvaluateConfig) -> str:
     pinned = tracking.pin(uri, config.mlflow)
     with tracking.fetched(pinned, config.mlflow) as folder:
         found, state = checkpoint.load_found(folder)
-    for kind, mine, theirs in (
-        ("characters", state.characters, dataset.characters),
-        ("persona words", state.persona_words, dataset.persona_words),
-    ):
-        if mine.tokens != theirs.tokens:
-            raise UsageError(
-                f"--data {config.data}: its {len(theirs.tokens)} {kind} are not the {len(mine.tokens)} of the "
-                f"checkpoint {uri}; prepare the data with the checkpoint's vocabularies "
-                "(jobs/prepare.py --character-vocabulary … --persona-vocabulary …)"
-            )
+    dataset.check_vocabularies(state.characters, state.persona_words, of=f"the checkpoint {uri}")
     if different := state.rules.differences(dataset.rules):
         raise UsageError(
             f"--data {config.data}: was prepared by other rules than the checkpoint {uri} was trained on "

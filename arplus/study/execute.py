@@ -171,7 +171,12 @@ class _Adapter(Searcher):
         """What kept a record from being written, as where another job has taken the study over."""
 
     def suggest(self, trial_id: str) -> Any:
-        """The next run, written down before it starts."""
+        """The next run, written down before it starts; none any more where that fails, which ends the study."""
+        with self._ending_the_study():
+            return self._start_next(trial_id)
+        return Searcher.FINISHED
+
+    def _start_next(self, trial_id: str) -> Any:
         trial = None
         if not self.stopping and len(self.failures) < IN_A_ROW:
             if self.again:
@@ -228,7 +233,8 @@ class _Adapter(Searcher):
             trial.problem = result.get("problem", "")
             if trial.outcome == "finished":
                 trial.final = self.study.folder.run(trial.name).final.read()
-        self.failures = [*self.failures, trial.problem] if trial.outcome == "failed" else []
+        if len(self.failures) < IN_A_ROW:  # then Tune was told that there is nothing more, which it asks but once
+            self.failures = [*self.failures, trial.problem] if trial.outcome == "failed" else []
         if trial.outcome in ("diverged", "failed"):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
         self._note(trial, result or {})

@@ -1,5 +1,6 @@
 """A sweep from beginning to end: its trials, its table, and what it leaves on storage and in MLflow."""
 
+import itertools
 import json
 import logging
 import math
@@ -29,6 +30,9 @@ from arplus.training.estimate import study_report
 from arplus.training.start import check_start
 
 log = logging.getLogger(__name__)
+
+MOST_CORNERS = 1_000
+"""Combinations of a space's ends that are tried before a sweep starts; one that cannot be ends it when it is drawn."""
 
 
 def sweep(config: TuneConfig) -> dict[str, Any]:
@@ -78,12 +82,16 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
         bounds = lr_find.read_bounds(config.lr_bounds, config.run.preset, dataset.fingerprint if dataset else None)
         rate = Dimension("optimizer.lr", "loguniform", bounds)
         dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
-    for dimension in dimensions:
-        ends = dimension.values if dimension.kind == "choice" else (dimension.values[0], dimension.values[-1])
-        for value in ends:
-            run = with_values(config.run, {dimension.name: value}, source=f"--space {dimension.text}")
-            if run.objective.compared != config.run.objective.compared:
-                raise UsageError(f"--space {dimension.text}: at {value} trials cannot be compared with the others")
+    ends = [d.values if d.kind == "choice" else (d.values[0], d.values[-1]) for d in dimensions]
+    alone = [{d.name: value} for d, values in zip(dimensions, ends, strict=True) for value in values]
+    # Two values may each be possible, and not with each other. Each alone first, for the shorter message.
+    together = (dict(zip((d.name for d in dimensions), values, strict=True)) for values in itertools.product(*ends))
+    for values in itertools.chain(alone, itertools.islice(together, MOST_CORNERS)):
+        which = "".join(f" {d.text}" for d in dimensions if len(values) == 1 and d.name in values)
+        where = f"--space{which}: at {_shown(values)}"
+        run = with_values(config.run, values, source=where)
+        if run.objective.compared != config.run.objective.compared:
+            raise UsageError(f"{where}: trials cannot be compared with the others")
     return dimensions
 
 

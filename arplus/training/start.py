@@ -80,18 +80,17 @@ def load(config: TrainConfig, start: str | None) -> tuple[Dataset, PersonaTransf
     if state is not None:
         model.load_weights(state.weights)
     elif config.init_from is not None:
-        _initialise(model, config, dataset.sizes)
+        _initialise(model, config, dataset)
     if state is None:
         pretrained.initialise(model, dataset.characters, config.init)
     return dataset, model, state
 
 
-def _initialise(model: PersonaTransformer, config: TrainConfig, sizes: VocabularySizes) -> None:
+def _initialise(model: PersonaTransformer, config: TrainConfig, dataset: Dataset) -> None:
     uri = str(config.init_from)
     with tracking.fetched(uri, config.mlflow) as folder:
         state = checkpoint.load(folder)
-    if state.sizes != sizes:
-        raise UsageError(f"--init-from {uri}: its vocabularies ({state.sizes}) are not those of the data ({sizes})")
+    dataset.check_vocabularies(state.characters, state.persona_words, of=f"--init-from {uri}")
     added = {
         name: value
         for name, value in model.weights().items()

@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
 from arplus.config import EvaluateConfig, ObjectiveConfig, TrainConfig, TuneConfig
+from arplus.errors import UsageError
 from arplus.runs import checkpoint
 from arplus.runs.attempt import SupersededError
 from arplus.study import execute, verdict
@@ -54,6 +55,35 @@ def test_an_error_of_a_record_ends_the_study_and_is_not_tunes(tmp_path: Path) ->
     assert isinstance(adapter.error, SupersededError)
     assert not adapter.live
     assert adapter.suggest("c") == Searcher.FINISHED
+
+
+def test_a_run_that_cannot_be_made_ends_the_study(tmp_path: Path) -> None:
+    """Where Ray Tune would raise the error as its own, in its own words, and leave the others running."""
+
+    def draw() -> None:
+        raise UsageError("--space: trial-0001: heads")
+
+    adapter = execute._Adapter(study(tmp_path), cast(Any, SimpleNamespace(next=draw)), cast(Any, None), [], None)
+    assert adapter.suggest("a") == Searcher.FINISHED
+    assert isinstance(adapter.error, UsageError)
+    assert adapter.stopping
+
+
+def test_a_study_that_ended_for_its_failures_says_so_though_a_run_then_ends_well(tmp_path: Path) -> None:
+    """Ray Tune asks for no further run once it was told that there is none."""
+    mine = study(tmp_path)
+    source: Any = SimpleNamespace(next=lambda: None, tell=lambda trial: None, progress=lambda: "")
+    adapter = execute._Adapter(mine, source, cast(Any, None), [], None)
+    adapter.live = {name: mine.add(name, {}, mine.config.run) for name in ("a", "b", "c", "well")}
+    for trial in mine.trials.values():
+        trial.mlflow_run_id = "m"
+    for name in ("a", "b", "c"):
+        adapter.on_trial_complete(name, None, error=True)
+    assert adapter.suggest("d") == Searcher.FINISHED
+    mine.folder.run("well").final.write(final_metrics(best_response_ppl=1.0))
+    adapter.on_trial_complete("well", {"examples": 9, "response_ppl": 1.0, OBJECTIVE: 1.0, "outcome": "finished"})
+    assert adapter.error is None
+    assert len(adapter.failures) == execute.IN_A_ROW
 
 
 def left(mine: Study) -> dict[str, tuple[int, bool]]:

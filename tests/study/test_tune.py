@@ -210,13 +210,15 @@ def test_a_sweep_of_other_settings_or_a_taken_name_is_refused(finished: tuple, d
 
 def test_wrong_ends_and_a_cluster_that_is_too_small_are_refused_first(data: str, tmp_path: Path) -> None:
     config = settings(data, tmp_path, search="random")
-    with pytest.raises(UsageError, match=r"^--space model.dropout=uniform\(0,1\): --model.dropout: .* less than 1"):
+    with pytest.raises(UsageError, match=r"^--space model.dropout=uniform\(0,1\): at model.dropout 1: .* less than 1"):
         tune.sweep(replace(config, space=("model.dropout=uniform(0,1)",)))
-    with pytest.raises(UsageError, match=r"^--space model.heads=choice\(2,3\): --model.heads: must divide"):
+    with pytest.raises(UsageError, match=r"^--space model.heads=choice\(2,3\): at model.heads 3: .* must divide"):
         tune.sweep(replace(config, space=("model.heads=choice(2,3)",)))
+    with pytest.raises(UsageError, match=r"^--space: at .* 0, model.heads 4, model.d_model 34: --model.heads: must"):
+        tune.sweep(replace(config, space=("model.heads=choice(2,4)", "model.d_model=choice(32,34)")))
     with pytest.raises(UsageError, match=r"no\.txt: no such file"):
         tune.sweep(with_values(config, {"init.character_vectors": "no.txt"}, source="test"))
-    with pytest.raises(UsageError, match=r"^--space objective.lambda0=choice\(0,1\): at 0 trials cannot be compared"):
+    with pytest.raises(UsageError, match=r"lambda0=choice\(0,1\): at objective.lambda0 0: trials cannot be compared"):
         tune.sweep(replace(config, space=("objective.lambda0=choice(0,1)",)))
     with pytest.raises(ResourceError, match="9 workers"):
         tune.sweep(with_values(config, {"workers": 9, "batch_size": 9}, source="test"))
