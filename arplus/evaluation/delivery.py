@@ -70,7 +70,7 @@ def deliver(result: dict[str, Any], config: EvaluateConfig, to: Destination) -> 
     """
     try:
         if config.json is not None:
-            storage.write_json(config.json, result)
+            storage.with_retries(config.json, storage.write_json, config.json, result)
     finally:
         run = track(result, to)
     return tracking.run_url(run) if run.experiment_id else None

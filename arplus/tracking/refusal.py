@@ -24,7 +24,8 @@ from arplus.errors import redact
 
 Event = dict[str, Any]
 """One thing that was logged; a line of the record. It holds ``run_id``, ``timestamp`` (milliseconds) and one of:
-``key, value, step`` (a metric), ``tag, value``, ``artifact, text``, ``artifact, file``, ``dataset``, ``status``."""
+``key, value, step`` (a metric; with ``repeats`` where a step may have several points), ``tag, value``,
+``artifact, text``, ``artifact, file``, ``dataset``, ``status``."""
 
 Refused = list[tuple[Event, Exception]]
 """Events that a server will not take, each with the reason."""

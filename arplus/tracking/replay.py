@@ -1,7 +1,14 @@
-"""Fills a server in from a record: what it missed is sent, what it has is not sent twice, nothing holds up the rest."""
+"""Fills a server in from a record: what it missed is sent, what it has is not sent twice, nothing holds up the rest.
 
+Points are told apart by their step, tags by their value, artifacts by their content. Where the run has gone on
+elsewhere since the record ended, a tag or an artifact that it has is newer than the record's, and stays.
+"""
+
+import filecmp
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -93,11 +100,15 @@ class _Outcome:
         self.uri = uri
         self.sent = 0
         self.refused: Refused = []
+        self.newer: set[str] = set()
+        """Runs that have gone on elsewhere since the record ended."""
 
     def send_values(self, run_id: str, events: list[Event]) -> None:
         """Sends all but the artifacts, the status first."""
         values = [event for event in events if "artifact" not in event]
-        missing = self._tried(values, partial(_missing, self.client, run_id, events)) or []
+        missing, newer = self._tried(values, partial(_missing, self.client, run_id, events)) or ([], False)
+        if newer:
+            self.newer.add(run_id)
         batches = [[event] for event in missing if "key" not in event]
         metrics = [event for event in missing if "key" in event]
         batches += [metrics[i : i + METRICS_A_REQUEST] for i in range(0, len(metrics), METRICS_A_REQUEST)]
@@ -105,9 +116,9 @@ class _Outcome:
             self._send(batch)
 
     def send_artifacts(self, run_id: str, events: list[Event]) -> None:
-        """Sends the artifacts that the run lacks."""
-        for name, event in {artifact_path(e): e for e in events if "artifact" in e}.items():
-            if self._tried([event], partial(_has_artifact, self.client, run_id, name)) is False:
+        """Sends the artifacts that the run lacks, or has as they were before."""
+        for event in {artifact_path(e): e for e in events if "artifact" in e}.values():
+            if self._tried([event], partial(_has_artifact, self.client, run_id, event, run_id in self.newer)) is False:
                 self._send([event])
 
     def _send(self, events: list[Event]) -> None:
@@ -130,31 +141,54 @@ class _Outcome:
             return None
 
 
-def _missing(client: Any, run_id: str, events: list[Event]) -> list[Event]:
-    """Of a run's events but its artifacts, those that the server lacks; the status comes first."""
+def _missing(client: Any, run_id: str, events: list[Event]) -> tuple[list[Event], bool]:
+    """Of a run's events but its artifacts, those that the server lacks, the status first; and whether the run is newer.
+
+    It is where it went on elsewhere after this record ended: then what it has by a name is newer than the record's.
+    """
     run = client.get_run(run_id)
     keys = {e["key"] for e in events if "key" in e}
     there = [(key, m) for key in sorted(keys) for m in client.get_metric_history(run_id, key)]
-    points = {(key, m.step) for key, m in there}
-    # A run that went on elsewhere after this record ended it does not concern this record.
-    latest = max((m.timestamp for _, m in there), default=0)
-    ends = [e for e in events[-1:] if "status" in e and e["timestamp"] >= latest]
-    found = [e for e in ends if run.info.status != e["status"]]
+    newer = max((m.timestamp for _, m in there), default=0) > events[-1]["timestamp"]
+    found = [e for e in events[-1:] if "status" in e and not newer and run.info.status != e["status"]]
     tags = {e["tag"]: e for e in events if "tag" in e}
-    found += [e for tag, e in tags.items() if run.data.tags.get(tag) != e["value"]]
+    found += [
+        e for tag, e in tags.items() if not (newer and tag in run.data.tags) and run.data.tags.get(tag) != e["value"]
+    ]
     digests = {d.dataset.digest for d in run.inputs.dataset_inputs}
     datasets = {digest(e["dataset"]["fingerprint"]): e for e in events if "dataset" in e}
     found += [e for digest, e in datasets.items() if digest not in digests]
     # A step that was trained again after a restart is recorded again; one point of it is enough.
-    recorded = {(e["key"], e["step"]): e for e in events if "key" in e}
-    return found + [e for point, e in recorded.items() if point not in points]
+    recorded = {_point(e): e for e in events if "key" in e}
+    points = {(key, m.step) for key, m in there} | {(key, m.step, m.timestamp) for key, m in there}
+    return found + [e for point, e in recorded.items() if point not in points], newer
 
 
-def _has_artifact(client: Any, run_id: str, name: str) -> bool:
-    """Whether a run has an artifact; one that may not be asked for is taken to be missing, and sent again."""
-    folder = name.rpartition("/")[0] or None
+def _point(event: Event) -> tuple[Any, ...]:
+    """What tells a metric's points apart: the step, and where steps repeat, as those of evaluations, when it was."""
+    point = (event["key"], event["step"])
+    return (*point, event["timestamp"]) if event.get("repeats") else point
+
+
+def _has_artifact(client: Any, run_id: str, event: Event, newer: bool) -> bool:
+    """Whether a run has an artifact as it was logged, or a newer one of its name.
+
+    One that may not be asked for is taken to be missing, and sent again.
+    """
+    name, file = artifact_path(event), event.get("file")
     try:
-        return any(found.path == name for found in client.list_artifacts(run_id, folder))
+        there = {
+            found.path: found.file_size for found in client.list_artifacts(run_id, name.rpartition("/")[0] or None)
+        }
+        # Of a file that is no longer here nothing more can be known, nor sent.
+        if name not in there or newer or (file and not os.path.exists(file)):
+            return name in there
+        mine = os.path.getsize(file) if file else len(event["text"].encode())
+        if there[name] not in (None, mine):
+            return False
+        with tempfile.TemporaryDirectory(prefix="arplus-replay-") as copies:
+            copy = Path(client.download_artifacts(run_id, name, copies))
+            return filecmp.cmp(copy, file, shallow=False) if file else copy.read_bytes() == event["text"].encode()
     except Exception as error:
         if not is_final(error):
             raise

@@ -22,7 +22,18 @@ from uuid import uuid4
 from arplus import storage
 from arplus.errors import ArplusError, redact
 from arplus.tracking.client import METRICS_A_REQUEST, TAG_LENGTH, make_client, send, without_repeats
-from arplus.tracking.refusal import Event, Refused, advice, brief, is_final, kind_of, send_each, title, titles
+from arplus.tracking.refusal import (
+    Event,
+    Refused,
+    advice,
+    brief,
+    is_final,
+    kind_of,
+    send_each,
+    status_of,
+    title,
+    titles,
+)
 from arplus.tracking.run import RunRef, keep_of, record_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +43,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 CAPACITY = 10_000
 """Events that wait for the server at most; further ones are only written to the record."""
 _GIVE_UP_S = 900.0
-"""Seconds after which a tag that the server cannot take stops holding up the metrics behind it."""
+"""Seconds after which a tag that the server cannot take, while it answers, stops holding up what is behind it."""
+_AWAY = (502, 503, 504)
+"""What a proxy answers for a server that is not there."""
 _LONGEST_WAIT_S = 30.0
 _BYTES_A_SECOND = 5 << 20
 """What a slow server takes of a file: the 1.2 GB of a large model's weights are given four minutes."""
@@ -112,7 +125,8 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Logs metrics at ``step`` (examples trained on)."""
-        self._put(*({"key": k, "value": float(v), "step": int(step)} for k, v in metrics.items()))
+        repeats = {"repeats": True} if self._repeats else {}
+        self._put(*({"key": k, "value": float(v), "step": int(step)} | repeats for k, v in metrics.items()))
 
     def log_text(self, name: str, text: str) -> None:
         """Logs a text as the artifact ``name``, which may hold folders."""
@@ -245,8 +259,10 @@ class Tracker:
                 client = client or make_client(self.run.uri)
                 refused = send_each(batch, deliver)
             except Exception as error:  # whatever a server or a network may do, training goes on
-                stuck = lane is self._values and "key" not in first and time.monotonic() - since > _GIVE_UP_S
-                if not stuck and not is_final(error):
+                # A server that answers takes the values behind it, perhaps; one that is away would take none.
+                answers = status_of(error) not in (None, *_AWAY)
+                stuck = answers and "key" not in first and time.monotonic() - since > _GIVE_UP_S
+                if not (stuck and lane is self._values) and not is_final(error):
                     self._wait(lane, error, wait)
                     wait = min(2 * wait, _LONGEST_WAIT_S)
                     continue

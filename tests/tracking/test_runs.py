@@ -89,6 +89,42 @@ def test_a_step_that_is_trained_again_has_one_point(store, tmp_path):
     assert points(store, elsewhere.run_id, "train/loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
+def test_of_two_evaluations_at_one_step_the_second_is_replayed_too(store, tmp_path):
+    """Whose artifact has the name of the first one's."""
+    run = begin(store)
+    for ppl, record in (1.0, "first"), (2.0, "second"):
+        with Tracker(run, record=tmp_path / record, repeats=True) as tracker:
+            tracker.log({"test/ppl": ppl}, 100)
+            tracker.log_text("evaluation_test.json", f"ppl {ppl}")
+            tracker.set_tags({"ppl": str(ppl)})
+        time.sleep(0.01)  # timestamps are milliseconds
+    elsewhere = begin(store)
+    for record, sent in ("first", 4), ("second", 3):
+        file = tmp_path / record
+        file.write_text(file.read_text().replace(run.run_id, elsewhere.run_id))
+        assert replay_record(file, store) == sent, "all but a status that is the same"
+    assert points(store, elsewhere.run_id, "test/ppl") == [(100, 1.0), (100, 2.0)]
+    mlflow = client.connect(store)
+    for _ in range(2):
+        assert mlflow.get_run(elsewhere.run_id).data.tags["ppl"] == "2.0"
+        found = mlflow.download_artifacts(elsewhere.run_id, "evaluation_test.json", str(tmp_path))
+        assert Path(found).read_text() == "ppl 2.0"
+        assert replay_record(tmp_path / "second", store) == 0
+        assert replay_record(tmp_path / "first", store) == 0, "which is older than what the run has by now"
+
+
+def test_a_file_that_was_sent_before_it_changed_is_sent_again(store, tmp_path):
+    run = begin(store)
+    file = tmp_path / "trials.csv"
+    with Tracker(run, record=tmp_path / "r") as tracker:
+        file.write_text("a,b\n1,2\n")
+        tracker.log_file(file, "tables")
+    file.write_text("a,b\n1,3\n")
+    assert replay_record(tmp_path / "r", store) == 1
+    file.unlink()
+    assert replay_record(tmp_path / "r", store) == 0, "of a file that is gone the run has what there is"
+
+
 def test_a_run_that_was_deleted_is_replaced_with_a_warning(store, caplog):
     run = begin(store)
     client.connect(store).delete_run(run.run_id)

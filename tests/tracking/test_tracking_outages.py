@@ -61,6 +61,34 @@ def test_one_refused_value_does_not_hold_up_the_next(store, tmp_path, caplog):
     assert points(store, run.run_id, "good") == [(2, 1.0)]
 
 
+@pytest.mark.parametrize(("error", "lost"), [(ConnectionError("refused"), 0), (OSError("HTTP 500"), 1)])
+def test_a_tag_waits_for_a_server_that_is_away_and_not_for_one_that_answers(
+    store, tmp_path, monkeypatch, caplog, error, lost
+):
+    """Which goes on with the metrics behind it."""
+    error.code = 500 if lost else None
+    send, sent, tried = client.send, [], []
+
+    def fail(mlflow, events):
+        if "tag" in events[0] and len(tried) < 6:
+            tried.append(events)
+            raise error
+        send(mlflow, events)
+        sent.append(events)
+
+    monkeypatch.setattr("arplus.tracking.tracker.send", fail)
+    monkeypatch.setattr("arplus.tracking.tracker._GIVE_UP_S", 0.2)
+    monkeypatch.setattr("arplus.tracking.tracker._LONGEST_WAIT_S", 0.05)
+    tracker = Tracker(begin(store), record=tmp_path / "r.jsonl")
+    tracker.set_tags({"best": "a"})
+    tracker.log({"good": 1.0}, 2)
+    deadline = time.monotonic() + 20
+    while not any("key" in events[0] for events in sent) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert tracker.close("FINISHED") == lost
+    assert any("tag" in events[0] for events in sent) != bool(lost)
+
+
 def test_a_full_disk_does_not_end_the_training(store, tmp_path, caplog):
     run = begin(store)
     with Tracker(run, record="/dev/full") as tracker:
