@@ -219,6 +219,11 @@ class TrainConfig:
         """Most examples in one forward pass of one of ``workers`` workers."""
         return -(-self.batch_size // (workers * self.gradient_accumulation_steps))
 
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the whole run over so many examples per epoch, if nothing ends it before."""
+        steps = self.epochs * -(-examples // self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
     def zero_stage_of(self, workers: int) -> int:
         """The ZeRO stage of so many workers."""
         return min(workers - 1, 1) if self.zero_stage == "auto" else self.zero_stage

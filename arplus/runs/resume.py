@@ -95,6 +95,12 @@ def _from_checkpoint(config: TrainConfig, dataset: Dataset, own: bool) -> Resume
         raise UsageError(f"--resume {uri}: must be auto, never, or the URI of a checkpoint or of a run's folder")
     # Another run may have been tracked elsewhere, and its checkpoint has what its weights came to.
     _check(state, config, dataset, uri, MAY_DIFFER | STARTS | {"experiment"})
+    steps = config.total_steps(dataset.split("train", config.feed.max_examples).examples)
+    if not own and state.progress.step >= steps:
+        raise UsageError(
+            f"--resume {uri}: is of step {state.progress.step}, and a run of these settings has {steps} steps: raise "
+            "--epochs or --max-steps, or take an earlier checkpoint"
+        )
     log.info("run %s starts from step %d of %s", config.run_name, state.progress.step, uri)
     if own:
         log.info("the same command would begin there again; --resume auto goes on with what is trained now")

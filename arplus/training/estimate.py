@@ -42,9 +42,8 @@ def report(config: TrainConfig) -> str:
     lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
         return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
-    examples = dataset.split("train").examples
-    epoch = -(-examples // config.batch_size)
-    steps = epoch * config.epochs if config.max_steps is None else min(epoch * config.epochs, config.max_steps)
+    examples = dataset.split("train", config.feed.max_examples).examples
+    epoch, steps = -(-examples // config.batch_size), config.total_steps(examples)
     lines += [f"steps: {steps:,} ({epoch:,} per epoch of {examples:,} examples)"]
     return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
 

@@ -54,12 +54,6 @@ def fit(
         _Loop(engine, train, valid, progress, config, hooks, roll).run()
 
 
-def total_steps(config: TrainConfig, train: RankLoader) -> int:
-    """Optimizer steps of the whole run, if nothing ends it before."""
-    steps = config.epochs * train.steps
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
 @dataclass
 class _Loop:
     """What one call of :func:`fit` works with."""
@@ -74,7 +68,7 @@ class _Loop:
     unread: list[Trained] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.total = total_steps(self.config, self.train)
+        self.total = self.config.total_steps(self.train.sampler.split.examples)
         self.validates = self.valid.sampler.split.examples > 0
         self.meter = Meter(
             total_steps=self.total,

@@ -29,7 +29,7 @@ from arplus.training import failure, workers
 from arplus.training.context import RunContext, RunEndedError
 from arplus.training.engine import Engine, is_compiled
 from arplus.training.hooks import close_hooks, final_metrics, make_hooks
-from arplus.training.loop import fit, total_steps
+from arplus.training.loop import fit
 from arplus.training.start import load
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _train(job: RunContext) -> FinalMetrics:
     else:
         progress.best_response_ppl, progress.validations_since_best = None, 0  # this run's, not another's
     train_loader, valid_loader = loaders(config, dataset, device)
-    steps = total_steps(config, train_loader)
+    steps = config.total_steps(train_loader.sampler.split.examples)
     engine = Engine(model, config, device, steps)
     if state is not None:
         engine.load_moments(state.moments, progress.step)

@@ -27,7 +27,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data, tmp_path) -> TrainConfig:
-    return replace(tiny(preset("arplus")), data=data.uri, storage=str(tmp_path / "runs"), run_name="first")
+    """Of 40 steps."""
+    run = replace(tiny(preset("arplus")), data=data.uri, storage=str(tmp_path / "runs"), run_name="first")
+    return replace(run, epochs=20)
 
 
 def run_uri(config: TrainConfig) -> str:
@@ -226,6 +228,15 @@ def test_a_uri_is_compared_too(config, data):
     chosen = save(config, 10)
     with pytest.raises(UsageError, match="batch_size: 32 there, 16 here"):
         start(replace(config, run_name="second", resume=chosen, batch_size=16), data)
+
+
+def test_another_run_that_has_all_steps_already_is_refused(config, data):
+    """A run without a step would have no checkpoint of its own."""
+    chosen = save(replace(config, max_steps=10), 10)
+    second = replace(config, run_name="second", resume=chosen)
+    with pytest.raises(UsageError, match=r"is of step 10, .* has 10 steps: raise --epochs or --max-steps"):
+        start(replace(second, max_steps=10), data)
+    assert start(replace(second, max_steps=11), data).checkpoint == chosen
 
 
 def test_weights_alone_are_not_a_state(config, data):

@@ -33,6 +33,12 @@ def test_hours_and_cost_follow_a_measured_rate(config: TrainConfig) -> None:
     assert "cost" not in hours(config, examples_per_second=0.01)
 
 
+def test_a_run_on_fewer_examples_is_counted_by_them(config: TrainConfig) -> None:
+    feed = replace(config.feed, max_examples=50)
+    assert "steps: 6 (3 per epoch of 50 examples)" in report(replace(config, feed=feed))
+    assert "steps: 2 (3 per epoch of 50 examples)" in report(replace(config, feed=feed, max_steps=2))
+
+
 def test_without_one_the_guess_is_named(config: TrainConfig) -> None:
     assert "10% of the 121 TFLOP/s of an L4, a guess; --estimate.examples-per-second takes" in hours(config)
     slow, fast = (hours(config, gpu="H100", mfu=share, price=1e9) for share in (0.1, 0.2))
