@@ -24,7 +24,7 @@ MIN_DISK = 1 << 30
 """Bytes of a node's disk for Ray's logs and a copy of the weights."""
 
 
-def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) -> None:
+def check_nodes(config: TrainConfig, dataset: Dataset, stored_bytes: int) -> None:
     """Asks every node that is there; :mod:`arplus.cluster.node` says for what. Takes a second or two.
 
     One object of the data is read and one of the storage is written and deleted, by every node. Raises
@@ -37,7 +37,7 @@ def check_nodes(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int) ->
             "--device gpu where an autoscaler starts GPU nodes"
         )
     placement.say_who_qualifies(config.placement)
-    _check_storage(config, checkpoint_bytes)
+    _check_storage(config, stored_bytes)
     marker = storage.join(config.storage, f".preflight-{uuid4().hex[:8]}")
     storage.write_bytes(marker, b"")
     try:
@@ -68,19 +68,17 @@ def warn_of_slow_bf16(config: TrainConfig, facts: dict[str, node.NodeReport]) ->
         log.warning("%s (node %s)", node.SLOW_BF16, ", ".join(slow))
 
 
-def _check_storage(config: TrainConfig, checkpoint_bytes: int) -> None:
-    """Local storage must have room for the checkpoints that are kept, the best one and one that is being written."""
+def _check_storage(config: TrainConfig, stored_bytes: int) -> None:
+    """Local storage must have room for all checkpoints that are there at one time."""
     if not storage.is_local(config.storage):
         return
     folder = storage.resolve(config.storage)[1]
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    kept = 1 if config.keep_checkpoints == "all" else config.keep_checkpoints  # at the least
-    free, needed = shutil.disk_usage(folder).free, (kept + 2) * checkpoint_bytes
-    if free < needed:
+    if (free := shutil.disk_usage(folder).free) < stored_bytes:
         raise ResourceError(
-            f"--storage {config.storage}: {_size(free)} free, and {kept} + 2 checkpoints of "
-            f"{_size(checkpoint_bytes)} take {_size(needed)}; free some space or lower --keep-checkpoints"
+            f"--storage {config.storage}: {_size(free)} free, and the checkpoints that are there at one time take "
+            f"{_size(stored_bytes)}; free some space or lower --keep-checkpoints"
         )
 
 

@@ -187,19 +187,20 @@ class AblateConfig(StudyConfig):
         valid = all(name == "all" or (name.isdecimal() and int(name) > 0) for name in names)
         return [None if name == "all" else int(name) for name in names] if valid else []
 
+    def runs_of(self, row: Row) -> int:
+        """Runs of a row at each size: one a seed; where the rate is tuned the first seed's have one for each rate."""
+        return self.seeds + (self.rates - 1 if self.lr_of(row) is None else 0)
+
     @property
     def runs(self) -> int:
-        """Runs in all; with tuned rates the first seed's have one for each rate."""
-        return len(self.sizes) * (len(self.rows) * self.seeds + (self.rates - 1) * self._tuned_rows)
+        """Runs in all."""
+        return len(self.sizes) * sum(map(self.runs_of, self.rows))
 
     @property
     def most_at_once(self) -> int:
         """Runs that none has to wait for: the rates are tried first, then all seeds."""
-        return len(self.sizes) * max(len(self.rows) * self.seeds, self.rates * self._tuned_rows)
-
-    @property
-    def _tuned_rows(self) -> int:
-        return sum(self.lr_of(row) is None for row in self.rows)
+        tuned = sum(self.lr_of(row) is None for row in self.rows)
+        return len(self.sizes) * max(len(self.rows) * self.seeds, self.rates * tuned)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yields (field, problem) for settings that are wrong together."""

@@ -6,7 +6,7 @@ first; the best of them is that seed's result, and its rate that of the other se
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,8 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     sizes = training_sets(config, dataset)
     _check_variants(config, dataset, sizes[0])
     slots = find_slots(config, config.most_at_once)
-    preflight.check_nodes(config.run, dataset, stored_bytes(config, config.runs, slots, dataset.sizes))
+    runs = [(run, count) for run, count, _ in planned(config, sizes)]
+    preflight.check_nodes(config.run, dataset, stored_bytes(runs, slots, dataset.sizes))
     study = Study.begin(config, kind="ablation", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         if config.lr == "tuned":
@@ -104,15 +105,26 @@ def plan(config: AblateConfig) -> str:
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
     lines += [f"  {row.name}: {report.settings_of(row)}" for row in config.variants]
     if config.run.data:
-        dataset, runs = _dataset(config), []
-        for size in training_sets(config, dataset):
-            budget = config.examples or config.run.epochs * size.examples
-            lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
-            for row in config.rows:
-                spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
-                runs += [(settings(config, spec), budget)] * (config.runs // len(config.rows) // len(config.sizes))
+        dataset = _dataset(config)
+        sizes = training_sets(config, dataset)
+        for size in sizes:
+            lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {_budget(config, size):,} a run")
+        runs = [(run, budget) for run, count, budget in planned(config, sizes) for _ in range(count)]
         lines += ["", *study_report(runs, dataset, config.concurrency, ends_early=False)]
     return "\n".join(lines)
+
+
+def planned(config: AblateConfig, sizes: Sequence[Split]) -> Iterator[tuple[TrainConfig, int, int]]:
+    """Of each row and size the settings of a run, but for its seed and rate, how many there are, and its examples."""
+    for size in sizes:
+        for row in config.rows:
+            spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
+            yield settings(config, spec), config.runs_of(row), _budget(config, size)
+
+
+def _budget(config: AblateConfig, size: Split) -> int:
+    """Examples that a run trains on."""
+    return config.examples or config.run.epochs * size.examples
 
 
 def _dataset(config: AblateConfig) -> Dataset:

@@ -1,13 +1,14 @@
 """How many runs of a study fit on the cluster side by side."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from arplus.cluster.placement import Room
 from arplus.cluster.scaling import FEED_CPUS, cpu_nodes, driver_cpus, fair_share, find_room_of_run
-from arplus.config import MIN_WORKER_CPUS, StudyConfig, VocabularySizes
+from arplus.config import MIN_WORKER_CPUS, StudyConfig, TrainConfig, VocabularySizes
 from arplus.errors import ResourceError
-from arplus.training.footprint import checkpoint_bytes
+from arplus.training.footprint import run_bytes, weight_bytes
 
 
 class Slots(NamedTuple):
@@ -64,16 +65,17 @@ def fit(
     return Slots(wanted, int(share(wanted) * 1e4) / 1e4, "gpu" if gpus else "cpu")
 
 
-def stored_bytes(config: StudyConfig, runs: int, slots: Slots, sizes: VocabularySizes) -> int:
-    """Bytes that the newest checkpoint of each run takes at most, where the weights alone stay of one that has ended.
+def stored_bytes(runs: Iterable[tuple[TrainConfig, int]], slots: Slots, sizes: VocabularySizes) -> int:
+    """Bytes of a study's checkpoints at most, of so many runs of each of these settings.
 
-    ``--keep-checkpoints`` and the best one come on top, as for a single run.
+    Of one that has ended the weights alone stay, unless --keep-checkpoints is all.
     """
-    one = checkpoint_bytes(config.run.model, sizes, config.run.optimizer.only)
-    if config.run.keep_checkpoints == "all":
-        return runs * one
-    whole = min(runs, slots.side_by_side + 1)  # those that train, and the best
-    return whole * one + (runs - whole) * one // 3
+    rooms, total = [], 0
+    for run, count in runs:
+        whole, ended = run_bytes(run, sizes), weight_bytes(run, sizes)
+        total += count * (whole if run.keep_checkpoints == "all" else ended)
+        rooms += [0 if run.keep_checkpoints == "all" else whole - ended] * count
+    return total + sum(sorted(rooms)[-slots.side_by_side - 1 :])  # those that train, and the best
 
 
 def _refusal(config: StudyConfig, runs: int, share: float, room: Room, driver: float) -> str:

@@ -50,7 +50,7 @@ def sweep(config: TuneConfig) -> dict[str, Any]:
     slots = find_slots(config, config.trials)
     varied = any(d.name == "precision" and "bf16" in d.values for d in dimensions)
     asked = replace(config.run, precision="bf16") if varied else config.run
-    preflight.check_nodes(asked, dataset, stored_bytes(config, config.trials, slots, dataset.sizes))
+    preflight.check_nodes(asked, dataset, stored_bytes([(config.run, config.trials)], slots, dataset.sizes))
     study = Study.begin(config, kind="sweep", fingerprint=dataset.fingerprint)
     with execute.study_session(study) as tracker:
         search = Search(config, dimensions, dict(enumerate(study.trials.values(), 1)))

@@ -91,6 +91,20 @@ def checkpoint_bytes(model: ModelConfig, sizes: VocabularySizes, only: Collectio
     return BYTES * (3 * sum(trained) + sum(frozen))
 
 
+def run_bytes(config: TrainConfig, sizes: VocabularySizes) -> int:
+    """Bytes of a run's checkpoints at one time: those that are kept, the best one and one that is being written.
+
+    At the least where --keep-checkpoints is all, whose number nobody knows.
+    """
+    kept = 1 if config.keep_checkpoints == "all" else config.keep_checkpoints
+    return (kept + 2) * checkpoint_bytes(config.model, sizes, config.optimizer.only)
+
+
+def weight_bytes(config: TrainConfig, sizes: VocabularySizes) -> int:
+    """Bytes of a checkpoint that holds weights alone."""
+    return BYTES * sum(map(sum, _elements(config.model, sizes, config.optimizer.only)))
+
+
 def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int, int], int]:
     """(stage, workers) → bytes of one worker's train state, for every stage and every number of workers of the run."""
     trained, frozen = _elements(config.model, sizes, config.optimizer.only)

@@ -29,7 +29,7 @@ from arplus.runs.resume import ResumePoint, find_resume_point
 from arplus.tracking.run import absolute_uri
 from arplus.training import failure, publish, workers
 from arplus.training.context import RunContext, StudyContext
-from arplus.training.footprint import checkpoint_bytes
+from arplus.training.footprint import run_bytes
 from arplus.training.start import check_start, resolve
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _check(config: TrainConfig, part: StudyContext | None) -> tuple[Dataset, Sca
     dataset.check_labels(config.model)
     scaling = size_workers(config)
     if part is None:  # a study has asked for all its runs
-        preflight.check_nodes(config, dataset, checkpoint_bytes(config.model, dataset.sizes, config.optimizer.only))
+        preflight.check_nodes(config, dataset, run_bytes(config, dataset.sizes))
     if not dataset.split("valid").examples:
         log.warning(
             "--data %s: has no validation example, so no checkpoint can be the best one: the run's last one "

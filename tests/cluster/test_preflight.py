@@ -26,10 +26,10 @@ def config(dataset: Dataset, tmp_path: Path) -> TrainConfig:
     return TrainConfig(data=dataset.uri, storage=str(tmp_path / "runs"))
 
 
-def refusal(config: TrainConfig, dataset: Dataset, checkpoint_bytes: int = 0) -> tuple[int, str]:
+def refusal(config: TrainConfig, dataset: Dataset, stored_bytes: int = 0) -> tuple[int, str]:
     """The exit code and the one line."""
     with pytest.raises(ArplusError) as caught:
-        preflight.check_nodes(config, dataset, checkpoint_bytes)
+        preflight.check_nodes(config, dataset, stored_bytes)
     assert "\n" not in str(caught.value)
     return caught.value.exit_code, str(caught.value)
 
@@ -101,10 +101,10 @@ def test_space_that_a_node_lacks(
 
 
 def test_storage_without_room_for_the_checkpoints(config: TrainConfig, dataset: Dataset) -> None:
-    code, said = refusal(config, dataset, checkpoint_bytes=1 << 50)
+    code, said = refusal(config, dataset, stored_bytes=1 << 50)
     assert code == 3
     assert f"--storage {config.storage}: " in said
-    assert "2 + 2 checkpoints of 1048576.0 GiB" in said
+    assert "the checkpoints that are there at one time take 1048576.0 GiB; free" in said
 
 
 def test_a_node_that_does_not_answer(config: TrainConfig, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,7 @@ def test_a_variant_is_its_preset_with_other_values(dataset: Dataset) -> None:
     config = with_values(config, {}, source="test")
     assert [row.name for row in config.rows] == ["no-albert", "arplus", "dropped", "slow"], "their presets, no other"
     assert config.runs == 3 * (3 + 1) + 2, "the one with a rate of its own is not tuned"
+    assert "worker-hours of 14 runs" in ablate.plan(replace(config, run=replace(config.run, data=dataset.uri)))
     assert replace(config, seeds=1).most_at_once == 3 * 3, "as many as there are rates to try"
     size = dataset.split("train")
     tried = ablate.rate_specs(config, size)

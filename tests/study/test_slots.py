@@ -1,12 +1,14 @@
 """How many runs fit side by side: the arithmetic, and the sum in its refusals."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from arplus.config import TuneConfig, VocabularySizes, with_values
+from arplus.config import TuneConfig, VocabularySizes, preset, with_values
 from arplus.errors import ResourceError
 from arplus.study.slots import Slots, fit, stored_bytes
+from arplus.training.footprint import checkpoint_bytes, run_bytes, weight_bytes
 
 CONFIG = TuneConfig()
 
@@ -101,9 +103,18 @@ def test_the_jobs_own_driver_takes_its_share() -> None:
         fit(CONFIG, 8, 2, 0, driver=1.0)
 
 
-def test_room_is_asked_for_what_is_kept() -> None:
-    one, slots = 12 * 31_142_449, Slots(2, 1.0, "cpu")
-    assert stored_bytes(CONFIG, 63, slots, VocabularySizes()) == 3 * one + 60 * one // 3
-    assert stored_bytes(CONFIG, 2, slots, VocabularySizes()) == 2 * one
-    everything = with_values(CONFIG, {"keep_checkpoints": "all"}, source="test")
-    assert stored_bytes(everything, 63, slots, VocabularySizes()) == 63 * one
+def test_room_is_asked_for_what_is_there_at_one_time() -> None:
+    """Of two runs that train and the best one all that a run keeps, of the others their weights."""
+    run, slots, sizes = CONFIG.run, Slots(2, 1.0, "cpu"), VocabularySizes()
+    weights = 4 * 31_142_449
+    assert run_bytes(run, sizes) == 4 * 3 * weights, "two newest, the best, and one that is being written"
+    assert stored_bytes([(run, 63)], slots, sizes) == 3 * 12 * weights + 60 * weights
+    assert stored_bytes([(run, 2)], slots, sizes) == 2 * 12 * weights
+    everything = replace(run, keep_checkpoints="all")
+    assert stored_bytes([(everything, 63)], slots, sizes) == 63 * 9 * weights
+    large = replace(run, model=preset("arplus-large").model)
+    more = stored_bytes([(large, 1), (run, 62)], slots, sizes) - stored_bytes([(run, 63)], slots, sizes)
+    assert more == run_bytes(large, sizes) - run_bytes(run, sizes), "whichever is the best"
+    gates = replace(run, optimizer=replace(run.optimizer, only=("norms and gates",)))
+    assert weight_bytes(gates, sizes) == weights
+    assert weights < checkpoint_bytes(run.model, sizes, ("norms and gates",)) < 1.01 * weights
