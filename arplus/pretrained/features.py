@@ -29,9 +29,8 @@ def resolved(config: ModelConfig, before: ModelConfig | None = None) -> ModelCon
         return config
     path = models.absolute(features.path)
     same = before is not None and before.features.path == path
-    source = models.load(path, FLAG, before.features.digest if before and same else features.digest)
-    width = source.network.config.hidden_size
-    return replace(config, features=replace(features, path=path, width=width, digest=source.digest))
+    width, digest = models.width(path, FLAG, before.features.digest if before and same else features.digest)
+    return replace(config, features=replace(features, path=path, width=width, digest=digest))
 
 
 def attach(model: PersonaTransformer, characters: Vocabulary, rules: ExampleRules) -> PersonaTransformer:

@@ -6,9 +6,7 @@ A folder is read without the network, code that comes with a model is never run,
 
 import contextlib
 import hashlib
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +19,7 @@ from filelock import FileLock
 from arplus import storage
 from arplus.config import special_ids
 from arplus.errors import UsageError
+from arplus.process import own_folder
 from arplus.text import Vocabulary
 
 T = TypeVar("T")
@@ -69,13 +68,7 @@ def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
     Raises :class:`UsageError` where transformers is not installed, where ``path`` is not such a model, where the hub
     does not answer, and where the weights are others than expected.
     """
-    folder = _folder(path, flag)
-    found = _digest(folder, path, flag)
-    if expected not in (None, found):
-        raise UsageError(
-            f"--{flag} {path}: its weights are not those of before (SHA-256 {found[:12]}…, not {expected[:12]}…): "
-            "bring them back, or take another --run-name"
-        )
+    folder, found = _expected(path, flag, expected)
     auto = _transformers(flag).AutoModel
     try:
         with torch.random.fork_rng(devices=[]):  # what the file lacks, such as a pooler, is drawn
@@ -88,6 +81,17 @@ def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
     if lacking := sorted(name for name in about["missing_keys"] if not name.startswith("pooler.")):
         raise UsageError(f"--{flag} {path}: its weights lack {len(lacking)} of its tensors, {lacking[0]} for one")
     return Pretrained(network.eval(), vocabulary, found)
+
+
+def width(path: str, flag: str, expected: str | None = None) -> tuple[int, str]:
+    """Features of a model's hidden states, and the digest of its weights, without reading these; raises as load."""
+    folder, found = _expected(path, flag, expected)
+    auto = _transformers(flag).AutoConfig
+    try:
+        size: int = auto.from_pretrained(folder, local_files_only=True).hidden_size
+    except Exception as error:  # transformers raises whatever comes up
+        raise UsageError(f"--{flag} {path}: cannot be read as a model ({_first_line(error)})") from None
+    return size, found
 
 
 def their_ids(characters: Vocabulary, theirs: Mapping[str, int]) -> list[int | None]:
@@ -112,6 +116,18 @@ def _vocabulary(folder: Path, flag: str) -> dict[str, int]:
         return {token: i for i, token in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"))}
     found: dict[str, int] = _transformers(flag).AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     return found
+
+
+def _expected(path: str, flag: str, expected: str | None) -> tuple[Path, str]:
+    """A model's files, and the digest of its weights, which is the ``expected`` one if there is one."""
+    folder = _folder(path, flag)
+    found = _digest(folder, path, flag)
+    if expected not in (None, found):
+        raise UsageError(
+            f"--{flag} {path}: its weights are not those of before (SHA-256 {found[:12]}…, not {expected[:12]}…): "
+            "bring them back, or take another --run-name"
+        )
+    return folder, found
 
 
 def _digest(folder: Path, path: str, flag: str) -> str:
@@ -140,8 +156,8 @@ def _copied(path: str) -> Path:
     """A folder on S3 as one of this machine: copied once for all its processes, and again when it has changed."""
     uris = [uri for uri in storage.list_files(path, missing_ok=True) if any(map(PurePath(uri).match, _FILES))]
     state = "\n".join(f"{uri} {storage.version(uri)}" for uri in uris)
-    copy = Path(tempfile.gettempdir(), f"arplus-pretrained-{os.getuid()}", hashlib.sha256(state.encode()).hexdigest())
-    copy.parent.mkdir(mode=0o700, exist_ok=True)
+    copy = own_folder() / "pretrained" / hashlib.sha256(state.encode()).hexdigest()
+    copy.parent.mkdir(exist_ok=True)
     with FileLock(f"{copy}.lock"):
         if uris and not copy.exists():
             half = Path(f"{copy}.half")  # which a process that was killed may have left

@@ -35,7 +35,7 @@ class Verdict:
         bounds = f"95 % of resamples of the validation examples give {self.low:+.4f} to {self.high:+.4f}"
         if self.noise:
             return f"{self.winner} and {self.runner_up} cannot be told apart: the difference is noise ({bounds})"
-        return f"the difference to {self.runner_up} is more than noise of the examples ({bounds})"
+        return f"{self.winner} and {self.runner_up} differ by more than noise of the examples ({bounds})"
 
 
 def judge(study: Study) -> Verdict | None:

@@ -5,9 +5,7 @@ import json
 import os
 import re
 import shlex
-import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from urllib.parse import quote
 
 from arplus import storage
 from arplus.errors import NO_CREDENTIALS, UsageError, mask, redact, server_problem
+from arplus.process import own_folder
 
 _TRAINING = "workflowType=machine_learning"
 """Opens MLflow's pages for model training. By default they are those of agents, whatever the experiment's tag says, as
@@ -113,22 +112,7 @@ def record_of(run: RunRef, uri: str) -> Path:
     """The local record of what is tracked: in the folder ``uri`` of the run, a temporary one where that is remote."""
     if storage.is_local(uri):
         return Path(storage.resolve(uri)[1]) / "tracking.jsonl"
-    return _own_folder() / f"{run.run_id}.jsonl"
-
-
-def _own_folder() -> Path:
-    """A folder for temporary files that is this user's alone. Raises :class:`UsageError` where there can be none."""
-    folder = Path(tempfile.gettempdir(), f"arplus-{os.getuid()}")
-    try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            folder.chmod(0o700)
-            return folder
-    except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
-    raise UsageError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
+    return own_folder() / f"{run.run_id}.jsonl"
 
 
 def keep_of(uri: str) -> str | None:

@@ -102,8 +102,8 @@ def train(
 
 def summarise(config: TrainConfig, final: FinalMetrics) -> dict[str, str | None]:
     """Where a finished run's best checkpoint and its MLflow page are, and the command that evaluates it."""
-    config = resolve(config)
-    uri, mlflow = storage.join(config.storage, config.run_name), config.mlflow or tracking.default_uri(config.storage)
+    stored = storage.absolute(config.storage)
+    uri, mlflow = storage.join(stored, final.run_name), config.mlflow or tracking.default_uri(stored)
     page = model = None
     with contextlib.suppress(ArplusError):  # a server that has gone away has been warned of
         if (page := tracking.find_run(mlflow, final.mlflow_run_id)) and config.register:

@@ -145,11 +145,12 @@ def test_mlflow_has_the_sweep_as_a_parent_of_its_trials(finished: tuple) -> None
     assert said.startswith(
         f"**trial-0001 won with a response perplexity of {result['response_ppl']:.3f}** (optimizer.lr"
     )
-    (below,) = re.findall(r", (\S+) % below trial-0002, which was stopped early: the difference to trial-0002", said)
+    (below,) = re.findall(r", (\S+) % below trial-0002, which was stopped early: trial-0001 and trial-0002 d", said)
     other = runs["trial-0002"].data.metrics["result/response_ppl"]
     assert float(below) == pytest.approx(100 * (1 - result["response_ppl"] / other), abs=0.01)
-    assert "is more than noise" in said
+    assert "differ by more than noise" in said
     assert "place 2 of 2" in runs["trial-0002"].data.tags["result"]
+    assert "trial-0001 and trial-0002 differ by" in runs["trial-0002"].data.tags["result"], "whom from, on both pages"
     assert runs["trial-0001"].data.metrics["result/percent_above_best"] == 0
     assert runs["trial-0002"].data.params["optimizer.lr"] == "1e-06"
     assert runs["trial-0002"].data.tags["command"] == parent.data.tags["command"]
