@@ -29,12 +29,12 @@ needs_crds = pytest.mark.skipif(
 )
 
 
-def build(job):
+def build(job, more=()):
     """The RayJob that `kubectl apply -k` makes of a job's folder: the template, and its patches (RFC 6902)."""
     found = yaml.safe_load((KUBERAY / "job" / "rayjob.yaml").read_text())
     found = json.loads(json.dumps(found))  # what is shared by anchors becomes each one's own
     (patch,) = yaml.safe_load((KUBERAY / job / "kustomization.yaml").read_text())["patches"]
-    for change in yaml.safe_load(patch["patch"]):
+    for change in [*yaml.safe_load(patch["patch"]), *more]:
         *way, last = (part.replace("~1", "/") for part in change["path"].split("/")[1:])
         place = functools.reduce(lambda at, key: at[int(key) if isinstance(at, list) else key], way, found)
         assert last in place, change
@@ -116,6 +116,18 @@ def validate(manifest):
     error = next(jsonschema.Draft202012Validator(schema).iter_errors(defaulted(manifest, schema)), None)
     if error is not None:
         raise error
+
+
+def test_the_patches_of_the_guides_fit_the_template():
+    pages = (ROOT / "cluster" / "README.md", ROOT / "docs" / "weekly.md")
+    lines = [line for page in pages for line in page.read_text().split("\n") if "- {op: " in line]
+    patches = yaml.safe_load("\n".join(line.strip() for line in lines))
+    assert len(patches) == len(lines) == 7
+    (group,) = cluster_of(build("train", patches))["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert resources["limits"]["nvidia.com/gpu"] == "8"
 
 
 @needs_crds
