@@ -32,8 +32,13 @@ class ResourceError(ArplusError):
     exit_code = 3
 
 
-class RefusedError(UsageError):
-    """A server refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often."""
+class RefusedError(ArplusError):
+    """A server refuses: credentials or bucket are wrong or, where they were right before, S3 is asked too often.
+
+    Exit code 2. It is no :class:`UsageError`: it says nothing of the file that was asked for.
+    """
+
+    exit_code = 2
 
 
 class RunError(ArplusError):

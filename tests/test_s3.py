@@ -10,7 +10,7 @@ import pytest
 from helpers.empty_store import KEYS, store
 
 from arplus import s3, storage
-from arplus.errors import ResourceError, UsageError
+from arplus.errors import ArplusError, ResourceError, UsageError
 from arplus.prepare.lease import Lease
 from arplus.prepare.sources import find_files
 from arplus.runs import attempt
@@ -61,8 +61,9 @@ def test_the_environment_and_the_profile_are_read_as_aws_says(aws_settings: Any,
 def test_a_setting_that_cannot_be_is_named(aws_settings: Any, variables: dict[str, str], said: str) -> None:
     aws_settings(**variables)
     for use in (storage.exists, Lease.take):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(ArplusError, match=said) as caught:
             use("s3://bucket/key")
+        assert caught.value.exit_code == 2
 
 
 def test_a_profile_alone_serves_files_and_leases(s3_server: Any, aws_settings: Any, tmp_path: Path) -> None:
@@ -112,8 +113,9 @@ def test_both_clients_take_the_proxy_and_address_the_bucket_by_its_host(aws_sett
 def test_a_store_without_conditional_writes_is_named(aws_settings: Any, status: int, code: str, said: str) -> None:
     with store(status, code) as (endpoint, asked):
         aws_settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
-        with pytest.raises(UsageError, match=f"s3://bucket/out/_lease.json: {said}"):
+        with pytest.raises(ArplusError, match=f"s3://bucket/out/_lease.json: {said}") as caught:
             Lease.take("s3://bucket/out")
+        assert caught.value.exit_code == 2
     assert ("DELETE" in {command for command, *_ in asked}) == (status == 200), "no lease is left behind"
 
 

@@ -14,7 +14,7 @@ import pytest
 from helpers.empty_store import store
 
 from arplus import storage
-from arplus.errors import UsageError
+from arplus.errors import ArplusError, UsageError
 from arplus.prepare.lease import Lease
 
 
@@ -119,8 +119,9 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(aws_settings: Any, tm
 def test_a_profile_that_gives_no_keys_is_named(aws_settings: Any, profile: str, said: str) -> None:
     aws_settings(f"[default]\n{profile}\n")
     for use in (storage.exists, Lease.take):
-        with pytest.raises(UsageError, match=f"(?s){said}"):
+        with pytest.raises(ArplusError, match=f"(?s){said}") as caught:
             use("s3://bucket/key")
+        assert caught.value.exit_code == 2
 
 
 def test_keys_of_a_process_and_those_that_a_file_changes_to(aws_settings: Any, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_wrong_credentials_are_the_users_error(s3_server: Any, monkeypatch: pyte
     with monkeypatch.context() as wrong:
         wrong.setenv(name, f"wrong-{name.lower()}")
         check_refused(uri, RefusedError)
-        with pytest.raises(UsageError, match="AWS_SECRET_ACCESS_KEY"):
+        with pytest.raises(RefusedError, match="AWS_SECRET_ACCESS_KEY"):
             Dataset.open(s3_server.uri("some-data-set"))
     assert storage.read_bytes(uri) == b"old"
 

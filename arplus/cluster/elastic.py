@@ -16,12 +16,12 @@ from arplus.cluster.scaling import FEED_CPUS
 _LOOK_S = 2.0
 _RENEW_S = 30.0
 _START_TIMEOUT_S = "20"
-_SAVING_S = 15.0
-"""A node that is to be taken away counts for so long still: the workers see it within five seconds, and save first."""
+_SAVING_S = 25.0
+"""A node that is to be taken away counts for so long still: the workers look every ten seconds, and save first."""
 
 
 @contextmanager
-def reserve_feed_cpu() -> Iterator[None]:
+def reserve_room() -> Iterator[None]:
     """Keeps out of what Ray Train's elastic policy counts as room for workers what they must not take (Ray 2.60).
 
     The policy divides all CPUs of the cluster among workers: also the data feed's, for which Ray Data would then wait

@@ -32,7 +32,7 @@ from torch import Tensor
 from arplus import storage
 from arplus.config import ExampleRules, TrainConfig, VocabularySizes, from_dict, to_dict
 from arplus.documents import Document
-from arplus.errors import RefusedError, ResourceError, UsageError
+from arplus.errors import UsageError
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained import features
 from arplus.text import Vocabulary, sizes
@@ -181,8 +181,6 @@ def load_found(uri: str, *, moments: bool = False) -> tuple[str, TrainState]:
     found = find(uri)
     try:
         return found, _read(found, moments)
-    except (RefusedError, ResourceError):
-        raise  # storage that does not answer, or refuses, says nothing of the checkpoint
     except UsageError as error:
         if found == uri:
             raise
@@ -279,8 +277,6 @@ def newest(
             continue
         try:
             return uri, load(uri, moments=moments)
-        except (RefusedError, ResourceError):
-            raise  # storage that does not answer, or refuses, says nothing of the checkpoint
         except UsageError as error:
             log.warning("this checkpoint is skipped, and the one before it is taken: %s", error)
     return None
@@ -308,8 +304,6 @@ def restore_best(run_uri: str, checkpoint_uri: str, progress: TrainProgress) -> 
     if best is not None and best.checkpoint != checkpoint_uri:
         try:
             _read(best.checkpoint, moments=False)
-        except (RefusedError, ResourceError):
-            raise
         except UsageError as error:
             best, problem = None, str(error)
     if best is None and lowest is not None and lowest != own:
@@ -345,8 +339,6 @@ def marked_best(run_uri: str) -> tuple[BestMark | None, str | None]:
     file = _mark(run_uri)
     try:
         mark = file.find()
-    except (RefusedError, ResourceError):
-        raise
     except UsageError as error:
         return None, str(error)
     if mark is None:

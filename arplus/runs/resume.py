@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from arplus import storage
 from arplus.config import Role, TrainConfig, dotted_names, flat, names_of_role
 from arplus.data.dataset import Dataset
-from arplus.errors import RefusedError, UsageError
+from arplus.errors import UsageError
 from arplus.runs import checkpoint
 from arplus.runs.checkpoint import TrainState
 from arplus.runs.folder import RunFolder
@@ -112,8 +112,6 @@ def _refuse_what_is_there(run: RunFolder) -> None:
     if complete := run.checkpoints.list_complete():
         try:
             storage.with_retries(run.uri, checkpoint.load, complete[-1])
-        except RefusedError:
-            raise
         except UsageError as error:
             raise UsageError(f"{run.uri}: no checkpoint can be read ({error}); take another --run-name") from None
 

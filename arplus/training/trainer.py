@@ -78,7 +78,7 @@ def train(
             part=part,
         )
         _log_inputs(tracker, config, run, dataset)
-        kept = elastic.reserve_feed_cpu() if len(config.world_sizes) > 1 else contextlib.nullcontext()
+        kept = elastic.reserve_room() if len(config.world_sizes) > 1 else contextlib.nullcontext()
         with attempt.on_stop_signal(stop, told_to_stop), kept:
             final = _run_workers(job, scaling, callbacks)
         model = _log_results(tracker, job, dataset, final)
