@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import hypothesis
 import pytest
-from helpers import forks
+from helpers import forks, ready_stores
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 # A busy machine is no property of the code: neither slow draws nor a slow example make a test fail.
 hypothesis.settings.register_profile("arplus", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("arplus")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores_are_copies(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each test has an MLflow store of its own where it asks for one, without the seconds that making it takes."""
+    ready_stores.install(tmp_path_factory.mktemp("store") / "mlflow.db")
 
 
 @pytest.fixture

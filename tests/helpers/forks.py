@@ -127,6 +127,7 @@ def serve(place: str) -> None:
     atexit.register(leave)  # the first, and so the last to be called
     for name in IMPORTED:
         importlib.import_module(name)
+    importlib.import_module("ready_stores").install(Path(place).with_name("mlflow.db"))
     gc.collect()
     gc.freeze()  # so that no fork's collector looks through it, and copies it
     assert "ray" not in sys.modules, "it reads its variables at import, and a worker has some of its own"

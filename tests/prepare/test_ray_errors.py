@@ -18,7 +18,7 @@ import pytest
 from arplus import claims, storage
 from arplus.config import PrepareConfig, SynthesizeConfig
 from arplus.data.manifest import Manifest
-from arplus.errors import ResourceError, UsageError
+from arplus.errors import RefusedError, ResourceError, UsageError
 from arplus.prepare import tasks
 from arplus.prepare.lease import FILE, Lease
 from arplus.prepare.pipeline import prepare
@@ -151,13 +151,13 @@ def test_wrong_credentials_and_missing_buckets_are_told_at_once(
     began = time.monotonic()
     with pytest.raises(UsageError, match=r"s3://no-such-bucket/in"):
         prepare(settings("s3://no-such-bucket/in", s3_server.uri("faults/a")))
-    with pytest.raises(UsageError, match=r"s3://no-such-bucket/out"):
+    with pytest.raises(RefusedError, match=r"s3://no-such-bucket/out"):
         prepare(settings(source, "s3://no-such-bucket/out"))
     assert time.monotonic() - began < 15
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for where in (settings(source, s3_server.uri("faults/b")), settings(records, s3_server.uri("faults/c"))):
         began = time.monotonic()
-        with pytest.raises(UsageError, match=r"s3://tests/faults/.*AWS_SECRET_ACCESS_KEY"):
+        with pytest.raises(RefusedError, match=r"s3://tests/faults/.*AWS_SECRET_ACCESS_KEY"):
             prepare(where)
         assert time.monotonic() - began < 15
 

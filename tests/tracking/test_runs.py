@@ -200,6 +200,7 @@ def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
+    client.connect(f"sqlite:///{tmp_path}/before.db")  # the tables, which the tests make once, are there
     monkeypatch.setattr(fcntl, "flock", refuse)
     said = rf"^{tmp_path}/mlflow.db: sqlite needs locks, and this file system has none \(No locks available\); name a "
     with pytest.raises(UsageError, match=said):
