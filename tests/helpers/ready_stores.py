@@ -1,4 +1,4 @@
-"""New sqlite stores of MLflow's as copies of one: its tables take two seconds of a CPU, and most runs have their own."""
+"""New sqlite stores of MLflow's as copies of one: its tables take two seconds of a CPU, and most runs have a store."""
 
 import os
 import shutil
