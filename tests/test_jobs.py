@@ -27,11 +27,13 @@ def interrupted(command: str, folder: Path) -> tuple[int, list[str]]:
     with open(output, "w") as file:
         job = subprocess.Popen(terminal, cwd=folder, env=away(), stdin=subprocess.PIPE, stdout=file, stderr=file)
     deadline = time.monotonic() + 150
-    while not re.search(r"\d%\|.* step \d+/.*\d%\|", said := output.read_text(), re.DOTALL):
-        assert job.poll() is None, said
-        assert time.monotonic() < deadline, said
-        time.sleep(0.1)
-    job.communicate(b"\x03", timeout=100)
+    try:
+        while not re.search(r"\d%\|.* step \d+/.*\d%\|", said := output.read_text(), re.DOTALL):
+            assert job.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+    finally:
+        job.communicate(b"\x03", timeout=100)
     return job.returncode, shown(output.read_bytes().decode())
 
 
