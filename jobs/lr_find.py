@@ -3,6 +3,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 from arplus import cli
 from arplus.config import LrFindConfig, to_dict
@@ -18,8 +19,11 @@ def main() -> None:
         "loss falls.",
     )
     if command.dry_run:
-        print(json.dumps(to_dict(command.config), ensure_ascii=False, indent=2))
-        print(cli.submit_line("jobs/lr_find.py", sys.argv[1:]))
+        from arplus.training.estimate import figures
+
+        run = replace(command.config.run, max_steps=command.config.steps)
+        settings = json.dumps(to_dict(command.config), ensure_ascii=False, indent=2)
+        print("\n".join([settings, "", *figures(run), cli.submit_line("jobs/lr_find.py", sys.argv[1:])]))
         return
     run = command.config.run
     run.require_data()  # before Ray starts

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.prepared import write_dataset
 
 from arplus import cli
 from arplus.config import preset, to_dict
@@ -99,6 +102,19 @@ def test_a_dry_run_counts_the_parameters_and_starts_no_ray() -> None:
     assert ended.stdout.endswith("ray job submit --working-dir . -- python jobs/train.py arplus --seed 5\n")
     resolved, _, _ = ended.stdout.partition("\n\n")
     assert json.loads(resolved) == json.loads(json.dumps(to_dict(replace(preset("arplus"), seed=5))))
+
+
+def test_a_dry_run_of_a_range_test_counts_its_own_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path, {"train": [[640]], "valid": [[4]]}).uri
+    words = f"jobs/lr_find.py arplus --tiny --data {data} --steps 25 --dry-run".split()
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(REPOSITORY / words[0]))["main"]()
+    said = capsys.readouterr().out
+    assert json.loads(said.partition("\n\n")[0])["steps"] == 25
+    assert re.search(r"^memory per worker .*^steps: 25 \(", said, re.MULTILINE | re.DOTALL)
+    assert said.endswith(f"ray job submit --working-dir . -- python {' '.join(words[:-1])}\n")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,12 @@ from arplus.training.footprint import activation_bytes, worker_bytes
 
 
 def report(config: TrainConfig) -> str:
-    """The resolved configuration, parameters by component, float operations, steps, memory, hours and cost, as text.
+    """The settings, and what a run of them comes to, as text; errors as of :func:`figures`."""
+    return "\n".join([json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", *figures(config)])
+
+
+def figures(config: TrainConfig) -> list[str]:
+    """Parameters by component, float operations, memory, steps, hours and cost of a run, as lines.
 
     Without a data set it takes the paper's vocabulary sizes and rules. Raises :class:`UsageError` where ``--data`` is
     not a prepared data set.
@@ -28,7 +33,7 @@ def report(config: TrainConfig) -> str:
         model = PersonaTransformer(config.model, sizes)
     train_only(model, config.optimizer.only)
     parts = live_parameters(model)
-    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", f"live parameters: {sum(parts.values()):,}"]
+    lines = [f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]
     if config.optimizer.only:
         trained, of = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(parts.values())
@@ -41,17 +46,17 @@ def report(config: TrainConfig) -> str:
     lines += ["", f"float operations per example: {flops / 1e9:.2f} G (forward and backward, real tokens)"]
     lines += ["", *_memory(config, sizes, rules), ""]
     if dataset is None:
-        return "\n".join([*lines, "steps, hours and cost: unknown without --data"])
+        return [*lines, "steps, hours and cost: unknown without --data"]
     examples = dataset.split("train", config.feed.max_examples).examples
     epoch, steps = -(-examples // config.batch_size), config.total_steps(examples)
     lines += [f"steps: {steps:,} ({epoch:,} per epoch of {examples:,} examples)"]
-    return "\n".join([*lines, *_hours(config, flops, steps * config.batch_size)])
+    return [*lines, *_hours(config, flops, steps * config.batch_size)]
 
 
 def study_report(
     runs: Sequence[tuple[TrainConfig, int]], dataset: Dataset, concurrency: int | None, *, ends_early: bool
 ) -> list[str]:
-    """Hours and cost of a study's runs, each with the examples that it trains on, as lines; ``runs`` is not empty."""
+    """Hours, cost and memory of a study's runs, each with its examples, as lines; ``runs`` is not empty."""
     first = runs[0][0]
     each = (_worker_hours(run, _flops(run, dataset.sizes), examples) for run, examples in runs)
     hours, assumed = zip(*each, strict=True)
@@ -67,12 +72,11 @@ def study_report(
         lines += [
             f"GPU-hours with {shared} runs per GPU: {_span(total / shared, total)}, as they slow each other or not"
         ]
-    lines += _sharing(first, dataset.sizes, dataset.rules)
     early = ", no run that ends early" if ends_early else ""
-    return [
-        *lines,
-        f"  (assumed: {assumed[0]}{early}; no loss by more workers, no start-up, validation or interruption)",
-    ]
+    lines += [f"  (assumed: {assumed[0]}{early}; no loss by more workers, no start-up, validation or interruption)"]
+    models = {run.model: run for run, _ in runs}.values()
+    largest = max(models, key=lambda run: max(worker_bytes(run, dataset.sizes).values()))
+    return [*lines, f"of the largest run ({largest.preset}):", *_memory(largest, dataset.sizes, dataset.rules)]
 
 
 def _memory(config: TrainConfig, sizes: VocabularySizes, rules: ExampleRules) -> list[str]:

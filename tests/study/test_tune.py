@@ -257,6 +257,7 @@ def test_a_plan_says_the_hours_of_all_trials(data: str, tmp_path: Path) -> None:
     assert "worker-hours of 2 runs: 12.3, cost: 24.67 at 2 each\nhours with 2 runs side by side: 6.2\n" in plan
     assert "0.01 examples/s per worker, as given, no run that ends early; no loss" in plan
     assert "GPU" not in plan.partition("what trials differ in")[2]
+    assert "of the largest run (arplus):\nmemory per worker at a step's fullest moment, GiB:" in plan
     shared = replace(config.run, estimate=estimate, placement=PlacementConfig(gpus_per_worker=0.5))
     plan = tune.plan(replace(config, run=shared))
     assert "hours with 2 runs side by side: 6.2 to 12.3\nGPU-hours with 2 runs per GPU: 6.2 to 12.3, as they" in plan
