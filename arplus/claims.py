@@ -8,6 +8,8 @@ What such a file claims is its owner's matter: a data set is refused while its h
 """
 
 import errno
+import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from arplus.errors import RefusedError, ResourceError, UsageError
 Change = Callable[[bytes | None], bytes | None]
 """A file's new content, for its old one; None stands for no file, on either side."""
 LOCK_S = 60.0
-"""Seconds to wait for a local lock, which is held for milliseconds."""
+"""Seconds to wait for a local lock, which is held for milliseconds, or for a write to S3 between those of others."""
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What file systems without locks say: FUSE, NFS without a lock daemon, others."""
 
@@ -41,8 +43,15 @@ def update(uri: str, change: Change, *, last_wins: bool = False) -> None:
     if storage.is_local(uri):
         _update_locked(uri, change)
         return
+    began, pause = time.monotonic(), 0.0
     while not _update_unchanged(uri, change, last_wins):
-        pass
+        if time.monotonic() > began + LOCK_S:
+            raise ResourceError(
+                f"{uri}: was another at each write for {LOCK_S:g} s; unless jobs write there all the time, this store "
+                "never meets the condition of a conditional write (If-Match): choose another one or a local path"
+            )
+        time.sleep(random.uniform(0, pause))
+        pause = min(2 * pause + 0.01, 1.0)
 
 
 def check_conditions(uri: str, data: bytes) -> None:

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 from filelock import BaseFileLock, FileLock, SoftFileLock
+from helpers.empty_store import KEYS, store
 
 from arplus import claims, storage
 from arplus.errors import RefusedError, ResourceError
@@ -82,6 +83,17 @@ def test_a_change_sees_what_another_process_wrote_meanwhile(s3_server: Any) -> N
 
     claims.update(file, slow)
     assert json.loads(storage.read_bytes(file)) == ["first", "second", "slow"]
+
+
+def test_a_store_that_never_meets_a_condition_is_not_asked_for_ever(
+    aws_settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "LOCK_S", 3.0)
+    with store(412, "PreconditionFailed") as (endpoint, asked):
+        aws_settings(AWS_ENDPOINT_URL=endpoint, **KEYS)
+        with pytest.raises(ResourceError, match=r"^s3://bucket/file.json: was another at each"):
+            claims.update("s3://bucket/file.json", append("a"))
+    assert 2 < len(asked) < 300, f"{len(asked)} requests: each time after a pause"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ class Lease:
     def take(cls, output: str, lifetime: float = LIFETIME) -> "Lease":
         """The lease on an output. Raises :class:`UsageError` that names the holder while another one is alive."""
         lease = cls(output, lifetime)
-        other = lease._write(lease._entry(), held=_is_alive)
+        other = lease._write(lease._entry(), take=True)
         if other is not None:
             until = datetime.fromtimestamp(other["expires"]).astimezone().isoformat(" ", "seconds")
             raise UsageError(
@@ -86,14 +85,18 @@ class Lease:
         if not self._lost:
             self._write(None if finished else self._entry(ended=True))
 
-    def _write(
-        self, entry: bytes | None, held: Callable[[dict[str, Any]], bool] = lambda _: True
-    ) -> dict[str, Any] | None:
-        """Writes the entry, or removes it where it is None. Another job's that is ``held`` stays, and is given back."""
+    def _write(self, entry: bytes | None, *, take: bool = False) -> dict[str, Any] | None:
+        """Writes the entry, or removes it where it is None. Another job's stays, and is given back.
+
+        Unless it is to ``take`` one that is free. Else one that is no longer there was another's too, who has come to
+        the end of its work meanwhile.
+        """
 
         def change(data: bytes | None) -> bytes | None:
             there = _parse(data)
-            if there is not None and there["token"] != self.token and held(there):
+            if data is None and not take:
+                raise _HeldError({"holder": "another job, which has ended,"})
+            if there is not None and there["token"] != self.token and (not take or _is_alive(there)):
                 raise _HeldError(there)
             return entry
 

@@ -31,7 +31,7 @@ _OURS = re.compile(
 """All that a preparation leaves below the output beside lease and manifest."""
 _TEMPORARY = re.compile(r"(^|/)\.([^/]+)\.[0-9a-f]{8}\.tmp$")
 """What a file is called until it is whole."""
-_BEGUN = re.compile(rf"\.{re.escape(LEASE)}\.(lock|[0-9a-f]{{8}}\.tmp)")
+_BEGUN = re.compile(rf"\.{re.escape(LEASE)}\.(lock|held|[0-9a-f]{{8}}\.tmp)")
 """What is left of a lease whose job was killed while it wrote it."""
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,17 @@ def _unstage(output: str, lease: Lease) -> None:
         storage.delete(staging)
 
 
+def _delete_others(output: str, found: Manifest) -> None:
+    """Deletes the examples that are not of this preparation."""
+    ours = {file.path for split in found.splits.values() for file in split.files}
+    for folder in found.splits:
+        uri = storage.join(output, folder)
+        for file in storage.list_files(uri) if storage.exists(uri) else []:
+            path = file.removeprefix(f"{output}/")
+            if path not in ours and _is(_PART, path):
+                storage.delete(file)
+
+
 def leave(output: str, lease: Lease, finished: bool) -> None:
     """Gives the output back; a failed preparation leaves its rejects, and the mark that it is unfinished."""
     try:
@@ -104,13 +115,7 @@ def commit(
 ) -> None:
     """Writes all that is not examples, the manifest last; and removes what others left while we worked."""
     lease.check()  # from here on files are deleted that a successor may have written
-    ours = {file.path for split in found.splits.values() for file in split.files}
-    for folder in found.splits:
-        uri = storage.join(output, folder)
-        for file in storage.list_files(uri) if storage.exists(uri) else []:
-            path = file.removeprefix(f"{output}/")
-            if path not in ours and _is(_PART, path):
-                storage.delete(file)
+    storage.with_retries(output, _delete_others, output, found)
     storage.with_retries(output, _unstage, output, lease)
     lease.check()
     small = {

@@ -85,6 +85,19 @@ def test_a_holder_that_slept_past_its_lease_looks_before_it_goes_on(
     assert is_unfinished(output)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_holder_that_slept_until_its_successor_had_finished_finds_out(output: str, finished: bool) -> None:
+    """Whose files, under the manifest of a whole data set, are others than its own."""
+    slept = Lease.take(output, lifetime=600)
+    change(output, expires=0.0, process=None)
+    Lease.take(output).release(finished=True)
+    slept._renew_now()
+    with pytest.raises(UsageError, match=r"another job, which has ended, took over this output"):
+        slept.check()
+    slept.release(finished=finished)
+    assert not is_unfinished(output), "the lease came back, and marks a whole data set as unfinished"
+
+
 def test_a_holder_that_never_looked_again_leaves_its_successors_lease(output: str) -> None:
     slept = Lease.take(output, lifetime=600)
     change(output, token="another")
