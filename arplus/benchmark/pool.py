@@ -62,29 +62,39 @@ def random_examples(n: int, sizes: VocabularySizes, seed: int = 0) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def examples_of(uri: str, n: int) -> pa.Table:
+def examples_of(dataset: Dataset, n: int) -> pa.Table:
     """``n`` examples of a prepared data set's training split. Raises :class:`UsageError` where it has fewer."""
-    split = Dataset.open(storage.absolute(uri)).split("train")
+    split = dataset.split("train")
     if split.examples < n:
         raise UsageError(
-            f"--data {uri}: has {split.examples} training examples, and this benchmark takes {n}; "
+            f"--data {dataset.uri}: has {split.examples} training examples, and this benchmark takes {n}; "
             "lower --batch-size, --batches or --rounds, or leave --data out"
         )
     return EpochSampler(split=split, batch_size=n, window_batches=1, seed=0, shuffled=True).read(0, 0, SCHEMA.names)
 
 
-def pool_of(config: PoolBenchmark, model: ModelConfig, sizes: VocabularySizes, examples: int) -> "Pool":
-    """So many examples for a model."""
-    table = examples_of(config.data, examples) if config.data else random_examples(examples, sizes)
-    return Pool(table, model, sizes, config.batch_size)
+def pool_of(config: PoolBenchmark, model: ModelConfig, examples: int) -> "Pool":
+    """So many examples for a model, of the data set that is named or random ones."""
+    if config.data:
+        dataset = Dataset.open(storage.absolute(config.data))
+        return Pool(examples_of(dataset, examples), model, dataset.sizes, config.batch_size, dataset.rules)
+    sizes = VocabularySizes()
+    return Pool(random_examples(examples, sizes), model, sizes, config.batch_size)
 
 
 class Pool:
-    """Examples, and batches of them."""
+    """Examples, and batches of them; ``sizes`` are those of their vocabularies, ``rules`` bound their lengths."""
 
-    def __init__(self, table: pa.Table, model: ModelConfig, sizes: VocabularySizes, batch_size: int) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        model: ModelConfig,
+        sizes: VocabularySizes,
+        batch_size: int,
+        rules: ExampleRules = ExampleRules(),  # noqa: B008, which is frozen
+    ) -> None:
         self.window = Window(table, BatchSpec.of(model, sizes))
-        self.batch_size = batch_size
+        self.sizes, self.rules, self.batch_size = sizes, rules, batch_size
 
     def random(self, count: int, seed: int = 0) -> list[Step]:
         """``count`` batches of random examples, no example twice: the steps of one training worker."""

@@ -17,7 +17,7 @@ from arplus.benchmark.options import WINDOW, GenerateBenchmark
 from arplus.benchmark.pool import pool_of
 from arplus.benchmark.step_speed import device
 from arplus.benchmark.usage import interleaved
-from arplus.config import ModelConfig, Sampling, VocabularySizes, special_ids
+from arplus.config import ModelConfig, Sampling, special_ids
 from arplus.evaluation.evaluate import PAPER_BATCH, autocast
 from arplus.kernels.gpu import leave_cudnn_out
 from arplus.model.batch import Batch
@@ -28,13 +28,14 @@ from arplus.model.network import PersonaTransformer
 def measure(config: GenerateBenchmark, model_config: ModelConfig | None = None) -> Result:
     """Measures in this process; ``model_config`` replaces AR+ at its real size (tests do)."""
     leave_cudnn_out()
-    network, sizes, there = model_config or ModelConfig(), VocabularySizes(), device()
+    network, there = model_config or ModelConfig(), device()
     # Random weights must not end a reply: what is measured are replies of full length.
     sampling = Sampling(max_characters=config.characters, min_characters=config.characters)
     size = config.batch_size
     # Evaluation's windows are of so many examples, whatever it takes of them at a time.
     examples = max(WINDOW * min(size, PAPER_BATCH), config.batches * size)
-    pool = pool_of(config, network, sizes, examples)
+    pool = pool_of(config, network, examples)
+    sizes = pool.sizes
     mine = [batch.to(there) for batch in pool.by_length(config.batches)]
     steps = pool.random(min(config.rounds, examples // size))
     theirs = cycle([Padded.of(step.micro_batches[0], sizes).to(there) for step in steps])

@@ -22,10 +22,10 @@ from arplus.benchmark.baselines import train_steps
 from arplus.benchmark.baselines.padded import Padded
 from arplus.benchmark.figures import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.options import TrainBenchmark
-from arplus.benchmark.pool import mean_lengths, padding, pool_of
+from arplus.benchmark.pool import Pool, mean_lengths, padding, pool_of
 from arplus.benchmark.usage import interleaved
 from arplus.cluster import node
-from arplus.config import ExampleRules, OptimizerConfig, TrainConfig, VocabularySizes
+from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes
 from arplus.config.gpus import peak_flops
 from arplus.data.capacity import Filler
 from arplus.data.loader import Step
@@ -52,26 +52,30 @@ def measure(config: TrainBenchmark, run: TrainConfig | None = None) -> Result:
     run = run or run_config(config.batch_size, precision=config.precision, compile=config.compile)
     if run.precision == "bf16" and not torch.cuda.is_available() and not node.has_bf16():
         log.warning(node.SLOW_BF16)
-    sizes = VocabularySizes()
     warm_up = 3 if torch.cuda.is_available() else 1  # a GPU's step is compiled, perhaps recorded
     count = warm_up + config.rounds * config.batches
-    steps = pool_of(config, run.model, sizes, count * config.batch_size).random(count)
+    pool = pool_of(config, run.model, count * config.batch_size)
+    steps, sizes = pool.random(count), pool.sizes
     turns: dict[str, Callable[[], None]] = {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with process_group():
         for side in SIDES if config.compare else SIDES[:1]:
             with contextlib.suppress(ImportError):
-                take, waiting = train_step(side, run, sizes), iter(inputs(side, steps, run, sizes))
+                take, waiting = train_step(side, run, sizes), iter(inputs(side, steps, run, pool))
                 _take(take, waiting, warm_up)
                 turns[side] = functools.partial(_take, take, waiting, config.batches)
         times, gflops = interleaved(turns, config.rounds)
     if torch.cuda.is_available() and not config.compare:  # nothing but ours was in its memory
         memory = {"ours": memory_bytes()}
     else:
-        memory = {side: peak_memory(side, run, sizes, steps[:MEMORY_STEPS]) for side in SIDES[:2] if side in turns}
+        memory = {
+            side: peak_memory(side, run, sizes, inputs(side, steps[:MEMORY_STEPS], run, pool))
+            for side in SIDES[:2]
+            if side in turns
+        }
     per_batch = {side: [t / config.batches for t in found] for side, found in times.items()}
-    return _result(config, run, steps, per_batch, gflops, memory)
+    return _result(config, run, sizes, steps, per_batch, gflops, memory)
 
 
 def _take(step: TrainStep, waiting: Iterator[Any], count: int) -> None:
@@ -82,6 +86,7 @@ def _take(step: TrainStep, waiting: Iterator[Any], count: int) -> None:
 def _result(
     config: TrainBenchmark,
     run: TrainConfig,
+    sizes: VocabularySizes,
     steps: list[Step],
     times: dict[str, list[float]],
     gflops: float,
@@ -92,9 +97,7 @@ def _result(
     examples_per_second = config.batch_size / ours
     batches = [batch for step in steps for batch in step.micro_batches]
     lengths = mean_lengths(batches)
-    flops = forward_backward_flops(
-        run.model, VocabularySizes(), context=lengths[0], targets=lengths[1], persona=lengths[2]
-    )
+    flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     mfu = flops * examples_per_second / peak if peak else None
 
@@ -145,13 +148,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def inputs(side: Side, steps: list[Step], run: TrainConfig, sizes: VocabularySizes) -> list[Any]:
-    """The same batches as a side takes them: packed for us, padded to their longest rows for the others."""
+def inputs(side: Side, steps: list[Step], run: TrainConfig, pool: Pool) -> list[Any]:
+    """The same batches of a pool as a side takes them: packed for us, padded to their longest for the others."""
     if side != "ours":
-        return [Padded.of(step.micro_batches[0], sizes) for step in steps]
+        return [Padded.of(step.micro_batches[0], pool.sizes) for step in steps]
     if not is_compiled(run, device()):
         return list(steps)
-    filled = Filler(ExampleRules(), run.batch_size)([batch for step in steps for batch in step.micro_batches])
+    filled = Filler(pool.rules, run.batch_size)([batch for step in steps for batch in step.micro_batches])
     return [Step([batch], step.targets) for batch, step in zip(filled, steps, strict=True)]
 
 
@@ -178,16 +181,16 @@ def engine_step(run: TrainConfig, sizes: VocabularySizes) -> TrainStep:
     return take
 
 
-def peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step]) -> int:
-    """Peak bytes of a process that trains these steps and does nothing else: resident, on a GPU allocated there."""
+def peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, waiting: list[Any]) -> int:
+    """Peak bytes of a process that takes these inputs and does nothing else: resident, on a GPU allocated there."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_peak_memory, side, run, sizes, steps, torch.get_num_threads()).result()
+        return process.submit(_peak_memory, side, run, sizes, waiting, torch.get_num_threads()).result()
 
 
-def _peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, steps: list[Step], threads: int) -> int:
+def _peak_memory(side: Side, run: TrainConfig, sizes: VocabularySizes, waiting: list[Any], threads: int) -> int:
     torch.set_num_threads(threads)
     with process_group():
         take = train_step(side, run, sizes)
-        for batch in inputs(side, steps, run, sizes):
+        for batch in waiting:
             take(batch)
     return memory_bytes()

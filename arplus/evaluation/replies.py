@@ -60,7 +60,7 @@ class Responder:
         self.rng = torch.Generator().manual_seed(seed)
 
     def reply(self, utterances: Sequence[str]) -> str:
-        """The reply to a conversation whose last utterance is the other's; speakers alternate, the other begins.
+        """The reply to a conversation whose last utterance is the other's; speakers alternate.
 
         Raises :class:`UsageError` where there is nothing to answer or the persona is malformed.
         """
@@ -75,8 +75,9 @@ class Responder:
 
     def example(self, utterances: Sequence[str], profile: dict[str, object]) -> pa.Table:
         """A conversation and who is to reply, as one encoded example; raises as :meth:`reply` does."""
-        # The reply to come is a stand-in of one character; generation does not read it.
-        turns = [*utterances, "。"]
+        # Of a conversation that the persona began the other said nothing first: an example is a pair of turns, and in
+        # training each context begins with the other's. The reply to come is a stand-in; generation does not read it.
+        turns = [*([""] if len(utterances) % 2 == 0 else []), *utterances, "。"]
         record = {
             "dialog": [[text] for text in turns],
             "profile": [raw_profile("", "", ""), profile],

@@ -37,7 +37,7 @@ def test_padding_and_lengths_are_counted_as_other_code_pads(pool: Pool) -> None:
     pads = special_ids(sizes.characters).pad, special_ids(sizes.persona_words).pad
     steps = pool.random(3)
     batches = [step.micro_batches[0] for step in steps]
-    padded: list[Padded] = step_speed.inputs("paper", steps, RUN, sizes)
+    padded: list[Padded] = step_speed.inputs("paper", steps, RUN, pool)
     real = [sum(int((x != pad).sum()) for x in column) / (3 * 64) for column, pad in (
         ([p.context_BS for p in padded], pads[0]), ([p.target_BT for p in padded], pads[0]),
         ([p.persona_BK for p in padded], pads[1]),
@@ -52,8 +52,8 @@ def test_all_sides_take_the_same_random_batches(pool: Pool) -> None:
     steps = pool.random(32)
     ids = torch.cat([step.micro_batches[0].example_id_B for step in steps])
     assert sorted(ids.tolist()) == list(range(64 * 32))
-    assert step_speed.inputs("ours", steps, RUN, sizes) == steps
-    for step, padded in zip(steps, step_speed.inputs("bart", steps, RUN, sizes), strict=True):
+    assert step_speed.inputs("ours", steps, RUN, pool) == steps
+    for step, padded in zip(steps, step_speed.inputs("bart", steps, RUN, pool), strict=True):
         (batch,) = step.micro_batches
         lengths = batch.context.sequences.lengths
         assert lengths.equal(lengths.sort().values)
@@ -82,9 +82,19 @@ def test_batches_by_length_stand_for_all(pool: Pool) -> None:
 
 def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, {"train": [[30]]})
-    assert len(examples_of(dataset.uri, 20)) == 20
+    assert len(examples_of(dataset, 20)) == 20
     with pytest.raises(UsageError, match=r"has 30 training examples, and this benchmark takes 31; lower --batch-size"):
-        examples_of(dataset.uri, 31)
+        examples_of(dataset, 31)
+
+
+@pytest.mark.processes
+def test_a_data_sets_examples_are_taken_with_its_own_vocabularies(tmp_path: Path) -> None:
+    """Whose special tokens are the last ids of as many as it has."""
+    data = write_dataset(tmp_path, {"train": [[300]]}).uri
+    few = {"batch_size": 4, "batches": 2, "rounds": 2, "data": data}
+    run = replace(step_speed.run_config(4, precision="fp32"), model=TINY)
+    assert step_speed.measure(TrainBenchmark(**few), run).figures["examples_per_second"] > 0
+    assert reply_speed.measure(GenerateBenchmark(characters=5, **few), TINY).figures["replies_per_second"] > 0
 
 
 @pytest.mark.processes  # each side measures its peak memory in one of its own
@@ -126,8 +136,8 @@ def test_each_side_learns() -> None:
     """The compared steps are training steps: the loss of a batch that is seen again and again falls."""
     run = step_speed.run_config(8, precision="fp32")
     run = replace(run, model=TINY, optimizer=replace(run.optimizer, lr=1e-2))
-    steps = Pool(random_examples(8, VocabularySizes()), TINY, VocabularySizes(), 8).random(1)
-    (batch,) = step_speed.inputs("paper", steps, run, VocabularySizes())
+    pool = Pool(random_examples(8, VocabularySizes()), TINY, VocabularySizes(), 8)
+    (batch,) = step_speed.inputs("paper", pool.random(1), run, pool)
     losses: list[float] = []
     original = torch.Tensor.backward
 

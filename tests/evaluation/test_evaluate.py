@@ -309,6 +309,18 @@ def test_a_responder_is_seeded_and_hears_persona_and_history() -> None:
         replies(history=("\udcff",))  # what Python makes of a command line's byte 0xFF
 
 
+@pytest.mark.parametrize("turns", range(1, 10))
+def test_the_last_utterance_is_answered_whoever_began(turns: int) -> None:
+    """The context is the last seven utterances, of which the last one is the other's."""
+    state = random_state()
+    responder = Responder(state, raw_profile("男", "四川 成都", ""), Sampling(), seed=0)
+    said = ["丁", "丂", "七"] * 3
+    (example,) = responder.example(said[:turns], responder.profile).to_pylist()
+    context = "".join(state.characters.token(i) for i in example["context"]).removesuffix("[SEP]").split("[SEP]")
+    assert context == ([""] * (turns % 2 == 0) + said[:turns])[-7:]
+    assert example["speakers"][-1] == example["speakers"][0], "the other's"
+
+
 def test_sample_replies_show_context_persona_reference_and_reply(dataset: Dataset) -> None:
     text = sample_replies(random_state(), dataset, n=3)
     assert text.count("context") == text.count("reply") == 3

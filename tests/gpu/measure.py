@@ -55,9 +55,10 @@ def generate(size: int, compiled: str, model: ModelConfig) -> Figures:
 def profile_step(size: int, compiled: str, model: ModelConfig) -> Figures:
     """Where the time of a step goes: how long the GPU computes in it, in how many kernels, and the dearest of them."""
     run, sizes, on_gpu = run_of(size, compiled, model), VocabularySizes(), torch.cuda.is_available()
-    steps = Pool(random_examples(2 * PROFILED * size, sizes), model, sizes, size).random(2 * PROFILED)
+    pool = Pool(random_examples(2 * PROFILED * size, sizes), model, sizes, size)
+    steps = pool.random(2 * PROFILED)
     with process_group():
-        take, inputs = step_speed.train_step("ours", run, sizes), step_speed.inputs("ours", steps, run, sizes)
+        take, inputs = step_speed.train_step("ours", run, sizes), step_speed.inputs("ours", steps, run, pool)
         for step in inputs[:PROFILED]:
             take(step)
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
