@@ -11,6 +11,7 @@
 For validation and evaluation nothing is shuffled, and a window is sorted by context length before it is cut.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ from numpy.typing import NDArray
 
 from arplus import storage
 from arplus.data.dataset import RowGroup, Split
+from arplus.errors import UsageError
+
+_DAMAGED = re.compile("Parquet|thrift|decompress|end of stream|corrupt", re.IGNORECASE)
+"""In what pyarrow says of a file that has come whole from where it is, and is not what it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,5 +109,12 @@ def deal(
 
 def _read(group: RowGroup, columns: list[str]) -> pa.Table:
     filesystem, path = storage.resolve(group.file)
-    with storage.translate_errors(group.file), pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
-        return file.read_row_group(group.index, columns=columns, use_threads=False)
+    with storage.translate_errors(group.file):
+        try:
+            with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+                return file.read_row_group(group.index, columns=columns, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            if _DAMAGED.search(problem := str(error).strip()):
+                said = f"{group.file}: is damaged ({problem}); bring it back from a copy, or prepare the data again"
+                raise UsageError(said) from None
+            raise

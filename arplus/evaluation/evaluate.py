@@ -4,7 +4,9 @@ Each worker holds the model, one per GPU, or per CPU where there is none (``--de
 time changes nothing but rounding.
 """
 
+import logging
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,7 +29,7 @@ from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset, Split
 from arplus.data.personas import Persona
 from arplus.data.sampler import EpochSampler
-from arplus.errors import ResourceError, UsageError
+from arplus.errors import ArplusError, ResourceError, RunError, UsageError
 from arplus.evaluation import compare, sheets
 from arplus.evaluation.compare import Sample
 from arplus.evaluation.consistency import PersonaMetrics, asks
@@ -40,6 +43,8 @@ from arplus.model.network import PersonaTransformer
 from arplus.runs import checkpoint
 from arplus.sums import Sums
 
+log = logging.getLogger(__name__)
+
 PAPER_BATCH = 64
 """Examples of a batch of the paper's code. Its metrics are means over batches, so these are of its size, whatever the
 device takes at a time."""
@@ -47,6 +52,8 @@ WINDOW_BATCHES = 64
 """Such batches that a task evaluates."""
 BATCH_SIZES = {"cpu": 64, "cuda": 512}
 """Examples taken at a time by default, by type of device. On a GPU most of the time of 64 is launching kernels."""
+MOST_RESTARTS, MOST_RETRIES = 8, 3
+"""How often a worker that died, and a window that it died of, are tried again."""
 GROUPS = ("standard", "paper_compatible", "persona", "predictor")
 """The groups of metrics of a split; the last one is of models that predict a persona weight."""
 
@@ -170,21 +177,65 @@ def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
     context.enable_progress_bars = False
     n = sampler.windows
     where: dict[str, Any] = {"accelerator_type": chosen.accelerator_type, "label_selector": chosen.labels}
-    dataset = ray.data.range(n, override_num_blocks=n).map_batches(
-        Evaluator,
-        fn_constructor_args=(sampler, config, gpus > 0),
-        batch_size=1,  # a window; Ray Data refuses None beside a GPU
-        compute=ActorPoolStrategy(size=min(gpus * chosen.runs_per_gpu or int(free), n)),
-        # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
-        num_cpus=0 if gpus else 1,
-        num_gpus=chosen.gpus_per_worker if gpus else 0,
-        **{name: value for name, value in where.items() if value},
-    )
-    return [pickle.loads(row["tally"]) for row in dataset.iter_rows()]
+    # Of itself Ray Data starts one that dies again for ever, as where its node has too little memory; and for the limits
+    # it has no arguments that it does not call deprecated.
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
+        dataset = ray.data.range(n, override_num_blocks=n).map_batches(
+            EvaluationWorker,
+            fn_constructor_args=(sampler, config, gpus > 0),
+            batch_size=1,  # a window; Ray Data refuses None beside a GPU
+            compute=ActorPoolStrategy(size=min(gpus * chosen.runs_per_gpu or int(free), n)),
+            # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
+            num_cpus=0 if gpus else 1,
+            num_gpus=chosen.gpus_per_worker if gpus else 0,
+            max_restarts=MOST_RESTARTS,
+            max_task_retries=MOST_RETRIES,
+            **{name: value for name, value in where.items() if value},
+        )
+    tallies = []
+    try:
+        for row in dataset.iter_rows():
+            found: Tally | ArplusError = pickle.loads(row["tally"])
+            if isinstance(found, ArplusError):
+                raise found
+            tallies.append(found)
+    except ray.exceptions.RayActorError as error:
+        log.error("%s", error)
+        raise RunError(
+            "a worker of the evaluation died again and again (how is above), perhaps for want of memory: a lower "
+            "--batch-size needs less"
+        ) from error
+    return tallies
+
+
+class EvaluationWorker:
+    """An :class:`Evaluator` as a Ray Data actor, with errors of ours as results: of others Ray Data keeps the text."""
+
+    def __init__(self, sampler: EpochSampler, config: EvaluateConfig, has_gpu: bool) -> None:
+        try:
+            self.evaluator: Evaluator | ArplusError = Evaluator(sampler, config, has_gpu)
+        except ArplusError as error:
+            self.evaluator = error
+
+    def __call__(self, item: dict[str, Any]) -> pa.Table:
+        """The tally of the window that ``item`` names, or why there is none."""
+        (window,) = item["id"]
+        found: Tally | ArplusError
+        if isinstance(self.evaluator, ArplusError):
+            found = self.evaluator
+        else:
+            try:
+                found = self.evaluator.tally(int(window))
+            except ArplusError as error:
+                found = error
+            except torch.OutOfMemoryError:
+                taken = self.evaluator.batch_size
+                found = ResourceError(f"a GPU has too little memory for {taken} examples at a time; lower --batch-size")
+        return pa.table({"tally": [pickle.dumps(found)]})
 
 
 class Evaluator:
-    """Holds the model in a Ray Data actor, which has a GPU or not, and tallies windows of examples."""
+    """Holds the model, on a GPU or not, and tallies windows of examples."""
 
     def __init__(self, sampler: EpochSampler, config: EvaluateConfig, has_gpu: bool = False) -> None:
         # Read here, not handed in: an actor that Ray starts again must not depend on an object that may be gone.
@@ -203,12 +254,6 @@ class Evaluator:
         self.model = ready_model(self.state, self.device)
         self.model.persona_weight = None if config.persona_weight == "auto" else config.persona_weight
         self.special = special_ids(self.state.sizes.characters)
-
-    def __call__(self, item: dict[str, Any]) -> pa.Table:
-        """The tally of the window that ``item`` names."""
-        (window,) = item["id"]
-        tally = self.tally(int(window))
-        return pa.table({"tally": [pickle.dumps(tally)]})
 
     @torch.inference_mode()
     def tally(self, index: int) -> Tally:

@@ -1,13 +1,18 @@
 """The order of an epoch, and how a global batch is dealt out."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from helpers.prepared import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arplus import storage
 from arplus.data.dataset import Dataset, RowGroup, Split
 from arplus.data.sampler import EpochSampler, deal
+from arplus.errors import UsageError
 
 BATCH = 8
 
@@ -46,6 +51,20 @@ def ids(sampler: EpochSampler, epoch: int) -> list[list[int]]:
         lengths = np.array([len(context) for context in table["context"].to_pylist()])
         found += [table["example_id"].to_numpy()[rows].tolist() for rows in sampler.batches(epoch, window, lengths)]
     return found
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed"])
+def test_a_damaged_file_is_the_files_fault_not_the_stores(s3_server: Any, tmp_path: Path, damage: str) -> None:
+    """Which would be asked again for ten minutes."""
+    data = write_dataset(tmp_path, {"train": [[500]]})
+    (file,) = Path(data.uri, "train").iterdir()
+    whole = file.read_bytes()
+    wrong = whole[: len(whole) // 2] if damage == "cut short" else whole[:50] + bytes(len(whole) // 2) + whole[-2000:]
+    uri = s3_server.uri(f"damaged/{damage}.parquet")
+    storage.write_bytes(uri, wrong)
+    split = Split("train", 500, 1, (RowGroup(uri, 0, 500),))
+    with pytest.raises(UsageError, match=rf"^{uri}: is damaged \(.*\); bring it back from a copy"):
+        make(split).read(0, 0, ["context"])
 
 
 def test_epochs_and_seeds_change_the_order(dataset: Dataset) -> None:

@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +20,17 @@ from arplus.config import EvaluateConfig, Sampling
 from arplus.data.collate import BatchSpec, ExampleRng, Window
 from arplus.data.dataset import Dataset
 from arplus.data.sampler import EpochSampler
-from arplus.errors import UsageError
+from arplus.errors import RunError, UsageError
 from arplus.evaluation import evaluate as evaluate_module
-from arplus.evaluation.evaluate import BATCH_SIZES, Evaluator, evaluate, nll_per_example, table, windows_of
+from arplus.evaluation.evaluate import (
+    BATCH_SIZES,
+    EvaluationWorker,
+    Evaluator,
+    evaluate,
+    nll_per_example,
+    table,
+    windows_of,
+)
 from arplus.evaluation.paper_metrics import PaperMetrics
 from arplus.evaluation.replies import Responder, raw_profile, sample_replies
 from arplus.kernels.cpu import CpuOperations
@@ -75,6 +86,54 @@ def evaluator(
     uri = checkpoint.write(str(folder / "checkpoint"), state)
     config = EvaluateConfig(checkpoint=uri, data=dataset.uri, **settings)
     return Evaluator(windows_of(dataset.split(split)), config, has_gpu)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_worker_finds_wrong_is_told_in_its_own_words(dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(dataset.uri, tmp_path / "data")
+    for file in (tmp_path / "data" / "test").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
+    with pytest.raises(UsageError, match=r"^/.*\.parquet: is damaged"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=str(tmp_path / "data"), split=("test",)))
+
+
+def test_a_worker_without_its_checkpoint_or_memory_gives_that_as_its_result(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def result(worker: EvaluationWorker) -> object:
+        return pickle.loads(worker({"id": [0]})["tally"][0].as_py())
+
+    sampler, gone = windows_of(dataset.split("test")), str(tmp_path / "checkpoint")
+    found = result(EvaluationWorker(sampler, EvaluateConfig(checkpoint=gone, data=dataset.uri), False))
+    assert isinstance(found, UsageError)
+    assert gone in str(found)
+
+    def take(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Evaluator, "tally", take)
+    worker = EvaluationWorker(
+        sampler, EvaluateConfig(checkpoint=checkpoint.write(gone, random_state()), data=dataset.uri), False
+    )
+    assert str(result(worker)) == "a GPU has too little memory for 64 examples at a time; lower --batch-size"
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_again_and_again_ends_the_evaluation(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the node has too little memory: Ray Data itself starts it again for ever."""
+
+    class Dying(EvaluationWorker):
+        def __call__(self, item: dict[str, Any]) -> pa.Table:
+            os._exit(1)
+
+    monkeypatch.setattr("arplus.evaluation.evaluate.EvaluationWorker", Dying)
+    uri = checkpoint.write(str(tmp_path / "checkpoint"), random_state())
+    with pytest.raises(RunError, match=r"died again and again .* a lower --batch-size needs less"):
+        evaluate(EvaluateConfig(checkpoint=uri, data=dataset.uri, split=("test",)))
 
 
 def test_the_papers_metrics_are_of_random_batches_of_its_size(
