@@ -5,6 +5,7 @@ import sys
 
 from arplus import cli
 from arplus.config import ChatConfig
+from arplus.errors import UsageError
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise UsageError("standard input: is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The commands as a user types them: each mistake ends in one line, the right exit code, and nothing half-written."""
 
 import gzip
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import ROOT, away, run, run_all, shared, words
+
+from arplus.errors import UsageError
 
 TERMINAL = """
 import os, pty, sys
@@ -46,6 +50,13 @@ def shown(text: str) -> list[str]:
             cells = part + cells[len(part) :]
         lines.append(cells.rstrip())
     return lines
+
+
+def test_what_is_typed_in_another_encoding_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = runpy.run_path(str(ROOT / "jobs/chat.py"))["_ask"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8"))
+    with pytest.raises(UsageError, match="standard input: is not UTF-8 text"):
+        ask()
 
 
 def alarming(text: str) -> list[str]:

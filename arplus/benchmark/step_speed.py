@@ -26,7 +26,6 @@ from arplus.benchmark.pool import Pool, mean_lengths, padding, pool_of
 from arplus.benchmark.usage import interleaved
 from arplus.cluster import node
 from arplus.config import OptimizerConfig, TrainConfig, VocabularySizes
-from arplus.config.gpus import peak_flops
 from arplus.data.capacity import Filler
 from arplus.data.loader import Step
 from arplus.kernels.gpu import leave_cudnn_out
@@ -35,7 +34,7 @@ from arplus.model.network import PersonaTransformer
 from arplus.training.engine import Engine, is_compiled
 from arplus.training.group import process_group
 from arplus.training.loop import seed_dropout
-from arplus.training.meter import memory_bytes
+from arplus.training.meter import memory_bytes, peak_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def _result(
     batches = [batch for step in steps for batch in step.micro_batches]
     lengths = mean_lengths(batches)
     flops = forward_backward_flops(run.model, sizes, context=lengths[0], targets=lengths[1], persona=lengths[2])
-    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    peak = peak_of(device(), run.precision)
     mfu = flops * examples_per_second / peak if peak else None
 
     def speed(side: str) -> str:
@@ -133,7 +132,7 @@ def _result(
             *((f"ratio {side}", f"{ratio:.2f}") for side, ratio in ratios.items() if side != "ours"),
             ("GFLOP-equivalents per example", f"{ours * gflops / config.batch_size:.2f} at {gflops:.0f} GFLOP/s"),
             ("peak memory", ", ".join(f"{side} {size(value)}" for side, value in memory.items())),
-            ("MFU", f"{mfu:.1%}" if mfu else "none: no known GPU"),
+            ("MFU", f"{mfu:.1%}" if mfu else "none: no known GPU, or not in bf16"),
         ],
     )
 

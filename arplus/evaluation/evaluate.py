@@ -177,15 +177,15 @@ def _tallies(sampler: EpochSampler, config: EvaluateConfig) -> list[Tally]:
     context.enable_progress_bars = False
     n = sampler.windows
     where: dict[str, Any] = {"accelerator_type": chosen.accelerator_type, "label_selector": chosen.labels}
-    # Of itself Ray Data starts one that dies again for ever, as where its node has too little memory; and for the limits
-    # it has no arguments that it does not call deprecated.
+    # Of itself Ray Data starts one that dies again for ever, as where its node has too little memory. It calls all
+    # arguments that set a limit deprecated.
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
         dataset = ray.data.range(n, override_num_blocks=n).map_batches(
             EvaluationWorker,
             fn_constructor_args=(sampler, config, gpus > 0),
             batch_size=1,  # a window; Ray Data refuses None beside a GPU
             compute=ActorPoolStrategy(size=min(gpus * chosen.runs_per_gpu or int(free), n)),
-            # Beside a GPU none: with as many GPUs as CPUs, Ray Data's own tasks would wait for one for ever (ray#64588).
+            # Beside a GPU none: with as many GPUs as CPUs Ray Data's own tasks would wait for ever (ray#64588).
             num_cpus=0 if gpus else 1,
             num_gpus=chosen.gpus_per_worker if gpus else 0,
             max_restarts=MOST_RESTARTS,

@@ -82,7 +82,10 @@ class RangeReader(io.RawIOBase):
 
 
 def _read_range(uri: str, start: int, size: int) -> bytes:
-    return storage.with_retries(uri, storage.read_range, uri, start, size) if size else b""
+    data = storage.with_retries(uri, storage.read_range, uri, start, size) if size else b""
+    if len(data) != size:  # it would look like the end of the file
+        raise UsageError(f"{uri}: has become shorter while it was read; start again when nobody writes to it")
+    return data
 
 
 class File:

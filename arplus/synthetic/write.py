@@ -160,19 +160,24 @@ def _broken(line: str, rng: np.random.Generator) -> bytes:
 # ------------------------------------------------------------------------------------------- chatterbot-corpus
 
 
+def _corpus() -> Path:
+    """The folder of chatterbot-corpus' Chinese part. Raises :class:`UsageError` where it is not installed."""
+    spec = importlib.util.find_spec("chatterbot_corpus")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError("--chatterbot: chatterbot-corpus is not installed: pip install -e '.[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "data" / "chinese"
+
+
 def chatterbot_records(seed: int = 0) -> Iterator[bytes]:
     """The conversations of chatterbot-corpus' Chinese part (BSD) as raw records with random personas.
 
     Utterances are not split into words. Conversations of one turn are left out. Raises :class:`UsageError` where the
     corpus is not installed.
     """
-    spec = importlib.util.find_spec("chatterbot_corpus")
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError("chatterbot-corpus is not installed: pip install -e '.[demo]'")
+    folder = _corpus()
     import yaml  # comes with the corpus
 
     rng = np.random.default_rng([seed, 1 << 32])
-    folder = Path(spec.submodule_search_locations[0]) / "data" / "chinese"
     for file in sorted(folder.glob("*.yml")):
         content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         for conversation in content["conversations"]:
@@ -196,6 +201,8 @@ def synthesize(config: SynthesizeConfig) -> Written:
     Raises :class:`UsageError` where the output cannot be written, is a file already, or is a folder that holds files;
     and :class:`ResourceError` where it lacks space, or S3 does not answer.
     """
+    if config.chatterbot:
+        _corpus()  # now, and not when all else is written
     counts = Written()
     lines = generate(config, counts)
     filesystem, path = storage.resolve_lasting(config.output)

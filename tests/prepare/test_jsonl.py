@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -170,3 +171,12 @@ def test_a_file_is_read_in_ranges_and_a_failed_one_is_asked_for_again(
         assert file.read(7) + file.readall() == LINES
         assert file.tell() == len(LINES)
     assert not failures
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_no_shorter_data_set(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"x" * 100_000)
+    with RangeReader(str(file), range_bytes=10_000) as reader:
+        os.truncate(file, 50_000)
+        with pytest.raises(UsageError, match=r"x.jsonl: has become shorter while it was read"):
+            reader.readall()
