@@ -122,8 +122,10 @@ def _settings(config: FaultsBenchmark, folder: Path) -> TrainConfig:
     synthesize(SynthesizeConfig(output=raw, records=config.records))
     prepare(PrepareConfig(input=raw, output=data, valid=0.01, test=0.01))
     run = preset(config.preset)
+    # The kill falls between two checkpoints, so that steps are trained again and the new ones can be told.
     every = max(2, config.steps // 4 - 1)
-    every += (config.steps // 2) % every == 0
+    while (config.steps // 2) % every == 0:
+        every += 1
     return replace(
         tiny(run) if config.tiny else run,
         data=data,
@@ -133,7 +135,6 @@ def _settings(config: FaultsBenchmark, folder: Path) -> TrainConfig:
         batch_size=config.batch_size,
         max_steps=config.steps,
         log_every=1,
-        # The kill falls between two checkpoints, so that steps are trained again and the new ones can be told.
         checkpoint_every=every,
     )
 

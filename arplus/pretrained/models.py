@@ -84,7 +84,7 @@ def load(path: str, flag: str, expected: str | None = None) -> Pretrained:
 
 
 def width(path: str, flag: str, expected: str | None = None) -> tuple[int, str]:
-    """Features of a model's hidden states, and the digest of its weights, without reading these; raises as load."""
+    """Features of a model's hidden states, and the digest of its weights, without making it; raises as load."""
     folder, found = _expected(path, flag, expected)
     auto = _transformers(flag).AutoConfig
     try:
