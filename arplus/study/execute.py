@@ -233,7 +233,7 @@ class _Adapter(Searcher):
             trial.problem = result.get("problem", "")
             if trial.outcome == "finished":
                 trial.final = self.study.folder.run(trial.name).final.read()
-        if len(self.failures) < IN_A_ROW:  # then Tune was told that there is nothing more, which it asks but once
+        if len(self.failures) < IN_A_ROW:  # from then on Tune starts no run, whatever still ends well
             self.failures = [*self.failures, trial.problem] if trial.outcome == "failed" else []
         if trial.outcome in ("diverged", "failed"):
             log.warning("%s %s: %s", trial.name, trial.outcome, trial.problem)
