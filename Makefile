@@ -55,9 +55,9 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-# Beside each other: tests wait for one thing or another, and others compute meanwhile. A second Ray would cost more.
+# Beside each other: those that share a Ray mostly wait, and the others compute meanwhile. More processes take longer.
 test: setup
-	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 9 minutes on two cores."
+	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 10 minutes on two cores."
 	@echo "What each of them says is shown when it ends."
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
 
@@ -65,7 +65,7 @@ test-ray:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and ray"
 
 test-rest:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray"
 
 check: setup
 	$(BIN)/ruff check .

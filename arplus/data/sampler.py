@@ -23,7 +23,7 @@ from arplus import storage
 from arplus.data.dataset import RowGroup, Split
 from arplus.errors import UsageError
 
-_DAMAGED = re.compile("Parquet|thrift|decompress|end of stream|corrupt", re.IGNORECASE)
+_DAMAGED = re.compile("Parquet (?:magic|file)|thrift|decompress|end of stream|[Cc]orrupt")
 """In what pyarrow says of a file that has come whole from where it is, and is not what it was."""
 
 

@@ -66,7 +66,7 @@ class Lease:
         try:
             claims.check_conditions(lease._uri, lease._entry())
         except ArplusError:
-            lease._write(None)
+            lease._write(None, take=True)
             raise
         lease._thread.start()
         return lease
