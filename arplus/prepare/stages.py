@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
@@ -73,10 +73,18 @@ def as_completed(refs: list[Any], progress: StageLog, items: int) -> Iterator[An
         progress.update(round(items * done), done)
 
 
+class Hashes(NamedTuple):
+    """The hashes of a block's sessions."""
+
+    ref: Any
+    last_file: int
+    """The number of the last file of which it has any."""
+
+
 def parse(
     config: PrepareConfig, sources: list[Source], lease: Lease, block_bytes: int
-) -> tuple[list[Any], list[Shard]]:
-    """Runs read and parse; returns references to the hashes of each block, and what is known of each block."""
+) -> tuple[list[Hashes], list[Shard]]:
+    """Runs read and parse; returns the hashes of each block, and what is known of each block."""
     progress = StageLog("parse", "records")
     files = [file for source in sources for file in source.files]
     whole = max(1, sum(storage.size(file) for file in files))
@@ -111,8 +119,9 @@ def parse(
     blocks, parsed, records = [], [], 0
     for bundle in dataset.iter_internal_ref_bundles():
         for block in bundle.block_refs:
-            blocks.append(block)
-            for shard in ray.get(tasks.shard_facts.remote(block)):
+            shards = ray.get(tasks.shard_facts.remote(block))
+            blocks.append(Hashes(block, max((shard.file for shard in shards), default=-1)))
+            for shard in shards:
                 if shard.problem:
                     raise (ResourceError if shard.resources else UsageError)(shard.problem)
                 parsed.append(shard)
@@ -124,16 +133,18 @@ def parse(
     return blocks, sorted(parsed, key=lambda shard: (shard.file, shard.first_line))
 
 
-def deduplicate(config: PrepareConfig, sources: list[Source], blocks: list[Any], sessions: int) -> Deduplicated:
+def deduplicate(config: PrepareConfig, sources: list[Source], blocks: list[Hashes], sessions: int) -> Deduplicated:
     """Finds the duplicates by their hashes, which are handed to one task for each range of them."""
     progress = StageLog("deduplicate", "sessions")
     partitions = -(-sessions // SESSIONS_A_PARTITION)
     firsts = [source.first for source in sources[1:]]
-    evaluation = tasks.evaluation_hashes.remote(firsts, *(blocks if firsts else []))
+    # Not all: a task's arguments lie on one node together.
+    theirs = [block.ref for block in blocks if firsts and block.last_file >= firsts[0]]
+    evaluation = tasks.evaluation_hashes.remote(firsts, *theirs)
     task: Any = tasks.scatter.options(num_returns=partitions)
     scattered = [
         task.remote(config, partitions, len(sources[0].files), evaluation, *group)
-        for group in _split(blocks, MAX_GROUPS)
+        for group in _split([block.ref for block in blocks], MAX_GROUPS)
     ]
     columns = [[row] for row in scattered] if partitions == 1 else scattered
     parts = [tasks.deduplicate.remote(config, *(row[p] for row in columns)) for p in range(partitions)]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,22 @@ def rows(output: str, split: str) -> list[dict[str, Any]]:
 
     files = dict.fromkeys(group.file for group in Dataset.open(output).split(split).row_groups)
     return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_task_gets_the_hashes_of_evaluation_sets_and_not_of_all_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task's arguments lie on one node together, and those of all the input may find no room there."""
+    given, hashes = [], tasks.evaluation_hashes.remote
+    spy = SimpleNamespace(remote=lambda firsts, *blocks: (given.append(len(blocks)), hashes(firsts, *blocks))[1])
+    monkeypatch.setattr(tasks, "evaluation_hashes", spy)
+    more = write(tmp_path / "more.jsonl", [official(50_000, 1, 50_001)])
+    ours = [session(10 * i, 2) for i in range(1000)] + [session(50_000, 2)]
+    config = settings(tmp_path, "ours", ours, evaluation_set=(f"more={more}",))
+    manifest = prepare(config, block_bytes=20_000)
+    assert manifest.overlaps == {"more": 1}
+    assert given == [1], "of more than ten blocks"
 
 
 @pytest.mark.usefixtures("ray_cluster")
