@@ -38,3 +38,21 @@ def test_every_kind_of_sum_adds_up_and_both_parts_stay_as_they_are() -> None:
 def test_what_is_not_the_same_in_both_does_not_add_up() -> None:
     with pytest.raises(AssertionError, match="width"):
         Whole(7) + Whole(8)
+
+
+def test_in_place_it_comes_to_the_same_and_the_other_part_stays_as_it_is() -> None:
+    def parts() -> list[Part]:
+        return [
+            Part(1, np.array([1, 0, 2]), Counter("ab"), {1, 2}, {"length": np.array([3, 4])}, ["a"]),
+            Part(2, np.array([0, 5, 1]), Counter("bc"), {2, 3}, {"length": np.array([1, 1])}, ["b", "c"]),
+        ]
+
+    one, other = parts()
+    words = one.words
+    whole, one.by_value.flags.writeable = one + other, False  # as Ray gives arrays back
+    one += other
+    assert one.words is words, "not a copy for each part"
+    assert repr(one) == repr(whole)
+    assert repr(other) == repr(parts()[1])
+    with pytest.raises(AssertionError, match="width"):
+        Whole(7).__iadd__(Whole(8))

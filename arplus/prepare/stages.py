@@ -167,9 +167,11 @@ def groups_of(parsed: list[Shard], sources: list[Source], first_split: int) -> l
 def count(groups: list[list[Staged]], survivors: Any, splits: int, sessions: int) -> CorpusCounts:
     """Counts what is in the shards, so many sessions."""
     progress = StageLog("count", "sessions")
-    counts = [tasks.count.remote(group, survivors, splits) for group in groups]
-    parts = as_completed(counts, progress, sessions)
-    total: CorpusCounts = sum(parts, next(parts))
+    # No list of ours holds the parts, of 9 MB each, until all are there.
+    parts = as_completed([tasks.count.remote(group, survivors, splits) for group in groups], progress, sessions)
+    total: CorpusCounts = next(parts)
+    for part in parts:
+        total += part
     progress.end(int(total.sessions.sum()))
     return total
 
