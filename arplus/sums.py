@@ -1,6 +1,7 @@
 """Base class for counts that workers collect separately and add up."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Self
 
@@ -13,23 +14,26 @@ class Sums:
 
     def __add__(self, other: Self) -> Self:
         """Both together, field by field; what both have in common (:data:`SAME`) must be the same."""
-        found = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            assert f.metadata != SAME or mine == theirs, f.name
-            found[f.name] = mine if f.metadata == SAME else _together(mine, theirs)
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        found |= {name: _together(mine, theirs) for name, mine, theirs in self._beside(other)}
         return type(self)(**found)
 
     def __iadd__(self, other: Self) -> Self:
         """The same in place, where counters grow: to copy one of a million words for each part takes long."""
+        for name, mine, theirs in self._beside(other):
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, name, _together(mine, theirs))
+        return self
+
+    def _beside(self, other: Self) -> Iterator[tuple[str, Any, Any]]:
+        """The name and both values of each field that is added."""
         for f in fields(self):  # type: ignore[arg-type]
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             assert f.metadata != SAME or mine == theirs, f.name
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            elif f.metadata != SAME:
-                setattr(self, f.name, _together(mine, theirs))
-        return self
+            if f.metadata != SAME:
+                yield f.name, mine, theirs
 
 
 def _together(mine: Any, theirs: Any) -> Any:

@@ -119,9 +119,8 @@ def validate(manifest):
 
 
 def test_the_patches_of_the_guides_fit_the_template():
-    pages = (ROOT / "cluster" / "README.md", ROOT / "docs" / "weekly.md")
-    lines = [line for page in pages for line in page.read_text().split("\n") if "- {op: " in line]
-    patches = yaml.safe_load("\n".join(line.strip() for line in lines))
+    text = (ROOT / "cluster" / "README.md").read_text() + (ROOT / "docs" / "weekly.md").read_text()
+    patches = yaml.safe_load("\n".join(lines := re.findall(r"- \{op: .*", text)))
     assert len(patches) == len(lines) == 7
     (group,) = cluster_of(build("train", patches))["workerGroupSpecs"]
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2

@@ -108,7 +108,8 @@ def plan(config: AblateConfig) -> str:
         dataset = _dataset(config)
         sizes = training_sets(config, dataset)
         for size in sizes:
-            lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {_budget(config, size):,} a run")
+            budget = _budget(config, size.examples)
+            lines.append(f"  {size.sessions:,} sessions: {size.examples:,} examples, {budget:,} a run")
         runs = [(run, budget) for run, count, budget in planned(config, sizes) for _ in range(count)]
         lines += ["", *study_report(runs, dataset, config.concurrency, ends_early=False)]
     return "\n".join(lines)
@@ -119,12 +120,12 @@ def planned(config: AblateConfig, sizes: Sequence[Split]) -> Iterator[tuple[Trai
     for size in sizes:
         for row in config.rows:
             spec = RunSpec(row, size.sessions, size.examples, config.run.seed, config.run.optimizer.lr)
-            yield settings(config, spec), config.runs_of(row), _budget(config, size)
+            yield settings(config, spec), config.runs_of(row), _budget(config, size.examples)
 
 
-def _budget(config: AblateConfig, size: Split) -> int:
-    """Examples that a run trains on."""
-    return config.examples or config.run.epochs * size.examples
+def _budget(config: AblateConfig, examples: int) -> int:
+    """Examples that a run trains on, of so many per epoch."""
+    return config.examples or config.run.epochs * examples
 
 
 def _dataset(config: AblateConfig) -> Dataset:
@@ -202,7 +203,7 @@ def settings(config: AblateConfig, spec: RunSpec) -> TrainConfig:
         feed=replace(config.run.feed, max_examples=spec.examples),
     )
     run = with_values(run, spec.row.values, source=f"--variant {spec.row.name}")
-    return with_budget(run, config.examples or config.run.epochs * spec.examples, config.validations, spec.examples)
+    return with_budget(run, _budget(config, spec.examples), config.validations, spec.examples)
 
 
 @dataclass

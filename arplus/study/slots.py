@@ -72,9 +72,10 @@ def stored_bytes(runs: Iterable[tuple[TrainConfig, int]], slots: Slots, sizes: V
     """
     rooms, total = [], 0
     for run, count in runs:
-        whole, ended = run_bytes(run, sizes), weight_bytes(run, sizes)
-        total += count * (whole if run.keep_checkpoints == "all" else ended)
-        rooms += [0 if run.keep_checkpoints == "all" else whole - ended] * count
+        whole = run_bytes(run, sizes)
+        ended = whole if run.keep_checkpoints == "all" else weight_bytes(run, sizes)
+        total += count * ended
+        rooms += [whole - ended] * count
     return total + sum(sorted(rooms)[-slots.side_by_side - 1 :])  # those that train, and the best
 
 

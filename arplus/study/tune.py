@@ -83,11 +83,11 @@ def space(config: TuneConfig, dataset: Dataset | None = None) -> list[Dimension]
         rate = Dimension("optimizer.lr", "loguniform", bounds)
         dimensions = [rate, *(d for d in dimensions if d.name != rate.name)]
     ends = [d.values if d.kind == "choice" else (d.values[0], d.values[-1]) for d in dimensions]
-    alone = [{d.name: value} for d, values in zip(dimensions, ends, strict=True) for value in values]
+    alone = [(f" {d.text}", {d.name: value}) for d, values in zip(dimensions, ends, strict=True) for value in values]
     # Two values may each be possible, and not with each other. Each alone first, for the shorter message.
-    together = (dict(zip((d.name for d in dimensions), values, strict=True)) for values in itertools.product(*ends))
-    for values in itertools.chain(alone, itertools.islice(together, MOST_CORNERS)):
-        which = "".join(f" {d.text}" for d in dimensions if len(values) == 1 and d.name in values)
+    names = [d.name for d in dimensions]
+    together = (("", dict(zip(names, values, strict=True))) for values in itertools.product(*ends))
+    for which, values in itertools.chain(alone, itertools.islice(together, MOST_CORNERS)):
         where = f"--space{which}: at {_shown(values)}"
         run = with_values(config.run, values, source=where)
         if run.objective.compared != config.run.objective.compared:

@@ -21,12 +21,11 @@ def install(template: Path) -> None:
         return make(uri)
 
     def _copy(database: Path) -> None:
-        half = template.with_name(uuid4().hex)
         if not template.exists():
-            make(f"sqlite:///{half}")
-            half.rename(template)
+            make(f"sqlite:///{(first := template.with_name(uuid4().hex))}")
+            first.rename(template)
         database.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(template, half := database.with_name(half.name))
+        shutil.copyfile(template, half := database.with_name(uuid4().hex))
         with suppress(FileExistsError):  # another process was faster
             os.link(half, database)
         half.unlink()

@@ -90,7 +90,7 @@ def test_the_best_trial_alone_keeps_its_checkpoints(finished: tuple) -> None:
     config, _ = finished
     good, bad = (folder(config) / "runs" / name for name in ("trial-0001", "trial-0002"))
     whole = stored(checkpoint_of(good))
-    assert stored(good / "checkpoints") == BYTES["trial-0001"] > 1.9 * whole, "two, each of its own text"
+    assert stored(good / "checkpoints") == BYTES["trial-0001"] >= 2 * whole - 64, "two, whose digits differ"
     assert 0 < BYTES["trial-0002"] < 0.45 * whole, "the best one, without optimizer state"
     assert stored(bad / "checkpoints") == 0
     assert {"config.json", "attempt.json", "tracking.jsonl"} <= {file.name for file in bad.iterdir()}
