@@ -5,8 +5,10 @@ All of it is fp32: bf16 is autocast's, and its copies of weights are counted wit
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.batch import Batch, Packed, Sequences
@@ -113,11 +115,21 @@ def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int,
 
 def _elements(model: ModelConfig, sizes: VocabularySizes, only: Collection[str]) -> tuple[list[int], list[int]]:
     """Elements of each trained and of each frozen parameter."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unset():
         network = PersonaTransformer(model, sizes)
     train_only(network, only)
     trained, frozen = ([p.numel() for p in network.parameters() if p.requires_grad is kind] for kind in (True, False))
     return trained, frozen
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves parameters without values: to draw some that are nowhere torch would import its compiler, for a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does what a function does, but for those that initialise a tensor."""
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:
