@@ -38,7 +38,7 @@ demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/python jobs/synthesize.py --records 40000 --duplicates 400 --broken 40 --persona-answers 0.9 --chatterbot --seed 1 --output $(DEMO)/raw
 	$(BIN)/python jobs/prepare.py --input $(DEMO)/raw --output $(DEMO)/data --valid 0.02 --test 0.02
-	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --max-steps 1200 --log-every 100 --seed 1 --model.gate-start 1 --model.fixed-attention 1 --model.dropout 0
+	$(BIN)/python jobs/train.py arplus --tiny --data $(DEMO)/data --storage $(DEMO)/runs --run-name demo --max-steps 1100 --log-every 100 --seed 1 --model.gate-start 1 --model.fixed-attention 1 --model.dropout 0
 	$(BIN)/python jobs/evaluate.py --checkpoint $(DEMO)/runs/demo --data $(DEMO)/data --json $(DEMO)/evaluation.json
 	@echo
 	@echo "The same question to two personas:"
