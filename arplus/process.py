@@ -1,12 +1,18 @@
-"""What this process is and has: whether Ray started it as a job, its peak memory, a folder of its user's own."""
+"""What this process is, has and does: whether Ray started it as a job, its memory, a folder, and work in a thread."""
 
 import contextlib
 import os
 import stat
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from arplus.errors import UsageError
+
+T = TypeVar("T")
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable that Ray sets for the process that a submitted job is."""
@@ -31,3 +37,22 @@ def own_folder() -> Path:
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
     raise UsageError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
+
+
+def in_thread(work: Callable[[], T], seconds: float | None = None) -> T:
+    """What ``work`` gives, or raises, in a thread of its own. After ``seconds`` it is left alone: TimeoutError."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name=getattr(work, "__qualname__", None), daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        if outcome.done():  # it is the work's own
+            raise
+        raise TimeoutError(f"no answer within {seconds:g} s") from None

@@ -7,11 +7,9 @@ A folder is read without the network, code that comes with a model is never run,
 import contextlib
 import hashlib
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -19,10 +17,8 @@ from filelock import FileLock
 from arplus import storage
 from arplus.config import special_ids
 from arplus.errors import UsageError
-from arplus.process import own_folder
+from arplus.process import in_thread, own_folder
 from arplus.text import Vocabulary
-
-T = TypeVar("T")
 
 LEAST_COVERAGE = 0.9
 """Of the text's characters, which a model's vocabulary must know, or a file of vectors."""
@@ -185,30 +181,15 @@ def _from_hub(name: str, flag: str) -> Path:
         _digest(folder, name, flag)
         return folder
     try:
-        revision = _within(HUB_SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS).sha)
+        hub = huggingface_hub.HfApi()
+        # A name server may be waited for longer than any limit says.
+        revision = in_thread(lambda: hub.model_info(name, timeout=HUB_SECONDS).sha, HUB_SECONDS)
         return fetch(revision=revision)
     except Exception as error:  # of the hub's own, of httpx, of the system
         raise UsageError(
             f"--{flag} {name}: is not a folder here, and the model hub does not give it ({_first_line(error)}); name a "
             "folder with config.json, vocab.txt and weights"
         ) from None
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What ``work`` gives, or :class:`TimeoutError`: a name server may be waited for longer than any limit says."""
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="model-hub", daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
 
 
 def _transformers(flag: str) -> Any:

@@ -70,7 +70,7 @@ class RunFolder:
         self.uri = uri
         self.config = Document(storage.join(uri, "config.json"), TrainConfig)
         self.final = _FinalDocument(storage.join(uri, "final_metrics.json"), FinalMetrics)
-        self.checkpoints = Checkpoints(uri)
+        self.checkpoints = CheckpointFolder(uri)
         self.read_attempt = patient(attempt.read, uri)
         self.take_over = patient(attempt.take_over, uri)
         self.start_attempt = patient(attempt.start, uri)
@@ -82,7 +82,7 @@ class RunFolder:
         return storage.within(uri, self.uri)
 
 
-class Checkpoints:
+class CheckpointFolder:
     """What reads and mends a run's checkpoints, of :mod:`arplus.runs.checkpoint`; the saver of training writes them."""
 
     def __init__(self, run_uri: str) -> None:

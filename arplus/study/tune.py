@@ -208,8 +208,7 @@ def finish(
     assert run is not None
     settings = with_values(config.run, best.values, source="the best trial")
     settings = replace(settings, run_name=f"{study.name}-best", experiment=TrainConfig().experiment)
-    compared = sorted((t for t in study.trials.values() if t.score is not None), key=lambda t: t.score or 0.0)[:10]
-    runs = [r for t in compared if (r := study.tracked_run(t)) is not None]
+    runs = [r for t in verdict.ranking(study)[:10] if (r := study.tracked_run(t)) is not None]
     for trial in study.trials.values():
         study.save(trial)
     judged = verdict.judge(study)

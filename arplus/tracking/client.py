@@ -9,19 +9,18 @@ import getpass
 import json
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from arplus.errors import ArplusError, RefusedError, ResourceError, UsageError, redact
+from arplus.process import in_thread
 from arplus.tracking.refusal import Event, advice, brief, is_final, status_of
 from arplus.tracking.run import RunRef, absolute_uri
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 METRICS_A_REQUEST = 1000
 """MLflow's limit."""
 TAG_LENGTH = 5000
@@ -69,7 +68,8 @@ def connect(uri: str) -> Any:
 
     _load()
     with explain(uri):
-        return _within(_SQLITE_S if uri.startswith("sqlite:") else _REACH_S, ask)
+        # A name that does not resolve outlasts any limit on requests.
+        return in_thread(ask, _SQLITE_S if uri.startswith("sqlite:") else _REACH_S)
 
 
 def check_reachable(uri: str) -> None:
@@ -110,27 +110,6 @@ def _load() -> Any:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return MlflowClient
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of ``work``, or TimeoutError: a name that does not resolve outlasts any limit on requests."""
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def guarded() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=guarded, name="mlflow-check", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
 
 
 # --------------------------------------------------------------------------------------------------------- starting

@@ -7,10 +7,8 @@ import logging
 import math
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, cast
 from uuid import uuid4
 
@@ -24,6 +22,7 @@ from arplus import storage
 from arplus.cluster import connection
 from arplus.config import TrainConfig
 from arplus.kernels.gpu import leave_cudnn_out
+from arplus.process import in_thread
 
 WORTH_THREADS = 1 << 20
 """Examples of a micro-batch × d² from which a worker on CPUs takes all its cores. OpenMP's threads wait for each other
@@ -65,16 +64,7 @@ def run(
         ),
     )
     # In the main thread Ray Train takes Ctrl-C for itself, and ends the run without a checkpoint.
-    outcome: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit().return_value)
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
-    return outcome.result()
+    return in_thread(trainer.fit).return_value
 
 
 def _variables(scaling: ScalingConfig) -> dict[str, str]:

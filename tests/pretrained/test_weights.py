@@ -271,7 +271,7 @@ def test_a_hub_that_does_not_answer_is_told_in_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: time.sleep(60))
     assert models.HUB_SECONDS <= 8, "of 15 s, imports take the rest"
     monkeypatch.setattr(models, "HUB_SECONDS", 0.5)
-    assert "the model hub does not give it (no answer in 0.5 s)" in refusal(fitting("arplus"), "nobody/nothing")
+    assert "the model hub does not give it (no answer within 0.5 s)" in refusal(fitting("arplus"), "nobody/nothing")
 
 
 @pytest.mark.parametrize(
