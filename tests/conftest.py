@@ -62,9 +62,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs from all tests but those that are asked for by their mark: NCCL refuses two ranks on one.
 
-    And no test starts a Ray, or joins another process's, just by calling it.
+    And no test starts a Ray, or joins another process's, just by calling it. Ray Train looks whether its workers have
+    ended, every two seconds by default.
     """
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     if "gpu" not in config.getoption("markexpr"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

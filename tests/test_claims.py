@@ -85,6 +85,7 @@ def test_a_change_sees_what_another_process_wrote_meanwhile(s3_server: Any) -> N
     assert json.loads(storage.read_bytes(file)) == ["first", "second", "slow"]
 
 
+@pytest.mark.processes
 def test_a_store_that_never_meets_a_condition_is_not_asked_for_ever(
     aws_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A job as a process: how it ends, what its help and its dry run cost, and what a shell completes."""
 
+import gc
 import json
 import os
 import re
@@ -42,9 +43,12 @@ def test_run_ends_with_the_errors_exit_code(
 
 
 def test_run_of_a_main_that_returns_goes_on() -> None:
+    """Soon to its end: what is frozen Python's end does not look through."""
     done = []
+    gc.unfreeze()
     cli.run(lambda: done.append(True))
     assert done
+    assert gc.get_freeze_count() > 100_000
 
 
 def test_any_other_error_exits_1_with_a_traceback() -> None:
@@ -81,13 +85,18 @@ print("done")
     assert ended.stdout.endswith("done\n"), ended.stderr
 
 
-def test_only_workers_import_deepspeed() -> None:
-    """Seconds, which each job's own process, Ray Train's controller and each trial would spend before anything else."""
+@pytest.mark.processes
+def test_only_workers_import_what_takes_seconds() -> None:
+    """Which Ray Train's controller, each job's own process and each trial would spend before anything else."""
     script = """
 import sys
+from arplus.training import failure  # all that the controller takes of ours
+assert "torch" not in sys.modules
+from arplus.config import TrainConfig, VocabularySizes
 from arplus.evaluation import evaluate
 from arplus.study import ablate, lr_find, tune
-from arplus.training import trainer
+from arplus.training import footprint, trainer
+footprint.run_bytes(TrainConfig(), VocabularySizes())
 print({"deepspeed", "torch._dynamo"} & set(sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)

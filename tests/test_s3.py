@@ -149,6 +149,7 @@ SAME_IN_BOTH = [
 SAME_IN_BOTH += ["a;b=1", "a!b$(c)", "{a}", "[a]", "<a>", "a|b^c`d", "a~b*c", "e\u0301", "a/", "a/b//"]
 
 
+@pytest.mark.processes
 def test_both_clients_take_the_same_key(aws_settings: Any) -> None:
     with store() as (endpoint, asked):
         aws_settings(AWS_ENDPOINT_URL=endpoint, **KEYS)

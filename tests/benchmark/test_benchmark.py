@@ -188,6 +188,7 @@ def test_usage_counts_a_childs_memory_and_time() -> None:
     assert used.seconds > 0.1
 
 
+@pytest.mark.processes
 def test_figures_go_to_json_and_mlflow(tmp_path: Path) -> None:
     result = figures.Result(figures={"speed": 2.0, "ratio": None}, table=[("speed", "2")])
     described = {"cores": 2, "matmul_gflops": 50.0}

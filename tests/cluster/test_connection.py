@@ -32,6 +32,16 @@ def test_a_running_cluster_is_joined() -> None:
         assert (done.returncode, done.stdout) == (0, "2.0\n"), done.stderr
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_know_the_address_of_a_cluster_of_ones_own_without_a_runtime_env() -> None:
+    """With one, Ray would use none of the workers that it starts with the cluster."""
+    known = ray.remote(num_cpus=0)(lambda: (os.environ["RAY_ADDRESS"], ray.get_runtime_context().runtime_env.to_dict()))
+    address, environment = ray.get(known.remote())
+    assert address.rpartition(":")[2] == ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    assert environment == {}
+    assert os.environ.get("RAY_ADDRESS") != address, "for this process may end it and start another one"
+
+
 TOO_LONG = "/tmp/" + 80 * "x"
 WRONG = {
     "RAY_ADDRESS=127.0.0.1:1": (3, "no cluster answers there"),

@@ -138,6 +138,7 @@ def engine_steps(config: TrainConfig, first: int, last: int) -> list[Step]:
 def run(rank: int, world: int, rendezvous: Path, task: Callable[..., Any], arguments: tuple, result: Path) -> None:
     """Body of a spawned process: joins the group, runs ``task(*arguments)``; rank 0 saves what it returns."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: a collection looks through a million objects of it
     with process_group(rank, world, rendezvous):
         found = task(*arguments)
     if rank == 0:

@@ -45,6 +45,7 @@ def test_a_second_one_is_refused_by_the_name_of_the_first(output: str) -> None:
     Lease.take(output).release(finished=True)
 
 
+@pytest.mark.processes
 def test_it_is_renewed_while_its_holder_lives(output: str) -> None:
     first = Lease.take(output, lifetime=1.5)
     time.sleep(2.5)
@@ -59,6 +60,7 @@ def change(output: str, **changes: Any) -> None:
     storage.write_bytes(file, json.dumps(storage.read_json(file) | changes).encode())
 
 
+@pytest.mark.processes
 def test_one_that_ran_out_is_taken_and_its_holder_finds_out(output: str) -> None:
     held_up = Lease.take(output, lifetime=4.0)  # renewed every second
     change(output, expires=0.0, process=None)  # as from another machine

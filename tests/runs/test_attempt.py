@@ -133,6 +133,7 @@ def test_what_another_version_wrote_is_refused_by_name(run):
         attempt.read(run)
 
 
+@pytest.mark.processes
 def test_the_watch_sees_both(run):
     job = attempt.take_over(run, "m")
     watch = Watch(run, attempt.start(run, job))
@@ -146,6 +147,7 @@ def test_the_watch_sees_both(run):
     watch.close()
 
 
+@pytest.mark.processes
 def test_a_broken_file_does_not_end_the_watch(run):
     job = attempt.take_over(run, "m")
     watch = Watch(run, attempt.start(run, job))

@@ -57,7 +57,7 @@ def test_all_of_it_waits_for_storage_that_refuses(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(RefusedError):
             storage.exists(run.uri)
-        again = threading.Timer(1.0, monkeypatch.setenv, ("AWS_SECRET_ACCESS_KEY", right))
+        again = threading.Timer(0.4, monkeypatch.setenv, ("AWS_SECRET_ACCESS_KEY", right))
         again.start()
         use()
         again.join()

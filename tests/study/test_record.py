@@ -19,7 +19,7 @@ from arplus.tracking import RunRef
 
 @pytest.fixture
 def refusing(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
-    """S3 refuses the block's first two seconds, as it does when it is asked too often (ray#55055)."""
+    """S3 refuses what the block asks first, as it does when it is asked too often (ray#55055)."""
     name, right = "AWS_SECRET_ACCESS_KEY", s3_server.environment["AWS_SECRET_ACCESS_KEY"]
 
     @contextmanager
@@ -27,7 +27,7 @@ def refusing(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Ab
         monkeypatch.setenv(name, "wrong")
         with pytest.raises(RefusedError):
             storage.exists(s3_server.uri("any"))
-        again = threading.Timer(2.0, monkeypatch.setenv, (name, right))
+        again = threading.Timer(0.4, monkeypatch.setenv, (name, right))
         again.start()
         yield
         again.join()

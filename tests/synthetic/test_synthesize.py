@@ -317,6 +317,7 @@ def test_outputs_that_cannot_be_written(tmp_path):
     assert {(tmp_path / name).read_text() for name in ("full/a", "file", "old.jsonl")} == {"mine"}
 
 
+@pytest.mark.processes
 def test_s3_that_does_not_answer_is_a_lack_of_resources(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
@@ -336,6 +337,7 @@ def test_a_failure_in_mid_write_leaves_nothing(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_the_job(tmp_path):
     job = [sys.executable, "jobs/synthesize.py", "--records", "50", "--duplicates", "4", "--broken", "2", "--seed", "1"]
     done = subprocess.run([*job, "--output", str(tmp_path / "x.jsonl")], capture_output=True, text=True, check=True)

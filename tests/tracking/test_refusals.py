@@ -165,6 +165,7 @@ def test_a_package_that_is_missing_and_a_file_that_is_gone_are_named(store, tmp_
         replay_record(tmp_path / "s.jsonl", store)
 
 
+@pytest.mark.processes
 def test_status_and_metrics_do_not_wait_for_a_slow_file(store, artifacts, tmp_path):
     artifacts.pause = 30
     run = begin_at(store, artifacts.uri)
@@ -242,6 +243,7 @@ def test_a_run_that_is_gone_holds_up_no_other_of_the_records(store, tmp_path):
     assert points(store, run.run_id, "a") == [(1, 1.0)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("what", ["run", "experiment"])
 def test_a_deleted_run_is_asked_once_and_named(store, tmp_path, caplog, monkeypatch, what):
     """MLflow answers 400, as to one wrong value, whereupon each of a thousand values would be sent by itself."""

@@ -31,6 +31,7 @@ def test_a_full_queue_drops_counts_and_says_so_once(no_server, tmp_path, caplog)
     assert [(e["key"], e["step"]) for e in events[:-1]] == [(key, step) for step in range(100) for key in "ab"]
 
 
+@pytest.mark.processes
 def test_a_file_that_waits_is_given_the_time_of_a_slow_server(no_server, tmp_path, monkeypatch):
     monkeypatch.setattr("arplus.tracking.tracker._BYTES_A_SECOND", 1000)
     (tmp_path / "weights").write_bytes(bytes(1200))
@@ -61,6 +62,7 @@ def test_one_refused_value_does_not_hold_up_the_next(store, tmp_path, caplog):
     assert points(store, run.run_id, "good") == [(2, 1.0)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("error", "lost"), [(ConnectionError("refused"), 0), (OSError("HTTP 500"), 1)])
 def test_a_tag_waits_for_a_server_that_is_away_and_not_for_one_that_answers(
     store, tmp_path, monkeypatch, caplog, error, lost

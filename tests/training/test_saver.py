@@ -185,7 +185,7 @@ def test_s3_that_refuses_for_a_while_costs_no_checkpoint(s3_server, tmp_path, mo
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(RefusedError):
         storage.exists(run)
-    again = threading.Timer(2.0, monkeypatch.setenv, ("AWS_SECRET_ACCESS_KEY", right))
+    again = threading.Timer(0.4, monkeypatch.setenv, ("AWS_SECRET_ACCESS_KEY", right))
     again.start()
     mine.save(state(10), 3.0)
     mine.wait()
