@@ -55,19 +55,17 @@ demo: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not ray and not processes"
 
-# Beside each other: those that share a Ray, or ask a server, mostly wait, and the others compute meanwhile. More
-# processes take longer.
+# Beside each other: those that share a Ray mostly wait, and the others compute meanwhile. More processes take longer.
 test: setup
-	@echo "pytest runs side by side on all that needs a Ray or MLflow's servers and on the rest: 10 minutes on two cores."
+	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 10 minutes on two cores."
 	@echo "What each of them says is shown when it ends."
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
 
 test-ray:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and ray"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray" tests/tracking
 
 test-rest:
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray" --ignore tests/tracking
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak and not ray"
 
 check: setup
 	$(BIN)/ruff check .
