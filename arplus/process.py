@@ -1,11 +1,11 @@
-"""What this process is, has and does: whether Ray started it as a job, its memory, a folder, and work in a thread."""
+"""What this process is and has: whether Ray started it as a job, memory, a folder, variables for a while, a thread."""
 
 import contextlib
 import os
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +37,21 @@ def own_folder() -> Path:
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}; set TMPDIR to a folder that you can write to") from error
     raise UsageError(f"{folder}: is not a folder of your own; remove it, or set TMPDIR to another folder")
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of this process and of those that it starts meanwhile; afterwards they are as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def in_thread(work: Callable[[], T], seconds: float | None = None) -> T:

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,31 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         stack.callback(_stop, process)
         _wait_until_it_writes(server, process, folder / "weed.log")
         yield server
+
+
+@pytest.fixture
+def refusing(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[], AbstractContextManager[None]]:
+    """S3 refuses what a block asks first, as it does when it is asked too often (ray#55055), and the block waits."""
+    name, right = "AWS_SECRET_ACCESS_KEY", s3_server.environment["AWS_SECRET_ACCESS_KEY"]
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        from arplus import storage
+        from arplus.errors import RefusedError
+
+        monkeypatch.setenv(name, "wrong")
+        with pytest.raises(RefusedError):
+            storage.exists(s3_server.uri("any"))
+        caplog.clear()
+        again = threading.Timer(1.0, monkeypatch.setenv, (name, right))
+        again.start()
+        yield
+        again.join()
+        assert "trying again" in caplog.text, "it was refused"
+
+    return block
 
 
 def _free_ports(number: int) -> list[int]:

@@ -90,13 +90,15 @@ def test_only_workers_import_what_takes_seconds() -> None:
     """Which Ray Train's controller, each job's own process and each trial would spend before anything else."""
     script = """
 import sys
+from types import SimpleNamespace
 from arplus.training import failure  # all that the controller takes of ours
 assert "torch" not in sys.modules
 from arplus.config import TrainConfig, VocabularySizes
 from arplus.evaluation import evaluate
 from arplus.study import ablate, lr_find, tune
-from arplus.training import footprint, trainer
+from arplus.training import footprint, start, trainer
 footprint.run_bytes(TrainConfig(), VocabularySizes())
+start.check_start(TrainConfig(), SimpleNamespace(sizes=VocabularySizes(), characters=None, rules=None))
 print({"deepspeed", "torch._dynamo"} & set(sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arplus import cli, storage
@@ -79,7 +79,6 @@ PASSWORDS = st.text(
 )
 
 
-@settings(max_examples=25)  # each reads a command line: 50 ms
 @given(PASSWORDS, st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
 def test_no_part_of_a_password_is_told(password: str, scheme: str) -> None:
     """Whatever characters it holds: the address's own among them."""

@@ -12,7 +12,6 @@ Nothing is overlapped, as in our engine. The prediction for two workers stands b
 """
 
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +30,8 @@ from arplus.benchmark.pool import Pool, random_examples
 from arplus.benchmark.step_speed import engine_step, run_config
 from arplus.benchmark.usage import seconds
 from arplus.config import TrainConfig, VocabularySizes
-from arplus.model.network import PersonaTransformer
+from arplus.model.cost import outline
+from arplus.process import environment
 from arplus.training.group import process_group
 
 T = TypeVar("T")
@@ -82,8 +82,7 @@ def measure(config: ScaleBenchmark, run: TrainConfig | None = None) -> Result:
     """Measures in processes of their own; ``run`` replaces AR+ at its real size (tests do)."""
     run = replace(run or run_config(config.batch_size, precision="fp32"), zero_stage=config.zero_stage)
     b, stage = config.batch_size, config.zero_stage
-    with torch.device("meta"):
-        n = sum(p.numel() for p in PersonaTransformer(run.model, VocabularySizes()).parameters())
+    n = sum(p.numel() for p in outline(run.model, VocabularySizes()).parameters())
     half, single, two = (_measured(w, run, size, config.steps) for w, size in ((1, b // 2), (1, b), (2, b)))
     example = max((single.step - half.step) / (b - b // 2), 0.0)
     here = Costs(single.step - b * example, example, bytes_sent(0, 2, n) / two.reduce, two.latency)
@@ -157,15 +156,12 @@ def in_processes(workers: int, work: Callable[[int], T]) -> T:
 
     The processes see no GPU: there may be one for all.
     """
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it must be so before they import torch
-    try:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            first, *_ = pool.map(work, range(workers))
-            return first
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        os.environ |= {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
+    with (
+        environment({"CUDA_VISIBLE_DEVICES": ""}),  # it must be so before they import torch
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        first, *_ = pool.map(work, range(workers))
+        return first
 
 
 def _work(workers: int, rendezvous: Path, run: TrainConfig, batch_size: int, steps: int, rank: int) -> _Measured:
@@ -179,7 +175,7 @@ def _work(workers: int, rendezvous: Path, run: TrainConfig, batch_size: int, ste
         step = _median(lambda: take(next(waiting)), steps)
         if workers == 1:
             return _Measured(step)
-        n = sum(p.numel() for p in PersonaTransformer(run.model, sizes).parameters())
+        n = sum(p.numel() for p in outline(run.model, sizes).parameters())
         gradients, one = torch.zeros(n), torch.zeros(1)
         return _Measured(
             step, _median(lambda: dist.all_reduce(gradients), steps), _median(lambda: dist.all_reduce(one), 20)

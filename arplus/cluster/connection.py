@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import ray
@@ -20,6 +19,7 @@ from arplus import proxies
 from arplus.cluster import noise, ray_private
 from arplus.config import Device
 from arplus.errors import ResourceError, UsageError, mask
+from arplus.process import environment
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,10 @@ def _check_sockets() -> None:
 def _start(cpus: int | None) -> None:
     _check_sockets()
     proxies.bypass()
+    # Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may
+    # find the cluster of another job on this machine, miss its controller there and take the workers' resources away.
+    # In a runtime_env the address would do as well, but then Ray uses none of the workers that it starts with the
+    # cluster, and starts each of its own by another Python: 0.9 s.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -125,7 +129,7 @@ def _start(cpus: int | None) -> None:
     ray_private.read_variables_again()
     ray_private.start_workers_without_uv()
     try:
-        with ray_private.deaf_to_the_terminal(), _known_to_its_processes(f"127.0.0.1:{port}"):
+        with ray_private.deaf_to_the_terminal(), environment({"RAY_ADDRESS": f"127.0.0.1:{port}"}):
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -136,24 +140,6 @@ def _start(cpus: int | None) -> None:
     except Exception as error:  # Ray 2.60 raises nothing narrower where a part of it does not come up in 30 s
         said = mask(str(error).strip().partition("\n")[0].rstrip(" .:"))  # the last lines of a log follow
         raise ResourceError(f"Ray does not start ({said}); if this machine is busy, start the job later") from error
-
-
-@contextlib.contextmanager
-def _known_to_its_processes(address: str) -> Iterator[None]:
-    """A cluster that is started meanwhile has its address in its processes' environment.
-
-    Ray Train watches its controller through the dashboard of the cluster that it finds. Without an address it may find
-    the cluster of another job on this machine, miss its controller there and take the workers' resources away.
-    A ``runtime_env`` would do as well, but then Ray uses none of the workers that it starts with the cluster, and
-    starts each of its own by another Python: 0.9 s.
-    """
-    before = {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}  # "local" may have been said
-    os.environ["RAY_ADDRESS"] = address
-    try:
-        yield
-    finally:
-        del os.environ["RAY_ADDRESS"]
-        os.environ |= before
 
 
 class Offer(NamedTuple):

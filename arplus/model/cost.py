@@ -2,6 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from arplus.config import ModelConfig, VocabularySizes
 from arplus.errors import UsageError
@@ -24,6 +28,22 @@ _COMPONENTS = (
 """What a parameter's name contains, and the component that it then belongs to."""
 ADDED_LATER = ("adapters", "predictor")
 """Components with which a network may go on from the weights of one that lacks them."""
+
+
+def outline(config: ModelConfig, sizes: VocabularySizes) -> PersonaTransformer:
+    """A network whose parameters have shapes alone, on torch's "meta" device: it takes no memory and no time."""
+    with torch.device("meta"), _Unset():
+        return PersonaTransformer(config, sizes)
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves parameters without values: to draw some that are nowhere torch would import its compiler, for a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does what a function does, but for those that initialise a tensor."""
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def component_of(parameter: str) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from arplus import storage, tracking
 from arplus.cluster import preflight
 from arplus.config import (
@@ -27,8 +25,7 @@ from arplus.data.dataset import Dataset, Split
 from arplus.errors import ArplusError, UsageError
 from arplus.evaluation.delivery import destination, track
 from arplus.evaluation.evaluate import evaluate
-from arplus.model.cost import live_parameters
-from arplus.model.network import PersonaTransformer
+from arplus.model.cost import live_parameters, outline
 from arplus.runs import checkpoint
 from arplus.study import execute, report, results
 from arplus.study.publish import conclude
@@ -265,8 +262,7 @@ def evaluate_missing(config: AblateConfig, study: Study, dataset: Dataset, rows:
 
 
 def _parameters(run: TrainConfig, sizes: VocabularySizes) -> int:
-    with torch.device("meta"):
-        return sum(live_parameters(PersonaTransformer(run.model, sizes)).values())
+    return sum(live_parameters(outline(run.model, sizes)).values())
 
 
 def _conclude(

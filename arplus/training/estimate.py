@@ -4,12 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySizes, to_dict
 from arplus.data.dataset import Dataset
-from arplus.model.cost import forward_backward_flops, live_parameters, train_only
-from arplus.model.network import PersonaTransformer
+from arplus.model.cost import forward_backward_flops, live_parameters, outline, train_only
 from arplus.pretrained import features, weights
 from arplus.training.footprint import activation_bytes, worker_bytes
 
@@ -29,8 +26,7 @@ def figures(config: TrainConfig) -> list[str]:
     dataset = Dataset.open(config.data) if config.data else None
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()
-    with torch.device("meta"):
-        model = PersonaTransformer(config.model, sizes)
+    model = outline(config.model, sizes)
     train_only(model, config.optimizer.only)
     parts = live_parameters(model)
     lines = [f"live parameters: {sum(parts.values()):,}"]

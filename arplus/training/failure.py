@@ -79,7 +79,8 @@ def reason(error: BaseException) -> str:
     if not isinstance(error, ArplusError | RayError):
         text = f"{type(error).__name__}: {text}"
     text = redact(text)
-    out_of_memory = "CUDA out of memory" in text  # by its type it would take torch, which Ray Train's controller lacks
+    # torch's by its name: Ray Train's controller does without torch, which takes more than a second to import.
+    out_of_memory = text.startswith("OutOfMemoryError: ") or "CUDA out of memory" in text
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return f"{text}; {LOWER_MEMORY}" if out_of_memory else text
 

@@ -5,15 +5,12 @@ All of it is fp32: bf16 is autocast's, and its copies of weights are counted wit
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.batch import Batch, Packed, Sequences
-from arplus.model.cost import train_only
-from arplus.model.network import PersonaTransformer
+from arplus.model.cost import outline, train_only
 
 BYTES = 4
 BUCKET = 1 << 24
@@ -56,8 +53,7 @@ def activation_bytes(
     Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
     on a GPU: the same functions on a CPU keep less of what they drop.
     """
-    with torch.device("meta"):
-        network = PersonaTransformer(model, sizes)
+    network = outline(model, sizes)
     train_only(network, only)
     network.frozen = _Shapes(model)
     weights = {p.untyped_storage() for p in network.parameters()}
@@ -115,21 +111,10 @@ def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int,
 
 def _elements(model: ModelConfig, sizes: VocabularySizes, only: Collection[str]) -> tuple[list[int], list[int]]:
     """Elements of each trained and of each frozen parameter."""
-    with torch.device("meta"), _Unset():
-        network = PersonaTransformer(model, sizes)
+    network = outline(model, sizes)
     train_only(network, only)
     trained, frozen = ([p.numel() for p in network.parameters() if p.requires_grad is kind] for kind in (True, False))
     return trained, frozen
-
-
-class _Unset(TorchFunctionMode):
-    """Leaves parameters without values: to draw some that are nowhere torch would import its compiler, for a second."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Does what a function does, but for those that initialise a tensor."""
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
 
 
 def _longest(model: ModelConfig, rules: ExampleRules, examples: int) -> Batch:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import socket
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from arplus import torch_private
 from arplus.errors import RunError
+from arplus.process import environment
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +125,10 @@ def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = Non
     At the end it is of no group any more, in DeepSpeed's eyes too.
     """
     variables = {"RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_RANK": str(rank)}  # DeepSpeed looks for them
-    before = {name: os.environ.get(name) for name in variables}
     meeting: dict[str, Any] = {"store": dist.HashStore()}
     if rendezvous is not None:
         meeting = {"init_method": rendezvous.absolute().as_uri()}
-    os.environ |= variables
-    try:
+    with environment(variables):
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", rank=rank, world_size=workers, **meeting
         )
@@ -138,12 +136,6 @@ def process_group(rank: int = 0, workers: int = 1, rendezvous: Path | None = Non
             yield
         finally:
             _end()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _end() -> None:

@@ -10,7 +10,7 @@ from arplus import storage, tracking
 from arplus.config import TrainConfig, VocabularySizes, flag
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
-from arplus.model.cost import ADDED_LATER, component_of, train_only
+from arplus.model.cost import ADDED_LATER, component_of, outline, train_only
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained import features
 from arplus.pretrained import start as pretrained
@@ -56,16 +56,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         model=features.resolved(config.model, before.model if before else None),
     )
     if config.optimizer.only:
-        with torch.device("meta"):
-            model = PersonaTransformer(config.model, VocabularySizes())
+        model = outline(config.model, VocabularySizes())
         train_only(model, config.optimizer.only)  # an error is told before anything starts
     return config
 
 
 def check_start(config: TrainConfig, dataset: Dataset, *, new: bool = True) -> None:
     """Logs what the weights of a new run start from. Raises :class:`UsageError` at once for what does not fit."""
-    with torch.device("meta"):
-        model = PersonaTransformer(config.model, dataset.sizes)
+    model = outline(config.model, dataset.sizes)
     features.attach(model, dataset.characters, dataset.rules)
     for line in pretrained.initialise(model, dataset.characters, config.init) if new else ():
         log.info("%s", line)

@@ -91,7 +91,7 @@ def test_a_data_set_with_too_few_examples_is_refused(tmp_path: Path) -> None:
 def test_a_data_sets_examples_are_taken_with_its_own_vocabularies(tmp_path: Path) -> None:
     """Whose special tokens are the last ids of as many as it has."""
     data = write_dataset(tmp_path, {"train": [[300]]}).uri
-    few = {"batch_size": 4, "batches": 2, "rounds": 2, "data": data, "compare": False}
+    few = {"batch_size": 4, "batches": 2, "rounds": 2, "data": data}
     run = replace(step_speed.run_config(4, precision="fp32"), model=TINY)
     assert step_speed.measure(TrainBenchmark(**few), run).figures["examples_per_second"] > 0
     assert reply_speed.measure(GenerateBenchmark(characters=5, **few), TINY).figures["replies_per_second"] > 0

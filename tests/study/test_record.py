@@ -1,8 +1,6 @@
 """A study on storage and MLflow that are away for a while: what it has found is not lost."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,28 +9,10 @@ import pytest
 
 from arplus import storage
 from arplus.config import StudyConfig, TrainConfig, TuneConfig, to_dict, with_values
-from arplus.errors import RefusedError, UsageError
+from arplus.errors import UsageError
 from arplus.runs.attempt import SupersededError
 from arplus.study.record import OBJECTIVE, Study, StudyFacts, StudyFolder, Trial, resolve_study
 from arplus.tracking import RunRef
-
-
-@pytest.fixture
-def refusing(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
-    """S3 refuses what the block asks first, as it does when it is asked too often (ray#55055)."""
-    name, right = "AWS_SECRET_ACCESS_KEY", s3_server.environment["AWS_SECRET_ACCESS_KEY"]
-
-    @contextmanager
-    def block() -> Iterator[None]:
-        monkeypatch.setenv(name, "wrong")
-        with pytest.raises(RefusedError):
-            storage.exists(s3_server.uri("any"))
-        again = threading.Timer(0.4, monkeypatch.setenv, (name, right))
-        again.start()
-        yield
-        again.join()
-
-    return block
 
 
 def begin(config: StudyConfig) -> Study:
