@@ -70,7 +70,7 @@ test-rest:
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/codespell
 
 soak: setup

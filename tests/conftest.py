@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import random
 import shutil
@@ -9,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -174,10 +174,22 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+class _Remedy(logging.Handler):
+    """Sets the right key as soon as someone says that he was refused and will try again."""
+
+    def __init__(self, set_the_right_key: Callable[[], None]) -> None:
+        super().__init__()
+        self.set_the_right_key = set_the_right_key
+        self.was_needed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "trying again" in record.getMessage():
+            self.was_needed = True
+            self.set_the_right_key()
+
+
 @pytest.fixture
-def refusing(
-    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Callable[[], AbstractContextManager[None]]:
+def refusing(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
     """S3 refuses what a block asks first, as it does when it is asked too often (ray#55055), and the block waits."""
     name, right = "AWS_SECRET_ACCESS_KEY", s3_server.environment["AWS_SECRET_ACCESS_KEY"]
 
@@ -189,12 +201,13 @@ def refusing(
         monkeypatch.setenv(name, "wrong")
         with pytest.raises(RefusedError):
             storage.exists(s3_server.uri("any"))
-        caplog.clear()
-        again = threading.Timer(1.0, monkeypatch.setenv, (name, right))
-        again.start()
-        yield
-        again.join()
-        assert "trying again" in caplog.text, "it was refused"
+        remedy = _Remedy(lambda: monkeypatch.setenv(name, right))
+        storage.log.addHandler(remedy)
+        try:
+            yield
+        finally:
+            storage.log.removeHandler(remedy)
+        assert remedy.was_needed, "it was refused"
 
     return block
 

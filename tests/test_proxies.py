@@ -1,16 +1,16 @@
 """Jobs and their workers ask this machine and the cluster past the user's proxy, and everything else through it."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
 import ray
+from helpers.answers import Answers, serving
 
 from arplus import proxies
 
@@ -43,7 +43,7 @@ cli.run(main)
 """Asks Ray and other places, itself and by a worker, which has variables of its own as its node may have."""
 
 
-class Proxy(http.server.ThreadingHTTPServer):
+class Proxy(ThreadingHTTPServer):
     """Says to each request that it was asked, and notes what for."""
 
     def __init__(self) -> None:
@@ -51,27 +51,19 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.asked: list[str] = []
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class Answer(Answers):
     server: Proxy
 
-    def do_GET(self) -> None:
+    def answer(self) -> None:
         self.server.asked.append(self.path)
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"proxy")
-
-    do_CONNECT = do_PUT = do_POST = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.say(200, b"proxy")
 
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
-    with Proxy() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    running = Proxy()
+    with serving(running):
         yield running
-        running.shutdown()
 
 
 @pytest.mark.ray

@@ -3,14 +3,13 @@
 import json
 import os
 import pickle
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.answers import Answers, serving
 from helpers.empty_store import store
 
 from arplus import storage
@@ -23,41 +22,28 @@ def test_credentials_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     asked: list[str] = []
     keys = {"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "a", "SecretAccessKey": "s", "Token": "t"}
 
-    class Answer(BaseHTTPRequestHandler):
+    class Metadata(Answers):
         def answer(self) -> None:
             metadata = self.path.startswith("/latest/")
             asked.extend([self.path] * metadata)
             body = b"role"
             if self.path.endswith("/role"):
                 body = json.dumps(keys | {"Expiration": "2099-01-01T00:00:00Z"}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+            self.say(200, body)
 
-        do_GET = do_HEAD = do_PUT = answer
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            for name in [name for name in os.environ if name.startswith("AWS_")]:
-                monkeypatch.delenv(name)
-            monkeypatch.setenv("HOME", str(tmp_path))
-            monkeypatch.setenv("AWS_REGION", "us-east-1")
-            for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
-                monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
-            assert storage.exists("s3://bucket/key")
-            once = len(asked)
-            assert once > 0
-            with ThreadPoolExecutor(4) as threads:
-                assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
-            assert len(asked) == once
-        finally:
-            server.shutdown()
+    with serving(Metadata) as url:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        for name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+            monkeypatch.setenv(name, url)
+        assert storage.exists("s3://bucket/key")
+        once = len(asked)
+        assert once > 0
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(storage.exists, ["s3://bucket/key"] * 20))
+        assert len(asked) == once
 
 
 KEYS_OF_A_ROLE = """
@@ -70,26 +56,17 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(aws_settings: Any, tm
     """pyarrow's own chain has no such profiles. Keys that end within minutes are renewed at each use."""
     given: list[int] = []
 
-    class Answer(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Roles(Answers):
+        def answer(self) -> None:
             given.append(len(given) + 1)
             until = datetime.now(UTC) + timedelta(minutes=5)
-            body = KEYS_OF_A_ROLE.format(number=given[-1], until=until.isoformat()).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
+            self.say(200, KEYS_OF_A_ROLE.format(number=given[-1], until=until.isoformat()).encode())
 
     profile = "[profile p]\nregion = us-east-1\nrole_arn = arn:aws:iam::1:role/r\nsource_profile = base\n"
     (tmp_path / "AWS_SHARED_CREDENTIALS_FILE").write_text(
         "[base]\naws_access_key_id = base\naws_secret_access_key = s\n"
     )
-    with store() as (endpoint, asked), ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        sts = f"http://127.0.0.1:{server.server_port}"
+    with store() as (endpoint, asked), serving(Roles) as sts:
         aws_settings(profile, AWS_PROFILE="p", AWS_ENDPOINT_URL=endpoint, AWS_ENDPOINT_URL_STS=sts)
         with pytest.raises(UsageError, match="no such file"):
             storage.read_bytes("s3://bucket/key")
@@ -100,7 +77,6 @@ def test_keys_of_a_role_serve_both_clients_and_are_renewed(aws_settings: Any, tm
         with pytest.raises(FileNotFoundError):
             pickle.loads(kept).open_input_file("bucket/key")
         assert len(given) > before, "what is kept for long asks anew"
-        server.shutdown()
     assert b"ROLE" not in kept
     assert {key.rstrip("0123456789") for *_, key in asked} == {"ROLE"}
 

@@ -1,15 +1,14 @@
 """An S3 store that has nothing and notes what it is asked, for what two clients say of themselves."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+
+from helpers.answers import Answers, serving
 
 LISTED = "<Contents><Key>{key}</Key><Size>3</Size><LastModified>2020-01-01T00:00:00.000Z</LastModified></Contents>"
 
 
-class _Store(BaseHTTPRequestHandler):
+class _Store(Answers):
     """Answers as a store that has nothing, and notes what it is asked."""
 
     protocol_version = "HTTP/1.1"  # else botocore waits a second for leave to send
@@ -18,7 +17,6 @@ class _Store(BaseHTTPRequestHandler):
     asked: list[tuple[str, str, str, str]]
 
     def answer(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         key = self.headers["Authorization"].partition("Credential=")[2].partition("/")[0]
         self.asked.append((self.command, self.path, self.headers["Host"], key))
         if self.command == "PUT":
@@ -30,17 +28,7 @@ class _Store(BaseHTTPRequestHandler):
         if self.keys and "list-type" in self.path:
             status, found = 200, "".join(LISTED.format(key=key) for key in self.keys)
             body = f"<ListBucketResult>{found}<KeyCount>{len(self.keys)}</KeyCount></ListBucketResult>".encode()
-        self.send_response(status)
-        self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_HEAD = do_PUT = do_DELETE = answer
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        self.say(status, body, ETag='"1"')
 
 
 @contextmanager
@@ -49,10 +37,8 @@ def store(
 ) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
     asked: list[tuple[str, str, str, str]] = []
     handler = type("Store", (_Store,), {"status": status, "code": code, "asked": asked, "keys": keys})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with serving(handler) as url:
+        yield url, asked
 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}

@@ -8,19 +8,36 @@ import os
 import re
 import socket
 import sys
+import time
+import zlib
 from pathlib import Path
 
 CONTEXT = "--serialized-runtime-env-context="
 OURS = (CONTEXT, "--language=")
 
 
-def ask(place: str, variables: dict[str, str], arguments: list[str]) -> None:
-    """Hands arguments, variables, folder and output to the server at the socket ``place``."""
-    request = {"arguments": arguments, "variables": variables, "folder": os.getcwd()}
+def ask(place: str, request: dict[str, object], files: list[int]) -> None:
+    """Hands a request and files to the server at the socket ``place``."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(place)
-        socket.send_fds(server, [b"."], [0, 1, 2])
+        socket.send_fds(server, [b"."], files)
         server.sendall(json.dumps(request).encode())
+
+
+def ask_for_worker(place: str, variables: dict[str, str], arguments: list[str]) -> None:
+    """Hands arguments, variables, folder and output to the server of such workers, which may have to begin."""
+    workers = f"{place}-{zlib.crc32(json.dumps(variables, sort_keys=True).encode())}"
+    deadline, asked = time.monotonic() + 60, False
+    while True:
+        try:
+            return ask(workers, {"arguments": arguments, "variables": variables, "folder": os.getcwd()}, [0, 1, 2])
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+        if not asked:
+            ask(place, {"serve": workers, "variables": variables}, [])
+        asked = True
+        time.sleep(0.02)
 
 
 def main() -> None:
@@ -36,7 +53,7 @@ def main() -> None:
     if not place or other or context.get("py_executable", sys.executable) != sys.executable:
         original = Path(arguments[0]).with_name("setup_worker.py")
         os.execv(sys.executable, [sys.executable, str(original), *sys.argv[1:]])
-    ask(place, variables, arguments)
+    ask_for_worker(place, variables, arguments)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Ray starts a worker by a script of its own; here that script is ``forked_worker.py``, which asks the server below for a
 child. The child takes over the worker's arguments, variables, folder and output, and is what Ray would have started.
-:func:`start` asks for one that runs a job as this Python would. On a machine with a GPU all start as ever: CUDA does
-not outlive a fork.
+Ray reads variables at its import, a job's number among them. So workers of the same variables, which those of a job
+are, have a server of their own: a fork of the first that has imported Ray with them. :func:`start` asks for a process
+that runs a job as this Python would. On a machine with a GPU all start as ever: CUDA does not outlive a fork.
 """
 
 import atexit
@@ -23,6 +24,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PLACE = "ARPLUS_FORKS"
 """Variable that names the server's socket."""
@@ -31,7 +33,12 @@ IMPORTED = ("deepspeed", "mlflow.tracking", "pandas", "pyarrow.compute", "pyarro
 IMPORTED += ("arplus.model.network", "arplus.storage", "torch.utils.data")
 # What the first optimizer and DeepSpeed's first engine import by themselves: torch's compiler, a second each.
 IMPORTED += ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
-IMPORTED += ("arplus.evaluation.replies", "arplus.tracking", "fsspec", "jsonschema", "rich.console", "sacrebleu")
+IMPORTED += ("arplus.evaluation.replies", "arplus.tracking", "fsspec", "jsonschema", "rich.live", "sacrebleu")
+# What a run's first engine and first tracker import by themselves, and what Ray's libraries import beside Ray.
+IMPORTED += ("deepspeed.module_inject", "deepspeed.moe.layer", "setuptools", "distutils.util", "torch.profiler")
+IMPORTED += ("mlflow.store.tracking.sqlalchemy_store", "mlflow.genai", "mlflow.system_metrics.system_metrics_monitor")
+IMPORTED += ("fsspec.implementations.local", "pyarrow.json", "pydantic.v1", "logging.config", "socketserver")
+IMPORTED_BY_WORKERS = ("ray.train.v2.api.data_parallel_trainer", "ray.data", "arplus.training.trainer")
 
 
 @contextlib.contextmanager
@@ -125,14 +132,69 @@ def serve(place: str) -> None:
         os._exit(code)
 
     atexit.register(leave)  # the first, and so the last to be called
-    for name in IMPORTED:
-        importlib.import_module(name)
+    _import(IMPORTED)
     importlib.import_module("ready_stores").install(Path(place).with_name("mlflow.db"))
-    gc.collect()
-    gc.freeze()  # so that no fork's collector looks through it, and copies it
     assert "ray" not in sys.modules, "it reads its variables at import, and a worker has some of its own"
     sys.path.remove(str(Path(__file__).parent))
+    listener = _listen(place)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    try:
+        _fork_for_each(listener)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except BaseException:
+        code = 1
+        raise
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that no fork's collector looks through it, and copies it
+
+
+def _import_ray() -> None:
+    """What workers import of Ray, and no number drawn by Ray's own generator.
+
+    It is seeded when it is first used. Were that before the fork, all workers would draw the same ids for what they
+    start, as each class of an actor does when it is made.
+    """
+    import ray.actor
+    from ray.actor import ActorClassID
+
+    drawn = types.SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
+    with mock.patch.object(ray.actor, "ActorClassID", drawn):
+        _import(IMPORTED_BY_WORKERS)
+    assert _drawn_by_a_fork() != _drawn_by_a_fork()
+
+
+def _drawn_by_a_fork() -> bytes:
+    from ray._raylet import UniqueID
+
+    end, begin = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(begin, UniqueID.from_random().binary())
+        os._exit(0)
+    os.close(begin)
+    os.waitpid(pid, 0)
+    with open(end, "rb") as drawn:
+        return drawn.read()
+
+
+def _listen(place: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen(64)
+    return listener
+
+
+def _fork_for_each(listener: socket.socket) -> None:
+    """Returns in this process at the end of standard input, and in each fork at the end of what it did."""
     running: dict[int, socket.socket] = {}
+    served: set[str] = set()
 
     def reap(*_: object) -> None:
         """Leaves nothing behind of processes that have ended, and tells their status."""
@@ -141,27 +203,29 @@ def serve(place: str) -> None:
                 with running.pop(ended[0]) as asked, contextlib.suppress(OSError):
                     asked.sendall(str(ended[1]).encode())
 
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(place)
-        listener.listen(64)
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
+    with listener:
         signal.signal(signal.SIGCHLD, reap)
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             asked, request, files = _taken(listener)
+            if request.get("serve") in served:
+                asked.close()
+                continue
+            served.add(request.get("serve", ""))
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until it is known whose end it would be
             pid = os.fork()
             if pid == 0:
                 listener.close()
                 for other in (asked, *running.values()):
                     other.close()
-                code = 1
-                try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+                if "serve" in request:
+                    os.environ.clear()
+                    os.environ.update(request["variables"])
+                    _import_ray()
+                    _fork_for_each(_listen(request["serve"]))
+                else:
                     _become(request, files)
-                    code = 0
-                except SystemExit as ended:
-                    code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-                    raise
                 return
             running[pid] = asked
             with contextlib.suppress(OSError):  # whoever asked may be gone
@@ -182,8 +246,6 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     """Goes on as the process that was asked for, to its end."""
     import numpy as np
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     os.setpgid(0, 0)  # Ray ends a worker's group
     for number, file in enumerate(files):
         os.dup2(file, number)

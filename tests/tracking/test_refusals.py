@@ -1,17 +1,17 @@
 """What MLflow or its artifact store will never take is given up at once and named, and everything else arrives."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from http.server import ThreadingHTTPServer
 
 import pytest
 import requests
 from boto3.exceptions import S3UploadFailedError
 from botocore import exceptions as boto
+from helpers.answers import Answers, serving
 from helpers.logged_runs import begin, points
 from mlflow.exceptions import MlflowException, RestException
 
@@ -21,7 +21,7 @@ from arplus.tracking import replay as replay_record
 from arplus.tracking.refusal import is_final, kind_of
 
 
-class Store(http.server.ThreadingHTTPServer):
+class Store(ThreadingHTTPServer):
     """An artifact store, or a proxy before MLflow, that answers every request as it is told to."""
 
     def __init__(self):
@@ -35,32 +35,22 @@ class Store(http.server.ThreadingHTTPServer):
         self.asked = 0
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_PUT(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+class Answer(Answers):
+    def answer(self):
         time.sleep(self.server.pause)
         self.server.asked += 1
         broken = self.server.broken and self.server.broken in self.path
-        self.send_response(500 if broken else self.server.status)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
+        self.say(500 if broken else self.server.status, self.server.body)
         if self.server.status == 200 and not broken:
             self.server.taken.append(self.path.rpartition("/artifacts/")[2])
-
-    do_POST = do_GET = do_PUT
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def artifacts():
-    with Store() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+    running = Store()
+    with serving(running):
         yield running
         running.pause = 0
-        running.shutdown()
 
 
 @pytest.fixture
