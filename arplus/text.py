@@ -4,6 +4,7 @@ A vocabulary's ordinary tokens take the ids 0, 1, … in order of falling freque
 the last nine ids (:data:`arplus.config.SPECIAL_TOKENS`), as in the vocabularies of the paper's public code.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -51,10 +52,9 @@ class Vocabulary:
         self.counts = [0] * len(self.tokens) if counts is None else [int(n) for n in counts]
         assert len(self.counts) == len(self.tokens)
         self._ids = {token: i for i, token in enumerate(self.tokens)}
-        if "" in self._ids or len(self._ids) < len(self.tokens):
-            seen: set[str] = set()
-            bad = next(t for t in self.tokens if not t or t in seen or seen.add(t))  # type: ignore[func-returns-value]
-            raise UsageError(f"{source}: token {bad!r} is {'there twice' if bad else 'empty'}")
+        for token, seen in Counter(self.tokens).items():
+            if not token or seen > 1:
+                raise UsageError(f"{source}: token {token!r} is {'there twice' if token else 'empty'}")
 
     @property
     def size(self) -> int:
@@ -65,9 +65,6 @@ class Vocabulary:
     def special(self) -> SpecialIds:
         """Ids of the special tokens."""
         return special_ids(self.size)
-
-    def __len__(self) -> int:
-        return self.size
 
     def __contains__(self, token: object) -> bool:
         return token in self._ids
@@ -146,10 +143,6 @@ class Vocabulary:
         if special:
             raise UsageError(f"{source}: contains {special}; leave the nine special tokens out, they come last")
         return cls([token for token, _ in pairs], [count for _, count in pairs], source=source)
-
-    def save(self, uri: str) -> None:
-        """Writes what :meth:`load` reads back."""
-        storage.write_bytes(uri, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """``token<TAB>count`` lines, which :meth:`from_bytes` reads back."""

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
 """Smith's learning-rate range test: ``python jobs/lr_find.py PRESET --data URI [--tiny] [settings]``."""
 
-import json
 import sys
 from dataclasses import replace
 
 from arplus import cli
-from arplus.config import LrFindConfig, to_dict
+from arplus.config import LrFindConfig
 
 
 def main() -> None:
@@ -19,11 +18,10 @@ def main() -> None:
         "loss falls.",
     )
     if command.dry_run:
-        from arplus.training.estimate import figures
+        from arplus.training.estimate import report
 
         run = replace(command.config.run, max_steps=command.config.steps)
-        settings = json.dumps(to_dict(command.config), ensure_ascii=False, indent=2)
-        print("\n".join([settings, "", *figures(run), cli.submit_line("jobs/lr_find.py", sys.argv[1:])]))
+        print(report(run, command.config), cli.submit_line("jobs/lr_find.py", sys.argv[1:]), sep="\n")
         return
     run = command.config.run
     run.require_data()  # before Ray starts

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from arplus.benchmark.baselines import train_steps
+from arplus.benchmark.baselines.bart import Bart
 from arplus.benchmark.baselines.padded import Padded
+from arplus.benchmark.baselines.paper_code import PaperARPlus, mean_losses
 from arplus.benchmark.figures import NOT_INSTALLED, Result, rate, size
 from arplus.benchmark.options import TrainBenchmark
 from arplus.benchmark.pool import Pool, mean_lengths, padding, pool_of
@@ -158,10 +159,27 @@ def inputs(side: Side, steps: list[Step], run: TrainConfig, pool: Pool) -> list[
 
 
 def train_step(side: Side, run: TrainConfig, sizes: VocabularySizes) -> TrainStep:
-    """The step of a fresh model of one side. Raises ImportError for BART without ``transformers``."""
+    """The step of a fresh model of one side; the others train in fp32 with torch's AdamW as it comes.
+
+    Raises ImportError for BART without ``transformers``.
+    """
     leave_cudnn_out()
     torch.manual_seed(0)
-    return engine_step(run, sizes) if side == "ours" else train_steps.make(side, run, sizes, device())
+    if side == "ours":
+        return engine_step(run, sizes)
+    model = (PaperARPlus(run.model, sizes) if side == "paper" else Bart(run.model, sizes)).to(device()).train()
+    parameters, settings = list(model.parameters()), run.optimizer
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, eps=settings.eps, weight_decay=settings.weight_decay)
+
+    def take(batch: Padded) -> None:
+        optimizer.zero_grad()
+        batch = batch.to(device())
+        dialogue, auxiliary = mean_losses(model, batch) if isinstance(model, PaperARPlus) else (model(batch), 0.0)
+        (dialogue + run.objective.lambda1 * auxiliary).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+
+    return take
 
 
 def engine_step(run: TrainConfig, sizes: VocabularySizes) -> TrainStep:

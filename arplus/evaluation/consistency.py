@@ -39,14 +39,12 @@ class PersonaMetrics(Sums):
 
     def add(self, question: str, persona: Persona, reply: str, reference: str) -> None:
         """Adds any reply and its reference."""
-        for text, claims, contradicting in (
-            (reply, "claims", "contradicting"),
-            (reference, "reference_claims", "reference_contradicting"),
-        ):
-            denied = contradicts(text, persona, question)
-            if denied is not None:
-                setattr(self, claims, getattr(self, claims) + 1)
-                setattr(self, contradicting, getattr(self, contradicting) + denied)
+        if (denied := contradicts(reply, persona, question)) is not None:
+            self.claims += 1
+            self.contradicting += denied
+        if (denied := contradicts(reference, persona, question)) is not None:
+            self.reference_claims += 1
+            self.reference_contradicting += denied
 
     def result(self) -> dict[str, float]:
         """Numbers of questions and claims and, where there are any, shares of them."""

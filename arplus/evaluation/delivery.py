@@ -1,6 +1,5 @@
 """Where an evaluation's metrics go, which is asked before the work: a JSON file, and the training run's MLflow run."""
 
-import json
 import logging
 import shutil
 import tempfile
@@ -89,7 +88,7 @@ def track(result: dict[str, Any], to: Destination) -> tracking.RunRef:
         metrics = {f"{name}/{group}/{k}": v for group in GROUPS for k, v in found.get(group, {}).items()}
         tracker.log(metrics, step=to.examples)
     names = "_".join(result["splits"])
-    tracker.log_text(f"evaluation_{names}.json", json.dumps(result, ensure_ascii=False, indent=2))
+    tracker.log_text(f"evaluation_{names}.json", storage.as_json(result))
     # The training's own run keeps its status: it may have failed, or go on.
     if tracker.close(None if run.run_id == to.run_id else "FINISHED") == 0:
         shutil.rmtree(record.parent)

@@ -30,10 +30,15 @@ ADDED_LATER = ("adapters", "predictor")
 """Components with which a network may go on from the weights of one that lacks them."""
 
 
-def outline(config: ModelConfig, sizes: VocabularySizes) -> PersonaTransformer:
-    """A network whose parameters have shapes alone, on torch's "meta" device: it takes no memory and no time."""
+def outline(config: ModelConfig, sizes: VocabularySizes, only: Collection[str] = ()) -> PersonaTransformer:
+    """A network whose parameters have shapes alone, on torch's "meta" device: it takes no memory and no time.
+
+    ``only`` and the error as of :func:`train_only`.
+    """
     with torch.device("meta"), _Unset():
-        return PersonaTransformer(config, sizes)
+        model = PersonaTransformer(config, sizes)
+    train_only(model, only)
+    return model
 
 
 class _Unset(TorchFunctionMode):

@@ -4,7 +4,6 @@ A run of the study is one row at one size with one seed. With tuned rates the fi
 first; the best of them is that seed's result, and its rate that of the other seeds.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +96,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
 def plan(config: AblateConfig) -> str:
     """What an ablation would run, as text, computed without starting anything."""
-    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), ""]
+    lines = [storage.as_json(to_dict(config))]
     of_each = f"{config.seeds} seeds" + (f" and {config.rates} rates for the first" if config.lr == "tuned" else "")
     lines.append(f"{config.runs} runs: {len(config.rows)} rows × {len(config.sizes)} sizes × {of_each}")
     lines += [f"  {row.name}: {report.settings_of(row)}" for row in config.variants]

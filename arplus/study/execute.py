@@ -1,6 +1,5 @@
 """All runs of a study through Ray Tune: what is unfinished first, then what its source says, side by side."""
 
-import json
 import logging
 import os
 import threading
@@ -297,7 +296,7 @@ class _Adapter(Searcher):
 def study_session(study: Study) -> Iterator[tracking.Tracker]:
     """Tracks on the study itself, and ends its MLflow run and those of its runs as the block ends."""
     tracker = tracking.Tracker.beside(study.tracked, study.uri)
-    tracker.log_text("study.json", json.dumps(to_dict(study.config), ensure_ascii=False, indent=2))
+    tracker.log_text("study.json", storage.as_json(to_dict(study.config)))
     data = study.config.run.data
     tracker.log_dataset(Path(data).name, study.facts.fingerprint, data, study.facts.kind)
     status: tracking.Status | None = "FAILED"

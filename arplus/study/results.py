@@ -84,9 +84,9 @@ def difference(mine: Cell, other: Cell) -> Cell:
     return Cell(mine.mean - other.mean, error, min(mine.seeds, other.seeds))
 
 
-def effect(row: Mapping[str, Cell], base: Mapping[str, Cell], name: str = "response_ppl") -> Cell | None:
-    """By how many per cent a row's figure is above that of another, with the deviation of the difference's mean."""
-    mine, other = row.get(name), base.get(name)
+def effect(row: Mapping[str, Cell], base: Mapping[str, Cell]) -> Cell | None:
+    """By how many per cent a row's perplexity is above another's, with the deviation of the difference's mean."""
+    mine, other = row.get("response_ppl"), base.get("response_ppl")
     if mine is None or other is None:
         return None
     ratio = mine.mean / other.mean

@@ -1,7 +1,6 @@
 """A sweep from beginning to end: its trials, its table, and what it leaves on storage and in MLflow."""
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -106,7 +105,7 @@ def plan(config: TuneConfig) -> str:
     """What a sweep would try, as text, computed without starting anything."""
     dataset = _dataset(config) if config.run.data else None
     dimensions = space(config, dataset)
-    lines = [json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", "what trials differ in:"]
+    lines = [storage.as_json(to_dict(config)), "what trials differ in:"]
     lines += [f"  {dimension.text}" for dimension in dimensions]
     lines += ["", f"trials: {config.trials} by {config.search}, scheduler {config.scheduler}"]
     if dataset is None:

@@ -31,6 +31,8 @@ _REACH_S = 15.0
 _SQLITE_S = 180.0
 """Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
 _DIGEST_LENGTH = 36
+_MOST_CHILDREN = 5000
+"""Far more runs than a study has side by side; MLflow gives up to 50,000 at once."""
 _KIND, _TRAINING, _INFERRED = "mlflow.experimentKind", "custom_model_development", "_inferred"
 """The experiment's tag that opens its pages for model training; by default they are those of agents."""
 
@@ -134,8 +136,10 @@ def start_run(
     uri = absolute_uri(uri)
     client = connect(uri)
     with explain(uri):
-        if resume_run_id is not None and (experiment_id := _reopened(client, resume_run_id)) is not None:
-            run = RunRef(uri, experiment_id, resume_run_id)
+        again = None if resume_run_id is None else _experiment_of(client, resume_run_id, ": a new run is started")
+        if resume_run_id is not None and again is not None:
+            client.update_run(resume_run_id, status="RUNNING")
+            run = RunRef(uri, again, resume_run_id)
         else:
             experiment_id = find_or_make_experiment(client, uri, experiment)
             family = {"mlflow.user": _user()}
@@ -156,13 +160,6 @@ def find_run(uri: str, run_id: str) -> RunRef | None:
     with explain(uri):
         experiment_id = _experiment_of(connect(uri), run_id)
     return None if experiment_id is None else RunRef(uri, experiment_id, run_id)
-
-
-def _reopened(client: Any, run_id: str) -> str | None:
-    """Sets a run back to RUNNING and gives its experiment; None, with a warning, where it is gone."""
-    if (experiment_id := _experiment_of(client, run_id, ": a new run is started")) is not None:
-        client.update_run(run_id, status="RUNNING")
-    return experiment_id
 
 
 def _experiment_of(client: Any, run_id: str, otherwise: str = "") -> str | None:
@@ -260,26 +257,17 @@ def annotate(runs: Mapping[RunRef, tuple[Mapping[str, str], Mapping[str, float]]
                 )
 
 
-def end_children(parent: RunRef, status: str = "KILLED") -> int:
-    """Ends the runs of a study that are still RUNNING, and gives their number; one that is refused stops no other.
+def end_children(parent: RunRef) -> None:
+    """Ends the runs of a study that are still RUNNING; one that is refused stops no other.
 
     A process that was killed between making a run and noting its id leaves one that nobody knows.
     """
-    ended, tried = 0, set[str]()
     with explain(parent.uri):
         client = connect(parent.uri)
         family = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
-        while new := [
-            run.info.run_id
-            for run in client.search_runs([parent.experiment_id], family, max_results=500)
-            if run.info.run_id not in tried
-        ]:
-            for run_id in new:
-                with _unless_refused(f"MLflow run {run_id}: cannot be set to {status}"):
-                    client.set_terminated(run_id, status)
-                    ended += 1
-            tried.update(new)
-    return ended
+        for run in client.search_runs([parent.experiment_id], family, max_results=_MOST_CHILDREN):
+            with _unless_refused(f"MLflow run {run.info.run_id}: cannot be set to KILLED"):
+                client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextlib.contextmanager

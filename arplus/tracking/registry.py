@@ -69,7 +69,7 @@ def flavor_files(flavor: Flavor, facts: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def register_model(
-    run: RunRef, artifact: str, name: str, alias: str | None, tags: Mapping[str, str], description: str = ""
+    run: RunRef, artifact: str, name: str, alias: str | None, tags: Mapping[str, str], description: str
 ) -> str:
     """Registers the artifact folder of a run as a version of the model ``name``, and points ``alias`` to it.
 

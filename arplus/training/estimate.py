@@ -1,19 +1,20 @@
 """``--dry-run``: what a training job would do, computed without starting anything."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from arplus import storage
 from arplus.config import PEAK_TFLOPS, ExampleRules, TrainConfig, VocabularySizes, to_dict
 from arplus.data.dataset import Dataset
-from arplus.model.cost import forward_backward_flops, live_parameters, outline, train_only
+from arplus.model.cost import forward_backward_flops, live_parameters, outline
 from arplus.pretrained import features, weights
 from arplus.training.footprint import activation_bytes, worker_bytes
 
 
-def report(config: TrainConfig) -> str:
-    """The settings, and what a run of them comes to, as text; errors as of :func:`figures`."""
-    return "\n".join([json.dumps(to_dict(config), ensure_ascii=False, indent=2), "", *figures(config)])
+def report(config: TrainConfig, job: Any = None) -> str:
+    """The settings of a job (by default the run), and what the run comes to, as text; errors as of :func:`figures`."""
+    return "\n".join([storage.as_json(to_dict(job or config)), *figures(config)])
 
 
 def figures(config: TrainConfig) -> list[str]:
@@ -26,8 +27,7 @@ def figures(config: TrainConfig) -> list[str]:
     dataset = Dataset.open(config.data) if config.data else None
     sizes = dataset.sizes if dataset else VocabularySizes()
     rules = dataset.rules if dataset else ExampleRules()
-    model = outline(config.model, sizes)
-    train_only(model, config.optimizer.only)
+    model = outline(config.model, sizes, config.optimizer.only)
     parts = live_parameters(model)
     lines = [f"live parameters: {sum(parts.values()):,}"]
     lines += [f"  {name:20} {count:>12,}" for name, count in parts.items()]

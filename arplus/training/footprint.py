@@ -10,7 +10,7 @@ import torch
 
 from arplus.config import ExampleRules, ModelConfig, TrainConfig, VocabularySizes
 from arplus.model.batch import Batch, Packed, Sequences
-from arplus.model.cost import outline, train_only
+from arplus.model.cost import outline
 
 BYTES = 4
 BUCKET = 1 << 24
@@ -48,13 +48,12 @@ def activation_bytes(
 ) -> int:
     """Bytes that the forward pass of a micro-batch of the longest examples keeps for its backward pass, in fp32.
 
-    ``only`` as in :func:`train_only`: of a frozen matrix the pass keeps no input.
+    ``only`` as in :func:`outline`: of a frozen matrix the pass keeps no input.
 
     Counted on a model without memory (torch's "meta" device), so it is the model's own code that is counted, as it runs
     on a GPU: the same functions on a CPU keep less of what they drop.
     """
-    network = outline(model, sizes)
-    train_only(network, only)
+    network = outline(model, sizes, only)
     network.frozen = _Shapes(model)
     weights = {p.untyped_storage() for p in network.parameters()}
     kept = set()
@@ -111,8 +110,7 @@ def worker_bytes(config: TrainConfig, sizes: VocabularySizes) -> dict[tuple[int,
 
 def _elements(model: ModelConfig, sizes: VocabularySizes, only: Collection[str]) -> tuple[list[int], list[int]]:
     """Elements of each trained and of each frozen parameter."""
-    network = outline(model, sizes)
-    train_only(network, only)
+    network = outline(model, sizes, only)
     trained, frozen = ([p.numel() for p in network.parameters() if p.requires_grad is kind] for kind in (True, False))
     return trained, frozen
 

@@ -10,7 +10,7 @@ from arplus import storage, tracking
 from arplus.config import TrainConfig, VocabularySizes, flag
 from arplus.data.dataset import Dataset
 from arplus.errors import UsageError
-from arplus.model.cost import ADDED_LATER, component_of, outline, train_only
+from arplus.model.cost import ADDED_LATER, component_of, outline
 from arplus.model.network import PersonaTransformer
 from arplus.pretrained import features
 from arplus.pretrained import start as pretrained
@@ -56,8 +56,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         model=features.resolved(config.model, before.model if before else None),
     )
     if config.optimizer.only:
-        model = outline(config.model, VocabularySizes())
-        train_only(model, config.optimizer.only)  # an error is told before anything starts
+        outline(config.model, VocabularySizes(), config.optimizer.only)  # an error is told before anything starts
     return config
 
 

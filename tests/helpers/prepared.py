@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from arplus import storage
 from arplus.config import ExampleRules, preset, special_ids, tiny
 from arplus.data.dataset import Dataset
 from arplus.data.examples import SCHEMA
@@ -82,8 +83,8 @@ def write_dataset(folder: Path, files: dict[str, list[list[int]]], fingerprint: 
                     start += rows
             described.append(DataFile(path=path, rows=sum(groups), row_groups=groups, digest=""))
         splits[split] = SplitFacts(sessions=start, examples=start, files=described)
-    CHARACTERS.save(str(folder / "vocabulary" / "characters.txt"))
-    PERSONA_WORDS.save(str(folder / "vocabulary" / "persona_words.txt"))
+    storage.write_bytes(str(folder / "vocabulary" / "characters.txt"), CHARACTERS.to_bytes())
+    storage.write_bytes(str(folder / "vocabulary" / "persona_words.txt"), PERSONA_WORDS.to_bytes())
     labels = {name: {"asked": -(-split.examples // 3)} for name, split in splits.items()}
     make_manifest(splits, fingerprint=fingerprint, persona_related=labels).write(str(folder))
     return Dataset.open(str(folder))

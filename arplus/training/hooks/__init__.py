@@ -26,13 +26,6 @@ from arplus.training.hooks.reports import Mlflow, RayReports, SystemMetrics
 from arplus.training.hooks.requests import EarlyStopping, Preemption, StopRequests
 from arplus.training.meter import memory_bytes
 
-__all__ = [
-    "Hook",
-    "close_hooks",
-    "final_metrics",
-    "make_hooks",
-]
-
 
 def make_hooks(
     job: RunContext, mine: Attempt, engine: Engine, dataset: Dataset, steps: int, started_from: str | None
