@@ -3,12 +3,11 @@
 import torch
 
 from arplus.kernels.cpu import CpuOperations
-from arplus.kernels.gpu import GpuOperations
 from arplus.model.network import PersonaTransformer
 from arplus.model.ops import Module, Operations
 
-BACKENDS: dict[str, type[Operations]] = {"cpu": CpuOperations, "cuda": GpuOperations}
-"""By type of device; any other computes with the plain operations."""
+BACKENDS: dict[str, type[Operations]] = {"cpu": CpuOperations}
+"""By type of device; any other, a GPU too, computes with the plain operations."""
 
 
 def use(model: PersonaTransformer, device: torch.device) -> None:

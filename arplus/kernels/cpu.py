@@ -1,4 +1,4 @@
-"""Operations on CPUs: oneDNN's products, cheaper random numbers, logits in chunks.
+"""Operations on CPUs: oneDNN's products and cheaper random numbers.
 
 torch multiplies fp32 matrices with MKL there. On an AMD EPYC (Zen 4) that took 17 % longer than oneDNN for the
 512-wide layers and 55 % for the output head, whose rows of 9,498 logits do not begin at a cache line; training steps of
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arplus.kernels.cross_entropy import linear_cross_entropies
 from arplus.kernels.dropout import dropout
 from arplus.model.ops import Operations
 from arplus.torch_private import onednn_linear
@@ -24,12 +23,10 @@ LEAST = 1 << 25
 """Multiplications for which oneDNN pays: for each shape that it has not seen it compiles for a millisecond or two, and
 packed batches are of new shapes every time. With a quarter of this the steps of ``arplus --tiny`` took 1.3 times as
 long."""
-ROWS, AT_ONCE = 1024, 64
-"""Rows of logits at a time, 39 MB in fp32 for 9,498 characters; and of the softmax, 2.4 MB, which stay in cache."""
 
 
 class CpuOperations(Operations):
-    """fp32 products by oneDNN, cheaper random numbers, logits that never exist as a whole."""
+    """fp32 products by oneDNN, and cheaper random numbers."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """By oneDNN where it pays."""
@@ -52,10 +49,6 @@ class CpuOperations(Operations):
         score_HBTS = (query_HBTC * query_HBTC.shape[-1] ** -0.5) @ key_HBSC.transpose(-1, -2)
         weight_HBTS = (score_HBTS if mask is None else score_HBTS.add_(mask)).softmax(-1)
         return (self.dropout(weight_HBTS, p) if p else weight_HBTS) @ value_HBSC
-
-    def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-        """A thousand rows of logits at a time."""
-        return linear_cross_entropies(hidden_GND, weight_VD, target_N, linear=self.linear, rows=ROWS, at_once=AT_ONCE)
 
 
 def _is_onednns(x: Tensor, weight: Tensor) -> bool:

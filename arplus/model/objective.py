@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from arplus.model.batch import IGNORED
 from arplus.model.ops import Linear
@@ -38,9 +38,12 @@ class OutputHead(Linear):
 
     def forward(self, hidden: Tensor, target_N: Tensor | None = None) -> Tensor:
         """(…, D) to logits (…, V); (G, N, D) with targets (N,) to cross-entropies (G,), nats summed over N, fp32."""
+        logits = super().forward(hidden)
         if target_N is None:
-            return super().forward(hidden)
-        return self.ops.cross_entropies(hidden, self.weight, target_N.long())
+            return logits
+        target_N = target_N.long()
+        nats = [cross_entropy(x, target_N, reduction="sum", ignore_index=IGNORED) for x in logits.float()]
+        return torch.stack(nats)
 
 
 def weight_sums(z_B: Tensor, persona_related_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,11 @@
 """The operations that kernels may replace: plain PyTorch, which is the reference for all of them.
 
 A module that computes by them is a :class:`Module`, and reads them from ``self.ops``. :func:`arplus.kernels.use` sets
-others there, once, when an engine or a responder is built. Shape suffixes are those of :mod:`arplus.model.batch`; G is
-the two losses.
+others there, once, when an engine or a responder is built. Shape suffixes are those of :mod:`arplus.model.batch`.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from arplus.model.batch import IGNORED
 
 
 class Operations:
@@ -29,12 +25,6 @@ class Operations:
         The mask is -inf where not to look and broadcasts to (H, B, T, S); no row of it is all -inf.
         """
         return functional.scaled_dot_product_attention(query_HBTC, key_HBSC, value_HBSC, mask, dropout_p=p)
-
-    def cross_entropies(self, hidden_GND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-        """Cross-entropies (G,) of the targets under softmax(hidden · weightᵀ), in nats summed over N, fp32."""
-        logits_GNV = self.linear(hidden_GND, weight_VD, None).float()
-        nats = [functional.cross_entropy(x, target_N, reduction="sum", ignore_index=IGNORED) for x in logits_GNV]
-        return torch.stack(nats)
 
 
 class Module(nn.Module):

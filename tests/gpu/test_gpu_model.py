@@ -53,11 +53,9 @@ def test_loss_and_gradients_are_those_of_float64(
     batch: Batch,
     exact: dict[str, torch.Tensor],
     gpu: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
     bf16: bool,
     limit: float,
 ) -> None:
-    monkeypatch.setattr("arplus.kernels.gpu.ROWS", 100)  # so that the losses take several parts
     model = real_model().to(gpu)
     kernels.use(model, gpu)
     found = loss_and_gradients(model, batch, bf16=bf16)

@@ -11,28 +11,22 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from arplus.kernels import BACKENDS, cpu
-from arplus.model.batch import IGNORED
 from arplus.model.ops import Operations
 
-ON_GPU = ("plain", "cuda")
 PLAIN = Operations()
 Call = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["plain", *BACKENDS, *(pytest.param(f"{of} on gpu", marks=pytest.mark.gpu) for of in ON_GPU)])
+@pytest.fixture(params=["plain", *BACKENDS, pytest.param("plain on gpu", marks=pytest.mark.gpu)])
 def ops(request, monkeypatch, gpu: torch.device) -> Iterator[Operations]:
-    """The operations of a backend, with sizes at which small products go the way of large ones, in several parts.
+    """The operations of a backend, with sizes at which small products go the way of large ones.
 
     All tensors are made on the device on which they run.
     """
     backend, _, on_gpu = request.param.partition(" on ")
     monkeypatch.setattr(cpu, "LEAST", 0)
-    monkeypatch.setattr(cpu, "ROWS", 5)
-    monkeypatch.setattr(cpu, "AT_ONCE", 2)
-    monkeypatch.setattr("arplus.kernels.gpu.ROWS", 4)
     with torch.device(gpu if on_gpu else "cpu"):
         torch.manual_seed(0)
         yield BACKENDS.get(backend, Operations)()
@@ -172,74 +166,6 @@ def test_attention_drops_in_expectation_nothing(ops: Operations) -> None:
     found = ops.attend(*many, mask, 0.25)
     expected = PLAIN.attend(query[:1], key[:1], value[:1], mask, 0.0)[0]
     assert ((found.mean(0) - expected).abs() < 5 * found.std(0) / len(found) ** 0.5).all()
-
-
-# ------------------------------------------------------------------------------------------------------ cross-entropies
-
-TARGETS = {
-    "all": [3, 0, 29, 7, 7, 1, 2],
-    "some": [3, IGNORED, IGNORED, 7, 7, IGNORED, 2],
-    "none": [IGNORED] * 7,
-    "no rows": [],
-    "more parts": [i % 30 for i in range(23)],
-}
-
-
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_cross_entropies(ops: Operations, targets: list[int]) -> None:
-    target_N = torch.tensor(targets, dtype=torch.int64)
-    hidden_GND, weight_VD = torch.randn(2, len(targets), 8), torch.randn(30, 8)
-    hold(ops, lambda of, *x: of.cross_entropies(*x, target_N), hidden_GND, weight_VD)
-
-
-def test_cross_entropies_under_autocast(ops: Operations) -> None:
-    target_N = torch.tensor(TARGETS["some"])
-    hold_bf16(ops, lambda of, *x: of.cross_entropies(*x, target_N), torch.randn(2, 7, 8), torch.randn(30, 8))
-
-
-def test_nats_are_summed_in_fp32(ops: Operations) -> None:
-    """Thousands of them in bf16 would stop growing."""
-    hidden_GND, weight_VD, target_N = torch.zeros(1, 3000, 8), torch.zeros(30, 8), torch.zeros(3000, dtype=torch.int64)
-    with torch.autocast(hidden_GND.device.type, torch.bfloat16):
-        nats_G = ops.cross_entropies(hidden_GND, weight_VD, target_N)
-    assert nats_G.dtype == torch.float32
-    assert nats_G.item() == pytest.approx(3000 * math.log(30), rel=1e-4)
-
-
-@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)], ids=["hidden", "weight", "both"])
-def test_what_is_frozen_gets_no_gradient_and_costs_no_product(ops: Operations, frozen: tuple[int, ...]) -> None:
-    target_N = torch.tensor(TARGETS["some"])
-    inputs = [torch.randn(2, 7, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)]
-    ops.cross_entropies(*inputs, target_N).sum().backward()
-    half = [x.detach().clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
-    with FlopCounterMode(display=False) as counter:
-        nats = ops.cross_entropies(*half, target_N).sum()
-        if nats.requires_grad:
-            nats.backward()
-    for i, (found, expected) in enumerate(zip(half, inputs, strict=True)):
-        assert found.grad is None if i in frozen else found.grad.equal(expected.grad)
-    # Of oneDNN's products none is counted, which leaves the weight's.
-    products = 1 not in frozen if isinstance(ops, cpu.CpuOperations) else 3 - len(frozen)
-    assert counter.get_total_flops() == products * 2 * 2 * 7 * 8 * 30
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_are_not_kept(backend: str) -> None:
-    kept: list[int] = []
-    hidden_GND, weight_VD = torch.randn(2, 400, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        BACKENDS[backend]().cross_entropies(hidden_GND, weight_VD, torch.zeros(400, dtype=torch.int64))
-    assert sum(kept) < 400 * 300
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_backward_pass_is_refused(backend: str) -> None:
-    """The first one used up the gradients, which were made in the forward pass."""
-    hidden_GND, weight_VD = torch.randn(2, 7, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    nats = BACKENDS[backend]().cross_entropies(hidden_GND, weight_VD, torch.tensor(TARGETS["all"])).sum()
-    nats.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        nats.backward()
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout

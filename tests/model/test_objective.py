@@ -1,5 +1,7 @@
 """The output head: logits, or the summed cross-entropies of both losses."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,3 +28,12 @@ def test_no_target_is_no_loss() -> None:
     nats_G.sum().backward()
     assert nats_G.tolist() == [0, 0]
     assert not head.weight.grad.any()
+
+
+def test_nats_are_summed_in_fp32() -> None:
+    """Thousands of them in bf16 would stop growing."""
+    head, target_N = OutputHead(8, 30, bias=False), torch.zeros(3000, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        nats_G = head(torch.zeros(1, 3000, 8), target_N)
+    assert nats_G.dtype == torch.float32
+    assert nats_G.item() == pytest.approx(3000 * math.log(30), rel=1e-4)

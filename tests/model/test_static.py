@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from arplus import kernels
 from arplus.config import ModelConfig, Sampling
-from arplus.kernels import GpuOperations
 from arplus.model.batch import Batch, Packed, Sequences
 from arplus.model.generate import generate
 from arplus.model.network import PersonaTransformer
@@ -55,15 +54,9 @@ def step(config: ModelConfig, operations: Operations) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("operations", [Operations, GpuOperations], ids=["plain", "cuda"])
-@pytest.mark.parametrize("preset", ["arplus", "ar"])
-def test_no_shape_and_no_branch_of_a_step_depends_on_data(preset: str, operations: type[Operations]) -> None:
-    step(dataclasses.replace(small(preset), layers=2, dropout=0.1), operations())
-
-
-@pytest.mark.parametrize("preset", ["no-rezero", *FORMS, *WEIGHTED])
-def test_no_other_form_depends_on_data(preset: str) -> None:
-    step(dataclasses.replace(small(preset), layers=2, dropout=0.1), GpuOperations())
+@pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", *FORMS, *WEIGHTED])
+def test_no_shape_and_no_branch_of_a_step_depends_on_data(preset: str) -> None:
+    step(dataclasses.replace(small(preset), layers=2, dropout=0.1), Operations())
 
 
 class Selecting(Operations):
@@ -132,7 +125,7 @@ ACTS: dict[str, Callable[[PersonaTransformer, Batch], object]] = {
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("preset", ["arplus", "ar", "no-rezero", *FORMS, *WEIGHTED])
 def test_what_a_gpu_computes_with_is_on_the_gpu(preset: str, act: str) -> None:
-    on_one_device(preset, ACTS[act], GpuOperations())
+    on_one_device(preset, ACTS[act], Operations())
 
 
 class Elsewhere(Operations):
