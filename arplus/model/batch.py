@@ -48,16 +48,14 @@ class Sequences:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, lengths: Tensor, blocks: Iterable[int] | None = None, width: int | None = None) -> Self:
+    def of(cls, lengths: Tensor, blocks: Iterable[int] | None = None) -> Self:
         """Sequences of these lengths (B,), in blocks of so many sequences each, or all in one.
 
-        A block is as wide as its longest sequence, or ``width``; a sequence that is longer is a :class:`ValueError`.
+        A block is as wide as its longest sequence.
         """
         lengths = lengths.long()
         parts = [part.tolist() for part in lengths.split(list(blocks or ()) or [len(lengths)])]
-        found = tuple(Block(len(part), sum(part), width or max([1, *part])) for part in parts)
-        if width and any(length > width for part in parts for length in part):
-            raise ValueError(f"a sequence of {int(lengths.max())} tokens is longer than {width}")
+        found = tuple(Block(len(part), sum(part), max([1, *part])) for part in parts)
         offsets = functional.pad(lengths.cumsum(0), (1, 0))
         sequence_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         position_N = torch.arange(len(sequence_N)) - offsets[sequence_N]

@@ -137,14 +137,14 @@ def parts(values_N: torch.Tensor, of: Sequences) -> list[torch.Tensor]:
     return list(values_N.split(of.lengths.tolist()))
 
 
-def take(batch: Batch, index: Iterable[int], blocks: list[int] | None = None, width: int | None = None) -> Batch:
+def take(batch: Batch, index: Iterable[int], blocks: list[int] | None = None) -> Batch:
     """These examples of a batch in this order, in blocks of so many each, with the profiles that speak in them."""
     index = list(index)
 
     def taken(packed: Packed) -> Packed:
         rows = [parts(*packed)[i] for i in index]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return Packed(torch.cat([packed.ids[:0], *rows]), Sequences.of(lengths, blocks, width))
+        return Packed(torch.cat([packed.ids[:0], *rows]), Sequences.of(lengths, blocks))
 
     def joined(values_N: torch.Tensor, of: Sequences) -> torch.Tensor:
         return torch.cat([values_N[:0], *(parts(values_N, of)[i] for i in index)])

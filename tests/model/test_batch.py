@@ -18,9 +18,9 @@ Cut = list[list[int]]
 TENSORS = ("offsets", "sequence_N", "position_N", "slot_N", "token")
 
 
-def laid(cut: Cut, width: int | None = None) -> Sequences:
+def laid(cut: Cut) -> Sequences:
     lengths = torch.tensor([n for block in cut for n in block], dtype=torch.int64)
-    return Sequences.of(lengths, map(len, cut), width)
+    return Sequences.of(lengths, map(len, cut))
 
 
 def rows_of(cut: Cut, width: int = 3) -> list[Tensor]:
@@ -113,14 +113,6 @@ def test_gradients(cut: Cut) -> None:
         (lambda *x: of.pack(x), tuple(padded)),
     ):
         assert torch.autograd.gradcheck(f, inputs)
-
-
-def test_a_given_width_is_that_of_every_block() -> None:
-    of = laid([[2, 7], [1]], width=7)
-    assert [block.width for block in of.blocks] == [7, 7]
-    assert [x.shape for x in of.pad(torch.ones(10, 4))] == [(2, 7, 4), (1, 7, 4)]
-    with pytest.raises(ValueError, match="a sequence of 7 tokens is longer than 6"):
-        laid([[2, 7], [1]], width=6)
 
 
 def test_lengths_of_any_integer_type() -> None:

@@ -41,7 +41,7 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
 
 def step(config: ModelConfig, operations: Operations) -> None:
     """Loss, backward, clipping and optimizer on fake tensors."""
-    batch = take(make_batch(config), range(5), [2, 3], width=24)
+    batch = take(make_batch(config), range(5), [2, 3])
     # How adapters are initialised, once, depends on what is drawn.
     with FakeTensorMode() as mode, mock.patch("torch.nn.init.trunc_normal_"):
         model = PersonaTransformer(config, SIZES).train()
@@ -85,7 +85,7 @@ def test_such_an_operation_is_found(operations: type[Operations]) -> None:
 def test_the_loss_is_one_graph_without_a_break(preset: str) -> None:
     """Dynamo alone, which raises at a break; Inductor's compiler would take minutes."""
     config = dataclasses.replace(small(preset), layers=1, repeats=1)
-    model, batch = PersonaTransformer(config, SIZES), take(make_batch(config), range(5), [2, 3], width=24)
+    model, batch = PersonaTransformer(config, SIZES), take(make_batch(config), range(5), [2, 3])
     kernels.use(model, torch.device("cuda"))
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(batch), model(batch))
@@ -111,7 +111,7 @@ def on_one_device(preset: str, act: Callable[[PersonaTransformer, Batch], object
     for module in model.modules():
         if isinstance(module, Module):
             module.ops = operations
-    batch = take(make_batch(config), range(5), [2, 3], width=24).to("meta")
+    batch = take(make_batch(config), range(5), [2, 3]).to("meta")
     with OneDevice(), mock.patch.object(assumptions, "meta_nonzero_assume_all_nonzero", True):
         act(model, batch)
 
