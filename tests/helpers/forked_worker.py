@@ -27,17 +27,15 @@ def ask(place: str, request: dict[str, object], files: list[int]) -> None:
 def ask_for_worker(place: str, variables: dict[str, str], arguments: list[str]) -> None:
     """Hands arguments, variables, folder and output to the server of such workers, which may have to begin."""
     workers = f"{place}-{zlib.crc32(json.dumps(variables, sort_keys=True).encode())}"
-    deadline, asked = time.monotonic() + 60, False
+    deadline = time.monotonic() + 60
     while True:
         try:
             return ask(workers, {"arguments": arguments, "variables": variables, "folder": os.getcwd()}, [0, 1, 2])
         except (FileNotFoundError, ConnectionRefusedError):
             if time.monotonic() > deadline:
                 raise
-        if not asked:
-            ask(place, {"serve": workers, "variables": variables}, [])
-        asked = True
-        time.sleep(0.02)
+        ask(place, {"serve": workers, "variables": variables}, [])  # which is heard once
+        time.sleep(0.05)
 
 
 def main() -> None:

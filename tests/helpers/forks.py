@@ -28,6 +28,8 @@ from unittest import mock
 
 PLACE = "ARPLUS_FORKS"
 """Variable that names the server's socket."""
+IDLE_S = 10.0
+"""After so long without a worker and a request a server of workers ends: each holds 90 MB."""
 
 IMPORTED = ("deepspeed", "mlflow.tracking", "pandas", "pyarrow.compute", "pyarrow.dataset", "pyarrow.parquet")
 IMPORTED += ("arplus.model.network", "arplus.storage", "torch.utils.data")
@@ -191,26 +193,33 @@ def _listen(place: str) -> socket.socket:
     return listener
 
 
-def _fork_for_each(listener: socket.socket) -> None:
-    """Returns in this process at the end of standard input, and in each fork at the end of what it did."""
+def _fork_for_each(listener: socket.socket, idle_s: float | None = None) -> None:
+    """Returns in each fork at the end of what it did; in this process when standard input ends, or when it was idle."""
     running: dict[int, socket.socket] = {}
-    served: set[str] = set()
+    serving: dict[int, str] = {}
 
     def reap(*_: object) -> None:
         """Leaves nothing behind of processes that have ended, and tells their status."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                serving.pop(ended[0], None)
                 with running.pop(ended[0]) as asked, contextlib.suppress(OSError):
                     asked.sendall(str(ended[1]).encode())
 
     with listener:
         signal.signal(signal.SIGCHLD, reap)
-        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [], idle_s)[0]):
+            if not ready:
+                if idle_s == 0:
+                    return
+                if not running:
+                    os.unlink(listener.getsockname())  # nobody asks from now on; one who just did is served
+                    idle_s = 0
+                continue
             asked, request, files = _taken(listener)
-            if request.get("serve") in served:
+            if request.get("serve") in serving.values():
                 asked.close()
                 continue
-            served.add(request.get("serve", ""))
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until it is known whose end it would be
             pid = os.fork()
             if pid == 0:
@@ -223,11 +232,13 @@ def _fork_for_each(listener: socket.socket) -> None:
                     os.environ.clear()
                     os.environ.update(request["variables"])
                     _import_ray()
-                    _fork_for_each(_listen(request["serve"]))
+                    _fork_for_each(_listen(request["serve"]), IDLE_S)
                 else:
                     _become(request, files)
                 return
             running[pid] = asked
+            if "serve" in request:
+                serving[pid] = request["serve"]
             with contextlib.suppress(OSError):  # whoever asked may be gone
                 asked.sendall(str(pid).ljust(32).encode())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

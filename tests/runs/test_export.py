@@ -89,7 +89,7 @@ def test_an_export_may_be_written_again_but_not_over_its_source(tmp_path: Path) 
 )
 def test_other_forms_of_the_papers_code_are_recognised(tmp_path: Path, golden: str, form: dict[str, Any]) -> None:
     for name, size in (("characters", 50), ("persona_words", 60)):
-        Vocabulary([chr(0x4E00 + i) for i in range(size)]).save(str(tmp_path / name))
+        (tmp_path / name).write_bytes(Vocabulary([chr(0x4E00 + i) for i in range(size)]).to_bytes())
     exported = export(
         ExportConfig(
             from_reference=str(Path(__file__).parents[1] / "golden" / f"{golden}.safetensors"),
