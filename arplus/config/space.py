@@ -1,4 +1,4 @@
-"""What the trials of a sweep differ in: ``NAME=uniform(LOW,HIGH)`` and the like, read and checked."""
+"""What the trials of a sweep differ in, by default and by ``NAME=uniform(LOW,HIGH)`` and the like: read and checked."""
 
 import json
 import math

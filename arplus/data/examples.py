@@ -1,4 +1,4 @@
-"""Session → examples by the paper's rules, encoded, for a whole table of sessions at once and without a Python loop.
+"""Session → examples: paired, cut and encoded by the paper's rules, a whole table at once and without a Python loop.
 
 The utterances of a session are paired (0, 1), (2, 3), …; an odd last one is dropped. Each pair is an example: its
 second utterance is the response, and the context is everything up to the first, at most its last utterances, seven by

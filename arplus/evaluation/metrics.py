@@ -1,7 +1,8 @@
 """The standard metrics of replies, by which choices are made; :mod:`arplus.evaluation.paper_metrics` has the paper's.
 
 Both take ids and give numbers; both are filled batch by batch and add up over workers. A new figure of these kinds is
-added here; a new group of figures is a field of ``Tally`` and a name in ``GROUPS`` (``evaluate.py``).
+added here; a new group of figures is a field of ``Tally``, a line of its ``result`` and a name in ``GROUPS``, all in
+``evaluate.py``.
 """
 
 import math

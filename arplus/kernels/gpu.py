@@ -1,4 +1,8 @@
-"""What is to be set and known on GPUs, where torch's kernels and torch.compile's compute the plain operations."""
+"""What is to be set and known on GPUs, which have no operations of ours: they compute those of ``model/ops.py``.
+
+By torch's kernels, or torch.compile's. A kernel that a GPU has shown to pay goes beside ``cpu.py``, and into
+:data:`arplus.kernels.BACKENDS`.
+"""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The output head, and L_D, L_LM and L_W as separate sums; the engine weights them with λ1 and λ2 (Eq. 3 and 4).
+"""The output head, and L_D, L_LM and L_W as separate sums (Eq. 3 and 4), which ``ObjectiveConfig.total`` weights.
 
 Shape suffixes are those of :mod:`arplus.model.batch`; G is the two losses.
 """

@@ -1,4 +1,6 @@
-"""Finds sessions with equal hashes, and the split of each; ``data.records`` and ``data.sessions`` say what is hashed.
+"""Finds sessions with equal hashes, which ``tasks`` leaves out when it reads them again, and the split of each.
+
+What is hashed is said by ``data.records`` and ``data.sessions``.
 
 A split is a range of a salted hash of the dialogue: validation owns the lowest 5 % of the range, test the next 5 %,
 training the rest. So equal dialogues share a split whatever their profiles, and the split of a session depends on
