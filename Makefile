@@ -57,7 +57,7 @@ quick: setup
 
 # Beside each other: those that share a Ray mostly wait, and the others compute meanwhile. More processes take longer.
 test: setup
-	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 10 minutes on two cores."
+	@echo "pytest runs twice, side by side, on all that needs a Ray and on the rest: about 8 minutes on two cores."
 	@echo "What each of them says is shown when it ends."
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-ray test-rest
 
