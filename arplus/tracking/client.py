@@ -31,8 +31,8 @@ _REACH_S = 15.0
 _SQLITE_S = 180.0
 """Seconds for a sqlite store: on first use MLflow makes its tables, slowly on a busy machine."""
 _DIGEST_LENGTH = 36
-_MOST_CHILDREN = 5000
-"""Far more runs than a study has side by side; MLflow gives up to 50,000 at once."""
+_MOST_CHILDREN = 50_000
+"""MLflow's limit of runs in one answer, far more than a study can have running."""
 _KIND, _TRAINING, _INFERRED = "mlflow.experimentKind", "custom_model_development", "_inferred"
 """The experiment's tag that opens its pages for model training; by default they are those of agents."""
 

@@ -22,9 +22,10 @@ def test_nats_are_those_of_the_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(head(hidden_GND, target_N), expected)
 
 
-def test_no_target_is_no_loss() -> None:
+@pytest.mark.parametrize("targets", [[], [IGNORED] * 7])
+def test_no_target_is_no_loss(targets: list[int]) -> None:
     head = OutputHead(8, 30, bias=False)
-    nats_G = head(torch.randn(2, 0, 8, requires_grad=True), torch.empty(0, dtype=torch.int64))
+    nats_G = head(torch.randn(2, len(targets), 8, requires_grad=True), torch.tensor(targets, dtype=torch.int64))
     nats_G.sum().backward()
     assert nats_G.tolist() == [0, 0]
     assert not head.weight.grad.any()
